@@ -1,0 +1,81 @@
+//! What command lines mean, and which are refused.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use super::config::{CephAccess, Command, Config, StartOver, Stream};
+
+fn parse(line: &str) -> Result<Config, String> {
+    let args = std::iter::once("poolshift").chain(line.split_whitespace()).map(OsString::from);
+    super::parse(args).map_err(|refusal| refusal.0.to_string())
+}
+
+/// The first line of the refusal.
+fn refusal(line: &str) -> String {
+    parse(line).expect_err(line).lines().next().unwrap_or_default().to_owned()
+}
+
+#[test]
+fn the_command_itself_is_sound() {
+    use clap::CommandFactory as _;
+    super::args::Arguments::command().debug_assert();
+}
+
+#[test]
+fn sync_has_the_promised_defaults() {
+    let Command::Sync(sync) = parse("sync rbd:sata/vm rbd:sas/vm").unwrap().command else { panic!("not sync") };
+    assert_eq!((sync.source.to_string(), sync.target.to_string()), ("rbd:sata/vm".into(), "rbd:sas/vm".into()));
+    assert_eq!((sync.keep, sync.memory, sync.start_over), (1, 64 << 20, StartOver::No));
+    assert_eq!(sync.compress, crate::batch::CompressionChoice::Auto);
+    assert!(sync.snapshot.is_none() && !sync.dry_run && !sync.json && sync.create == Default::default());
+}
+
+#[test]
+fn a_sides_own_ceph_flags_win_over_the_common_ones() {
+    let line = "sync rbd:a/x rbd:b/x --ceph-conf /c --ceph-user client.u --target-ceph-conf /t --source-ceph-user s";
+    let config = parse(line).unwrap();
+    let access = |conf: &str, user: &str| CephAccess { conf: Some(PathBuf::from(conf)), user: Some(user.into()) };
+    assert_eq!((config.source_ceph, config.target_ceph), (access("/c", "s"), access("/t", "u")));
+}
+
+#[test]
+fn a_dash_is_a_standard_stream() {
+    let Command::MergeDiff(merge) = parse("merge-diff a - out").unwrap().command else { panic!("not merge-diff") };
+    assert_eq!((merge.first, merge.second), (Stream::File("a".into()), Stream::Standard));
+}
+
+#[test]
+fn command_lines_that_make_no_sense_are_refused() {
+    for (line, problem) in [
+        ("sync rbd:a/x@s rbd:b/x", "--snapshot names it"),
+        ("sync rbd:a/x rbd:b/x@s", "drop @s"),
+        ("sync file:/a file:/a", "the same"),
+        ("sync rbd:a/x rbd:b/x --adopt", "required arguments were not provided"),
+        ("sync rbd:a/x rbd:b/x --snapshot a/b", "can't contain '/'"),
+        ("sync rbd:a/x rbd:b/x --keep 0", "0 is not in 1..=10000"),
+        ("sync rbd:a/x rbd:b/x --memory 1M", "from 16M to 1G"),
+        ("sync rbd:a/x rbd:b/x --compress lz4", "write auto, none, zstd"),
+        ("sync rbd:a/x rbd:b/x --compress zstd:99", "level from -7 to 19"),
+        ("sync rbd:a/x rbd:b/x --object-size 5M", "power of two"),
+        ("sync rbd:a/x file:/b --object-size 4M", "this one is a file"),
+        ("sync rbd:a/x rbd:b/x --image-feature object-map", "needs --image-feature exclusive-lock"),
+        ("sync rbd:a/x rbd:b/x --io-timeout 0", "0 is not in 1..=3600"),
+        ("sync rbd:a/x rbd:b/x -v -q", "cannot be used with"),
+        ("sync sata/vm rbd:b/x", "it has no scheme"),
+        ("verify rbd:a/x rbd:b/x@s", "SOURCE needs a snapshot"),
+        ("verify rbd:a/x@s rbd:b/x", "TARGET needs a snapshot"),
+        ("export-diff rbd:a/x -", "SOURCE needs a snapshot"),
+        ("send rbd:a/x", "SOURCE needs a snapshot"),
+        ("send rbd:a/x@s --from s", "nothing lies between"),
+        ("diff file:/a --from s", "keeps no snapshots"),
+        ("import-diff - rbd:a/x@s", "drop @s"),
+        ("receive rbd:a/x@s", "drop @s"),
+        ("status rbd:a/x@s rbd:b/x", "drop @s"),
+        ("merge-diff - - out", "both be standard input"),
+        ("merge-diff a b a", "one of the diffs to merge"),
+        ("demo --size 1M", "8M to 64G"),
+    ] {
+        let refusal = refusal(line);
+        assert!(refusal.contains(problem), "{line}\n  {refusal}\n  does not say: {problem}");
+    }
+}

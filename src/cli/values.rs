@@ -1,0 +1,168 @@
+//! Values of the command line which are more than text: checked once, here, and trusted from then on.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// The longest snapshot name, in bytes: what a file system allows for a name, and well below what RBD takes.
+pub const SNAPSHOT_NAME_MAX: usize = 255;
+
+/// A snapshot's name that every backend and every stream can carry.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SnapshotName(String);
+
+impl SnapshotName {
+    /// The name.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for SnapshotName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Why a text is no snapshot name.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NameError {
+    /// It is empty.
+    #[error("a snapshot's name can't be empty")]
+    Empty,
+    /// It is longer than [`SNAPSHOT_NAME_MAX`].
+    #[error("a snapshot's name has at most {SNAPSHOT_NAME_MAX} bytes, this one has {0}")]
+    TooLong(usize),
+    /// It has a character that means something else in an image's location, or can't be shown.
+    #[error("a snapshot's name can't contain {0:?}")]
+    Character(char),
+}
+
+impl FromStr for SnapshotName {
+    type Err = NameError;
+
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        if text.is_empty() {
+            return Err(NameError::Empty);
+        }
+        if text.len() > SNAPSHOT_NAME_MAX {
+            return Err(NameError::TooLong(text.len()));
+        }
+        match text.chars().find(|&c| c.is_control() || matches!(c, '/' | '@')) {
+            Some(character) => Err(NameError::Character(character)),
+            None => Ok(Self(text.to_owned())),
+        }
+    }
+}
+
+/// Parses a size: a number of bytes, or one with a unit: `4096`, `4K`, `4KiB`, `64M`, `1GiB`. K, M, G and T are powers
+/// of 1024, as in rbd; KB, MB, GB and TB are refused, because people mean both by them.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+    let (number, unit) = text.split_at(digits);
+    let shift = match unit.to_ascii_lowercase().as_str() {
+        "" | "b" => 0,
+        "k" | "kib" => 10,
+        "m" | "mib" => 20,
+        "g" | "gib" => 30,
+        "t" | "tib" => 40,
+        _ => return Err("write a number of bytes, or one with K, M, G or T (powers of 1024), such as 64M".into()),
+    };
+    let number: u64 = number.parse().map_err(|_| "it does not begin with a number that fits in 64 bits".to_owned())?;
+    number.checked_mul(1 << shift).ok_or_else(|| "it does not fit in 64 bits".to_owned())
+}
+
+/// Parses the budget of bytes in flight: 16 MiB to 1 GiB.
+pub fn parse_memory(text: &str) -> Result<u64, String> {
+    match parse_size(text)? {
+        size @ 0x100_0000..=0x4000_0000 => Ok(size),
+        _ => Err("the budget must be from 16M to 1G".into()),
+    }
+}
+
+/// Parses an RBD object size: a power of two from 4 KiB to 32 MiB, as `rbd create --object-size` takes it.
+pub fn parse_object_size(text: &str) -> Result<u64, String> {
+    match parse_size(text)? {
+        size @ 0x1000..=0x200_0000 if size.is_power_of_two() => Ok(size),
+        _ => Err("an object size is a power of two from 4K to 32M".into()),
+    }
+}
+
+/// Parses the size of the demonstration's disk: 8 MiB to 64 GiB.
+pub fn parse_demo_size(text: &str) -> Result<u64, String> {
+    match parse_size(text)? {
+        size @ 0x80_0000..=0x10_0000_0000 => Ok(size),
+        _ => Err("the demonstration's disk has 8M to 64G".into()),
+    }
+}
+
+/// Parses a Ceph user: `name` or `client.name`; the result is the name alone.
+pub fn parse_ceph_user(text: &str) -> Result<String, String> {
+    let name = text.strip_prefix("client.").unwrap_or(text);
+    if name.chars().any(|c| c.is_control() || c.is_whitespace()) {
+        return Err("a Ceph user is written name or client.name, without blanks".into());
+    }
+    if name.is_empty() && !text.is_empty() {
+        return Err("a name must follow client.".into());
+    }
+    Ok(name.to_owned())
+}
+
+/// A number of bytes for people: `0 B`, `512 B`, `1.5 MiB`.
+pub fn human_bytes(bytes: u64) -> String {
+    bytesize::ByteSize::b(bytes).display().iec().to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn snapshot_names_that_would_mean_something_else_are_refused() {
+        assert_eq!("nightly-2026.11.23 a".parse::<SnapshotName>().unwrap().as_str(), "nightly-2026.11.23 a");
+        assert_eq!("ä".repeat(127).parse::<SnapshotName>().unwrap().as_str().len(), 254);
+        assert_eq!("".parse::<SnapshotName>(), Err(NameError::Empty));
+        assert_eq!("ä".repeat(128).parse::<SnapshotName>(), Err(NameError::TooLong(256)));
+        for (text, c) in [("a/b", '/'), ("a@b", '@'), ("a\nb", '\n'), ("\0", '\0'), ("a\u{85}", '\u{85}')] {
+            assert_eq!(text.parse::<SnapshotName>(), Err(NameError::Character(c)));
+        }
+    }
+
+    #[test]
+    fn sizes_are_powers_of_1024_and_never_overflow() {
+        for (text, size) in [
+            ("0", 0),
+            ("4096", 4096),
+            ("4k", 4096),
+            ("4KiB", 4096),
+            ("64M", 64 << 20),
+            ("1gib", 1 << 30),
+            ("2T", 2 << 40),
+        ] {
+            assert_eq!(parse_size(text), Ok(size), "{text}");
+        }
+        for text in ["", "M", "-1", "1.5G", "1 M", "4KB", "64MB", "16777216T", "18446744073709551616", "0x10"] {
+            assert!(parse_size(text).is_err(), "{text}");
+        }
+        assert_eq!(parse_memory("16M"), Ok(16 << 20));
+        assert_eq!(parse_memory("1G"), Ok(1 << 30));
+        assert!(parse_memory("16777215").is_err() && parse_memory("1073741825").is_err());
+        assert_eq!(parse_object_size("32M"), Ok(32 << 20));
+        assert!(
+            parse_object_size("3M").is_err() && parse_object_size("64M").is_err() && parse_object_size("2K").is_err()
+        );
+    }
+
+    #[test]
+    fn a_ceph_user_is_named_with_or_without_client() {
+        assert_eq!(parse_ceph_user("client.poolshift").as_deref(), Ok("poolshift"));
+        assert_eq!(parse_ceph_user("poolshift").as_deref(), Ok("poolshift"));
+        assert_eq!(parse_ceph_user("").as_deref(), Ok(""));
+        assert!(parse_ceph_user("client.").is_err() && parse_ceph_user("a b").is_err());
+    }
+
+    #[test]
+    fn bytes_are_told_in_powers_of_1024() {
+        let told: Vec<_> = [0, 512, 1536, 4 << 20, 5 << 30].into_iter().map(human_bytes).collect();
+        assert_eq!(told, ["0 B", "512 B", "1.5 KiB", "4.0 MiB", "5.0 GiB"]);
+    }
+}

@@ -1,0 +1,135 @@
+//! What Ceph reports, in the terms of the image contract.
+
+use rustix::io::Errno;
+
+use super::RbdOptions;
+use crate::ceph::CephError;
+use crate::image::{ErrorKind, ImageError};
+
+/// What an error message needs to know.
+pub(super) struct Failure {
+    pub(super) location: String,
+    pub(super) user: String,
+    pub(super) pool: String,
+}
+
+impl Failure {
+    /// The error of a failed operation.
+    pub(super) fn of(&self, operation: impl Into<String>, error: CephError) -> ImageError {
+        let kind = kind_of(&error);
+        let failed = ImageError::new(kind.clone(), &self.location, operation);
+        let failed = match (&kind, &error) {
+            (ErrorKind::BackendMissing, _) => missing_backend(failed, &error),
+            (ErrorKind::TimedOut, _) => failed
+                .detail("the storage did not answer in time")
+                .hint("look at the cluster's health: ceph -s; poolshift goes on from where it was when run again"),
+            (ErrorKind::PermissionDenied, _) => {
+                failed.detail(format!("client.{} is not allowed to", self.user)).hint(caps_hint(&self.user, &self.pool))
+            }
+            (ErrorKind::NoSpace, _) if error.is(Errno::DQUOT) => failed
+                .detail(format!("the quota of pool {:?} is reached", self.pool))
+                .hint(format!("raise it: ceph osd pool set-quota {} max_bytes BYTES", self.pool)),
+            (ErrorKind::NoSpace, _) => {
+                failed.detail(format!("pool {:?} is full", self.pool)).hint("look at the room left: ceph df")
+            }
+            (ErrorKind::Fenced, _) => failed.detail("another process has taken the lease over and shut this one out"),
+            _ => failed,
+        };
+        failed.caused_by(error)
+    }
+}
+
+fn kind_of(error: &CephError) -> ErrorKind {
+    match error {
+        CephError::LibraryMissing { .. } | CephError::SymbolMissing { .. } => ErrorKind::BackendMissing,
+        CephError::TimedOut { .. } => ErrorKind::TimedOut,
+        CephError::Call { errno, .. } => ImageError::kind_of_errno(*errno),
+        CephError::Nul(_) | CephError::Option { .. } => ErrorKind::Unsupported,
+        CephError::Thread { .. } => ErrorKind::Io,
+        CephError::Nonsense { .. } => ErrorKind::Corrupt,
+    }
+}
+
+fn missing_backend(failed: ImageError, error: &CephError) -> ImageError {
+    let hint = match error {
+        CephError::LibraryMissing { package, .. } => format!("install it: apt-get install {package}"),
+        _ => "upgrade it: apt-get install librbd1 (16.2 or newer)".to_owned(),
+    };
+    failed.detail(error.to_string()).hint(hint)
+}
+
+/// The one command that makes a user with the caps that poolshift needs.
+pub(super) fn caps_hint(user: &str, pool: &str) -> String {
+    let other = if pool == "sata" { "sas" } else { "sata" };
+    format!(
+        "give it the caps for both pools (here {pool} and {other}): ceph auth get-or-create client.{user} mon \
+         'profile rbd' osd 'profile rbd pool={pool}, profile rbd pool={other}'; for a user that exists: ceph auth \
+         caps with the same words"
+    )
+}
+
+/// The error of a failed connection.
+pub(super) fn connecting(options: &RbdOptions, user: &str, error: CephError) -> ImageError {
+    let conf = options.conf.as_ref().map(|path| path.display().to_string());
+    let location = conf.clone().unwrap_or_else(|| "Ceph".into());
+    let failure = Failure { location: location.clone(), user: user.to_owned(), pool: "sata".into() };
+    let errno = |wanted: Errno| error.is(wanted);
+    match &error {
+        CephError::Call { function: "rados_conf_read_file", .. } => {
+            let kind = if errno(Errno::NOENT) { ErrorKind::NotFound } else { kind_of(&error) };
+            ImageError::new(kind, location, "read Ceph's configuration file")
+                .hint("name it with --ceph-conf or CEPH_CONF")
+                .caused_by(error)
+        }
+        CephError::Call { function: "rados_connect", .. } if errno(Errno::NOENT) => {
+            ImageError::new(ErrorKind::PermissionDenied, location, format!("connect as client.{user}"))
+                .detail(format!("there is no keyring with a key for client.{user}"))
+                .hint(format!(
+                    "save the key: ceph auth get-or-create client.{user} > /etc/ceph/ceph.client.{user}.keyring; {}",
+                    caps_hint(user, "sata")
+                ))
+                .caused_by(error)
+        }
+        CephError::Call { function: "rados_connect", .. } | CephError::TimedOut { .. }
+            if kind_of(&error) == ErrorKind::TimedOut =>
+        {
+            ImageError::new(ErrorKind::TimedOut, location, format!("connect as client.{user}"))
+                .detail("no monitor answered in time")
+                .hint("check mon_host in the configuration file, and the network to it")
+                .caused_by(error)
+        }
+        _ => failure.of(format!("connect as client.{user}"), error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn call(errno: Errno) -> CephError {
+        CephError::Call { function: "rbd_x", errno: errno.raw_os_error() }
+    }
+
+    #[test]
+    fn every_class_says_what_to_do() {
+        let failure = Failure { location: "rbd:sas/vm".into(), user: "poolshift".into(), pool: "sas".into() };
+        let denied = failure.of("open", call(Errno::PERM));
+        assert_eq!(denied.kind, ErrorKind::PermissionDenied);
+        let hint = denied.hint.clone().unwrap();
+        assert!(hint.contains("osd 'profile rbd pool=sas, profile rbd pool=sata'"), "{hint}");
+        let quota = failure.of("write", call(Errno::DQUOT));
+        assert!(quota.kind == ErrorKind::NoSpace && quota.to_string().contains("quota of pool \"sas\""));
+        assert_eq!(failure.of("write", call(Errno::SHUTDOWN)).kind, ErrorKind::Fenced);
+        let late = CephError::TimedOut { function: "rbd_x", after: std::time::Duration::from_secs(1) };
+        assert!(failure.of("write", late).is_retryable());
+    }
+
+    #[test]
+    fn a_missing_library_names_its_package() {
+        let failure = Failure { location: "rbd:sas/vm".into(), user: "admin".into(), pool: "sas".into() };
+        // SAFETY is of no concern: the library doesn't exist, so that nothing of it runs.
+        let symbol = CephError::SymbolMissing { file: "librbd.so.1", symbol: "rbd_open" };
+        let error = failure.of("open", symbol);
+        assert!(error.kind == ErrorKind::BackendMissing && error.hint.unwrap().contains("librbd1"));
+    }
+}

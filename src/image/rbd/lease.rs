@@ -1,0 +1,328 @@
+//! The lease on a target: librbd's exclusive lock, and who holds it, for a person and for the next process.
+//!
+//! The lock itself decides; the record, in the image's metadata under [`LEASE_KEY`], only tells who it is. A record
+//! counts if the address in it is that of the lock's owner, and is forgotten otherwise. As tried with librbd 16.2:
+//!
+//! - A live owner that took the lock as poolshift does refuses to give it: EROFS at once.
+//! - Any other live owner (a server with the image attached) would give it away when asked, and be unable to write
+//!   afterwards. It isn't asked: whoever has the image open and locked without a record is reported as the holder, after
+//!   its watch had the time to run out, for it could also be a poolshift that was killed before it wrote the record.
+//! - A silent owner is waited for until its watch has timed out (30 s), and blocklisted by librbd.
+//! - An owner that is known dead is broken at once, which blocklists it too. A blocklisted client writes nothing.
+//!
+//! Without the exclusive-lock feature an advisory lock takes its place. Nothing but poolshift looks at it, and it
+//! doesn't time out; a holder that has no watch any more is taken for dead, and blocklisted.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+
+use super::{Inner, RbdImage};
+use crate::ceph::{self, Features, Image, Locker, OpenMode};
+use crate::image::{ErrorKind, ImageError, LeaseOwner, Result};
+
+/// The metadata key of the lease's record.
+const LEASE_KEY: &str = "poolshift.lease";
+
+/// How long taking the lock may take beyond the usual: a silent holder's watch times out after 30 s, here and once more
+/// within librbd.
+const WATCH_TIMEOUT: Duration = Duration::from_secs(90);
+
+/// The lease, while this image holds it.
+#[derive(Debug)]
+pub(super) struct Held {
+    /// The handle that holds the lock, and through which everything is written.
+    pub(super) image: Arc<Image>,
+    /// The size of HEAD, which nobody else changes.
+    pub(super) size: AtomicU64,
+    owner: LeaseOwner,
+    lock: Lock,
+}
+
+#[derive(Clone, Debug)]
+enum Lock {
+    Exclusive,
+    Advisory { cookie: String },
+}
+
+/// How long a holder that left no record is given to write it, or to be found dead. It is a server that uses the image, a
+/// poolshift that has just begun, or one that was killed before it wrote the record: that one's watch times out after
+/// 30 s (`osd_client_watch_timeout`), and only then it is told from the first.
+#[derive(Debug)]
+struct Patience {
+    since: Instant,
+}
+
+impl Patience {
+    const LIMIT: Duration = Duration::from_secs(35);
+    const STEP: Duration = Duration::from_millis(250);
+
+    fn new() -> Self {
+        Self { since: Instant::now() }
+    }
+
+    /// Waits a moment, and says whether to look again. Not to be called on a thread that must not block.
+    fn wait_for_a_record(&self, address: &str) -> bool {
+        if self.since.elapsed() >= Self::LIMIT {
+            return false;
+        }
+        tracing::debug!(address, "the lease's holder has left no record yet: waiting");
+        std::thread::sleep(Self::STEP);
+        true
+    }
+}
+
+/// How taking the lock went. Errors of the storage are apart.
+enum Taken {
+    Yes { address: String, size: u64 },
+    HeldBy(String),
+}
+
+impl RbdImage {
+    /// The lease, if this image holds it.
+    pub(super) fn held(&self) -> Option<Arc<Held>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The lease, or the error of whoever writes without it.
+    pub(super) fn held_for(&self, operation: &str) -> Result<Arc<Held>> {
+        self.held().ok_or_else(|| {
+            let refused = ImageError::new(ErrorKind::ReadOnly, self.inner.location.clone(), operation);
+            refused.detail("the lease on the image was not taken")
+        })
+    }
+
+    pub(super) async fn take_lease(&self, owner: &LeaseOwner) -> Result<()> {
+        let _changing = self.lease_change.lock().await;
+        if self.held().is_some() {
+            return Ok(());
+        }
+        if self.inner.features.has(Features::NON_PRIMARY) {
+            let refused = ImageError::new(ErrorKind::ReadOnly, self.inner.location.clone(), "take the lease");
+            return Err(refused.detail("it is the non-primary side of mirroring").hint("rbd mirror image promote"));
+        }
+        let (inner, owner) = (Arc::clone(&self.inner), owner.clone());
+        let limit = self.inner.timeout() + WATCH_TIMEOUT;
+        let take = move || take(&inner, &owner);
+        match ceph::blocking("rbd_lock_acquire", limit, take).await {
+            Ok((Taken::HeldBy(holder), _)) => {
+                Err(ImageError::new(ErrorKind::Busy { holder }, self.inner.location.clone(), "take the lease"))
+            }
+            Ok((_, held)) => {
+                *self.held.lock().unwrap_or_else(PoisonError::into_inner) = held.map(Arc::new);
+                Ok(())
+            }
+            Err(error) => Err(self.inner.fail("take the lease", error)),
+        }
+    }
+
+    /// Whether the exclusive lock that this image took is no longer its own.
+    pub(super) async fn has_lost_lease(&self) -> bool {
+        let Some(held) = self.held().filter(|held| matches!(held.lock, Lock::Exclusive)) else { return false };
+        let image = Arc::clone(&held.image);
+        let look = move || image.lock_owner();
+        match self.inner.call("look who holds the lease", "rbd_lock_get_owners", look).await {
+            Ok(owner) => owner != held.owner.client,
+            Err(error) => error.kind == ErrorKind::Fenced,
+        }
+    }
+
+    pub(super) async fn find_lease_owner(&self) -> Result<Option<LeaseOwner>> {
+        if let Some(held) = self.held() {
+            return Ok(Some(held.owner.clone()));
+        }
+        let exclusive = self.inner.features.has(Features::EXCLUSIVE_LOCK);
+        let look = move |image: &Image| {
+            let client = holder(image, exclusive)?;
+            Ok((client, image.metadata(LEASE_KEY)?))
+        };
+        let (client, record) = self.inner.look("look who holds the lease", look).await?;
+        Ok(client.map(|client| parse_record(record.as_deref(), &client).unwrap_or_else(|| stranger(client))))
+    }
+
+    pub(super) async fn give_lease_back(&self) -> Result<()> {
+        let _changing = self.lease_change.lock().await;
+        // Out of the slot first: no write begins from here on.
+        let Some(held) = self.held.lock().unwrap_or_else(PoisonError::into_inner).take() else { return Ok(()) };
+        let (image, lock) = (Arc::clone(&held.image), held.lock.clone());
+        drop(held);
+        let release = move || {
+            // What fails because the lock is gone already is what was wanted.
+            let forgotten = image.set_metadata(LEASE_KEY, None);
+            let released = match lock {
+                Lock::Exclusive => image.release_lock(),
+                Lock::Advisory { cookie } => image.release_advisory_lock(&cookie),
+            };
+            let gone = [Errno::NOENT, Errno::INVAL, Errno::ROFS, Errno::SHUTDOWN];
+            match released.and(forgotten.map(drop)) {
+                Err(error) if !gone.iter().any(|&errno| error.is(errno)) => Err(error),
+                _ => Ok(()),
+            }
+        };
+        self.inner.call("give the lease back", "rbd_lock_release", release).await
+    }
+}
+
+/// Who holds the lock, as the record calls it. A read-only handle can't be asked for the owner of the exclusive lock
+/// (EINVAL), but for the lockers of the object that stands for either kind.
+fn holder(image: &Image, exclusive: bool) -> ceph::Result<Option<String>> {
+    let locker = image.advisory_lockers()?.into_iter().next();
+    Ok(locker.map(|locker| if exclusive { locker.address } else { advisory_name(&locker) }))
+}
+
+/// How a record calls the holder of an advisory lock: unique for each time that it is taken.
+fn advisory_name(locker: &Locker) -> String {
+    format!("{} {}", locker.client, locker.cookie)
+}
+
+fn parse_record(record: Option<&str>, client: &str) -> Option<LeaseOwner> {
+    let owner: LeaseOwner = serde_json::from_str(record?).ok()?;
+    (owner.client.as_deref() == Some(client)).then_some(owner)
+}
+
+/// A holder that left no record: something other than poolshift, or a poolshift that has just begun.
+fn stranger(client: String) -> LeaseOwner {
+    let unknown = || "unknown".to_owned();
+    LeaseOwner {
+        host: unknown(),
+        boot_id: unknown(),
+        pid: 0,
+        start_ticks: 0,
+        namespaces: None,
+        since: unknown(),
+        client: Some(client),
+    }
+}
+
+fn take(inner: &Inner, owner: &LeaseOwner) -> ceph::Result<(Taken, Option<Held>)> {
+    let image = Image::open_by_id(&inner.pool, &inner.id, OpenMode::ReadWrite)?;
+    let (taken, lock) = if inner.features.has(Features::EXCLUSIVE_LOCK) {
+        (take_exclusive(&image)?, Lock::Exclusive)
+    } else {
+        let cookie = new_cookie(owner);
+        (take_advisory(inner, &image, &cookie)?, Lock::Advisory { cookie })
+    };
+    let Taken::Yes { address, size } = &taken else { return Ok((taken, None)) };
+    let owner = LeaseOwner { client: Some(address.clone()), ..owner.clone() };
+    let record = serde_json::to_string(&owner).unwrap_or_default();
+    // Without the record the lock still holds, and still keeps others out; only nobody could tell who it is.
+    image.set_metadata(LEASE_KEY, Some(&record))?;
+    let size = AtomicU64::new(*size);
+    Ok((taken, Some(Held { image: Arc::new(image), size, owner, lock })))
+}
+
+fn describe(record: Option<LeaseOwner>, address: &str) -> String {
+    record.map_or_else(|| format!("a client at {address} that is not poolshift, or just began"), |o| o.to_string())
+}
+
+fn is_watched(image: &Image, address: &str) -> ceph::Result<bool> {
+    Ok(image.watchers()?.iter().any(|watcher| watcher.address == address))
+}
+
+fn take_exclusive(image: &Image) -> ceph::Result<Taken> {
+    let patience = Patience::new();
+    while let Some(address) = image.lock_owner()? {
+        match parse_record(image.metadata(LEASE_KEY)?.as_deref(), &address) {
+            Some(record) if record.is_known_dead() => {
+                tracing::warn!(holder = %record, "the lease's holder is dead: breaking its lock");
+                match image.break_lock(&address) {
+                    // Somebody else was faster.
+                    Err(error) if error.is(Errno::NOENT) || error.is(Errno::BUSY) => {}
+                    result => result?,
+                }
+            }
+            // It would give the lock away, and stop writing. One without a watch is dead, and librbd breaks it.
+            None if is_watched(image, &address)? => {
+                if patience.wait_for_a_record(&address) {
+                    continue;
+                }
+                return Ok(Taken::HeldBy(describe(None, &address)));
+            }
+            _ => {}
+        }
+        break;
+    }
+    match image.acquire_lock() {
+        Err(error) if [Errno::ROFS, Errno::BUSY, Errno::AGAIN].iter().any(|&errno| error.is(errno)) => {
+            let Some(address) = image.lock_owner()? else {
+                return Ok(Taken::HeldBy("a client that has just given it back; try again".into()));
+            };
+            let record = parse_record(image.metadata(LEASE_KEY)?.as_deref(), &address);
+            Ok(Taken::HeldBy(describe(record, &address)))
+        }
+        Err(error) => Err(error),
+        Ok(()) => {
+            let address = image.lock_owner()?.ok_or_else(|| super::view::no_entry("rbd_lock_get_owners"))?;
+            Ok(Taken::Yes { address, size: image.size()? })
+        }
+    }
+}
+
+/// A cookie that no other lease has, of this process or any other.
+fn new_cookie(owner: &LeaseOwner) -> String {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    format!("poolshift-{}-{}-{}-{number}", owner.boot_id, owner.pid, owner.start_ticks)
+}
+
+fn take_advisory(inner: &Inner, image: &Image, cookie: &str) -> ceph::Result<Taken> {
+    let patience = Patience::new();
+    let mut broken = false;
+    loop {
+        match image.acquire_advisory_lock(cookie) {
+            Ok(()) => {
+                let own = format!("client.{} {cookie}", inner.pool.cluster().instance_id());
+                return Ok(Taken::Yes { address: own, size: image.size()? });
+            }
+            Err(error) if error.is(Errno::BUSY) || error.is(Errno::EXIST) => {}
+            Err(error) => return Err(error),
+        }
+        let Some(locker) = image.advisory_lockers()?.into_iter().next() else { break };
+        let record = parse_record(image.metadata(LEASE_KEY)?.as_deref(), &advisory_name(&locker));
+        let watched = is_watched(image, &locker.address)?;
+        if record.is_none() && watched && patience.wait_for_a_record(&locker.address) {
+            continue;
+        }
+        let dead = record.as_ref().is_some_and(LeaseOwner::is_known_dead) || !watched;
+        if !dead || broken {
+            return Ok(Taken::HeldBy(describe(record, &locker.address)));
+        }
+        tracing::warn!(holder = %describe(record, &locker.address), "the lease's holder is dead: breaking its lock");
+        match image.break_advisory_lock(&locker) {
+            Err(error) if error.is(Errno::NOENT) => {}
+            result => result?,
+        }
+        broken = true;
+    }
+    Ok(Taken::HeldBy("a client that has just given it back; try again".into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_counts_only_for_the_client_that_holds_the_lock() {
+        let owner = LeaseOwner { client: Some("127.0.0.1:0/7".into()), ..stranger(String::new()) };
+        let record = serde_json::to_string(&owner).unwrap();
+        assert_eq!(parse_record(Some(&record), "127.0.0.1:0/7"), Some(owner));
+        assert_eq!(parse_record(Some(&record), "127.0.0.1:0/8"), None);
+        for bad in ["", "{}", "null", &record[..record.len() - 1]] {
+            assert_eq!(parse_record(Some(bad), "127.0.0.1:0/7"), None);
+        }
+        assert_eq!(parse_record(None, "127.0.0.1:0/7"), None);
+    }
+
+    #[test]
+    fn a_stranger_is_never_known_dead() {
+        assert!(!stranger("127.0.0.1:0/7".into()).is_known_dead());
+    }
+
+    #[test]
+    fn cookies_differ_within_a_process() {
+        let owner = LeaseOwner::current().unwrap();
+        assert_ne!(new_cookie(&owner), new_cookie(&owner));
+    }
+}

@@ -1,0 +1,161 @@
+//! An RBD image as a source: its snapshots, and the views of them.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+
+use super::view::{RbdView, explain_missing, no_entry};
+use super::{RbdImage, changes};
+use crate::ceph::{CephError, Image, OpenMode, SnapInfo};
+use crate::image::{
+    ErrorKind, ImageError, ImageIdentity, Layout, Point, Result, Snapshot, SnapshotSupport, SourceImage, View,
+};
+
+impl RbdImage {
+    /// The read-write handle: the lease's, or one that is shared by the operations under way and closes after them.
+    pub(super) async fn writer(&self) -> Result<Arc<Image>> {
+        if let Some(held) = self.held() {
+            return Ok(Arc::clone(&held.image));
+        }
+        let mut idle = self.idle_writer.lock().await;
+        if let Some(image) = idle.upgrade() {
+            return Ok(image);
+        }
+        let inner = Arc::clone(&self.inner);
+        let open = move || Image::open_by_id(&inner.pool, &inner.id, OpenMode::ReadWrite).map(Arc::new);
+        let image = self.inner.call("open the image for writing", "rbd_open_by_id", open).await?;
+        *idle = Arc::downgrade(&image);
+        Ok(image)
+    }
+}
+
+fn user_snapshots(all: Vec<SnapInfo>) -> Vec<Snapshot> {
+    let user = all.into_iter().filter(|snapshot| snapshot.user);
+    user.map(|SnapInfo { id, name, size, .. }| Snapshot { id, name, size }).collect()
+}
+
+/// The snapshot of that name that isn't older than all of `before`: the one that was just made.
+fn new_snapshot(before: &[SnapInfo], after: Vec<SnapInfo>, name: &str) -> Option<Snapshot> {
+    let newest = before.iter().map(|snapshot| snapshot.id).max();
+    user_snapshots(after).into_iter().find(|made| made.name == name && Some(made.id) > newest)
+}
+
+#[async_trait]
+impl SourceImage for RbdImage {
+    fn location(&self) -> &str {
+        &self.inner.location
+    }
+
+    fn identity(&self) -> &ImageIdentity {
+        &self.inner.identity
+    }
+
+    fn layout(&self) -> Layout {
+        self.inner.layout
+    }
+
+    fn snapshot_support(&self) -> SnapshotSupport {
+        SnapshotSupport::Kept
+    }
+
+    fn remarks(&self) -> Vec<String> {
+        self.remarks.clone()
+    }
+
+    async fn size(&self) -> Result<u64> {
+        self.inner.look("read the size", Image::size).await
+    }
+
+    async fn snapshots(&self) -> Result<Vec<Snapshot>> {
+        self.inner.look("list the snapshots", Image::snapshots).await.map(user_snapshots)
+    }
+
+    async fn create_snapshot(&self, name: &str) -> Result<Snapshot> {
+        let operation = format!("create snapshot {name:?}");
+        let (writer, inner, wanted) = (self.writer().await?, Arc::clone(&self.inner), name.to_owned());
+        let create = move || {
+            let before = writer.snapshots()?;
+            // librbd answers "done" when the lock's owner, whom it asks, finds the name taken.
+            if before.iter().any(|snapshot| snapshot.user && snapshot.name == wanted) {
+                let errno = rustix::io::Errno::EXIST.raw_os_error();
+                return Err(CephError::Call { function: "rbd_snap_create2", errno });
+            }
+            writer.create_snapshot(&wanted)?;
+            if let Some(made) = new_snapshot(&before, writer.snapshots()?, &wanted) {
+                return Ok(made);
+            }
+            // The lock's owner made it, and this handle has not heard of it yet.
+            let fresh = Image::open_by_id(&inner.pool, &inner.id, OpenMode::ReadOnly)?;
+            new_snapshot(&before, fresh.snapshots()?, &wanted).ok_or_else(|| no_entry("rbd_snap_create2"))
+        };
+        match self.inner.call(operation.clone(), "rbd_snap_create2", create).await {
+            // librbd looks for the lock's owner for as long as it may when a lock that it had is gone.
+            Err(error) if error.kind == ErrorKind::TimedOut && self.has_lost_lease().await => {
+                Err(ImageError::new(ErrorKind::Fenced, self.inner.location.clone(), operation).caused_by(error))
+            }
+            created => created.map_err(|error| match error.kind {
+                ErrorKind::AlreadyExists => error.detail(format!("there is a snapshot {name:?} already")),
+                ErrorKind::NotFound => error.detail("it was created, but is gone again"),
+                _ => error,
+            }),
+        }
+    }
+
+    async fn remove_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
+        let operation = format!("remove snapshot {snapshot}");
+        // A look first, because opening for writing is not for a snapshot that isn't there.
+        let there = self.inner.look(operation.clone(), Image::snapshots).await?;
+        match changes::check_snapshot(&there, snapshot) {
+            Err(error) if !was_cut(&there, snapshot) => {
+                return Err(explain_missing(self.inner.fail(operation, error), Some(snapshot)));
+            }
+            _ => {}
+        }
+        let (writer, id) = (self.writer().await?, snapshot.id);
+        // By id: nobody can slip another snapshot of that name in.
+        let removed = self.inner.call(operation, "rbd_snap_remove_by_id", move || writer.remove_snapshot(id)).await;
+        removed.map_err(|error| match error.kind {
+            ErrorKind::Busy { .. } => busy_snapshot(error),
+            _ => explain_missing(error, Some(snapshot)),
+        })
+    }
+
+    async fn view(&self, point: &Point) -> Result<Arc<dyn View>> {
+        Ok(Arc::new(RbdView::open(&self.inner, point).await?))
+    }
+}
+
+/// Whether a removal of that snapshot was begun and cut: librbd first moves a snapshot to the trash's namespace, under
+/// another name. Nothing but its id finds it there, and nobody would ever remove it.
+fn was_cut(all: &[SnapInfo], snapshot: &Snapshot) -> bool {
+    all.iter().any(|found| found.id == snapshot.id && !found.user)
+}
+
+fn busy_snapshot(error: ImageError) -> ImageError {
+    error
+        .detail("the snapshot is protected, or images are cloned from it")
+        .hint("flatten or remove its clones (rbd children), then rbd snap unprotect")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_in_the_trash_is_known_by_its_id() {
+        let info = |id, user| SnapInfo { id, name: "0d6cbf2b-3c0f".into(), size: 7, user };
+        let snapshot = Snapshot { id: 4, name: "a".into(), size: 7 };
+        assert!(was_cut(&[info(3, true), info(4, false)], &snapshot));
+        assert!(!was_cut(&[info(3, false), info(4, true)], &snapshot));
+    }
+
+    #[test]
+    fn only_a_younger_snapshot_is_the_one_just_made() {
+        let info = |id, name: &str, user| SnapInfo { id, name: name.into(), size: 7, user };
+        let before = [info(4, "a", true), info(9, "g", false)];
+        let made = |after: &[SnapInfo]| new_snapshot(&before, after.to_vec(), "a").map(|made| made.id);
+        assert_eq!(made(&[info(4, "a", true)]), None);
+        assert_eq!(made(&[info(10, "a", false)]), None);
+        assert_eq!(made(&[info(4, "a", true), info(12, "a", true)]), Some(12));
+    }
+}

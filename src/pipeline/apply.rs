@@ -1,0 +1,181 @@
+//! The writing half: batches are verified and written, and checkpoints taken.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures::future::join_all;
+use futures::stream::{BoxStream, StreamExt};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::{Counters, Loaded, Result, on_cpu};
+use crate::batch::{Chunk, Content};
+use crate::image::{ImageError, TargetImage};
+
+/// How [`apply`] writes.
+#[derive(Clone, Copy, Debug)]
+pub struct ApplyOptions {
+    /// Requests to the target in flight.
+    pub requests: usize,
+    /// How long work may stay without a checkpoint.
+    pub checkpoint_every: Duration,
+}
+
+impl Default for ApplyOptions {
+    fn default() -> Self {
+        Self { requests: 64, checkpoint_every: Duration::from_secs(5) }
+    }
+}
+
+/// Keeps a checkpoint, durably.
+#[async_trait]
+pub trait Checkpoint: Send {
+    /// Everything of the delta below `progress_to` is on the target and flushed.
+    async fn save(&mut self, progress_to: u64) -> Result<(), ImageError>;
+}
+
+/// How [`apply`] ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Applied {
+    /// All batches are on the target and flushed.
+    Whole,
+    /// Cancelled; what was under way is on the target, flushed, and in the checkpoint.
+    Part,
+}
+
+/// The batches that are done, and up to where all are.
+#[derive(Debug, Default)]
+struct LowWater {
+    next: u64,
+    done: BTreeMap<u64, u64>,
+    progress_to: u64,
+}
+
+impl LowWater {
+    fn finish(&mut self, sequence: u64, progress_to: u64) {
+        self.done.insert(sequence, progress_to);
+        while let Some(progress_to) = self.done.remove(&self.next) {
+            self.next += 1;
+            self.progress_to = progress_to;
+        }
+    }
+}
+
+struct Applier {
+    target: Arc<dyn TargetImage>,
+    requests: Semaphore,
+    counters: Arc<Counters>,
+}
+
+/// Verifies and writes `batches` in any order, with a checkpoint from time to time, and flushes at the end.
+///
+/// On an error nothing of it is in flight any more when this returns, and the last checkpoint holds.
+pub async fn apply(
+    mut batches: BoxStream<'static, Result<Loaded>>,
+    target: Arc<dyn TargetImage>,
+    options: ApplyOptions,
+    checkpoint: &mut dyn Checkpoint,
+    counters: Arc<Counters>,
+    cancel: &CancellationToken,
+) -> Result<Applied> {
+    let applier = Arc::new(Applier { target, requests: Semaphore::new(options.requests.max(1)), counters });
+    let mut writing: JoinSet<Result<(u64, u64)>> = JoinSet::new();
+    let outcome = run(&applier, &mut batches, &mut writing, options, checkpoint).await;
+    // Nothing may land after this returns: wait for what is under way, whatever became of it.
+    while writing.join_next().await.is_some() {}
+    let progress_to = outcome?;
+    applier.target.flush().await?;
+    if cancel.is_cancelled() {
+        checkpoint.save(progress_to).await?;
+        return Ok(Applied::Part);
+    }
+    Ok(Applied::Whole)
+}
+
+async fn run(
+    applier: &Arc<Applier>,
+    batches: &mut BoxStream<'static, Result<Loaded>>,
+    writing: &mut JoinSet<Result<(u64, u64)>>,
+    options: ApplyOptions,
+    checkpoint: &mut dyn Checkpoint,
+) -> Result<u64> {
+    let mut low_water = LowWater::default();
+    let (mut saved, mut saved_at) = (0, Instant::now());
+    let mut more = true;
+    while more || !writing.is_empty() {
+        let room = writing.len() < options.requests;
+        tokio::select! {
+            batch = batches.next(), if more && room => match batch {
+                Some(batch) => {
+                    let (applier, batch) = (applier.clone(), batch?);
+                    writing.spawn(async move { applier.write(batch).await });
+                }
+                None => more = false,
+            },
+            Some(done) = writing.join_next() => {
+                let (sequence, progress_to) = done??;
+                low_water.finish(sequence, progress_to);
+                applier.counters.position.store(low_water.progress_to, Ordering::Relaxed);
+            }
+        }
+        if low_water.progress_to > saved && saved_at.elapsed() >= options.checkpoint_every {
+            applier.target.flush().await?;
+            checkpoint.save(low_water.progress_to).await?;
+            (saved, saved_at) = (low_water.progress_to, Instant::now());
+        }
+    }
+    Ok(low_water.progress_to)
+}
+
+impl Applier {
+    async fn write(&self, loaded: Loaded) -> Result<(u64, u64)> {
+        let batch = on_cpu({
+            let batch = loaded.batch;
+            move || batch.verify().map(|()| batch)
+        })
+        .await?;
+        let done = (batch.sequence, batch.progress_to);
+        // All are waited for, even after one failed: see `apply`.
+        let outcomes = join_all(batch.chunks.into_iter().map(|chunk| self.write_chunk(chunk))).await;
+        outcomes.into_iter().collect::<Result<Vec<()>, ImageError>>()?;
+        drop(loaded.permit);
+        Ok(done)
+    }
+
+    async fn write_chunk(&self, chunk: Chunk) -> Result<(), ImageError> {
+        let _slot = self.requests.acquire().await;
+        match chunk.content {
+            Content::Zero => {
+                self.target.write_zeroes(chunk.range).await?;
+                Counters::add(&self.counters.bytes_zeroed, chunk.range.length());
+            }
+            Content::Data { bytes, .. } => {
+                self.target.write(chunk.range.offset(), bytes).await?;
+                Counters::add(&self.counters.bytes_written, chunk.range.length());
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_checkpoint_never_runs_ahead_of_an_unfinished_batch() {
+        let mut low_water = LowWater::default();
+        low_water.finish(1, 20);
+        low_water.finish(3, 40);
+        assert_eq!(low_water.progress_to, 0);
+        low_water.finish(0, 10);
+        assert_eq!(low_water.progress_to, 20);
+        low_water.finish(2, 30);
+        assert_eq!((low_water.progress_to, low_water.done.len()), (40, 0));
+    }
+}

@@ -1,0 +1,426 @@
+//! The driver of a cycle: carries out what [`lineage`] decides.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio_util::sync::CancellationToken;
+
+use crate::batch::Compression;
+use crate::delta::{self, Method, Plan};
+use crate::extent::{ByteRange, normalize, subtract};
+use crate::image::{Point, Snapshot, SnapshotSupport, SourceImage, TargetImage, View};
+use crate::pipeline::{self, Applied, ApplyOptions, Counters, Limits, ReadOptions};
+use crate::transport;
+
+use super::error::{Conflict, ConflictKind, CycleError, Result};
+use super::lineage::{self, Decision, Facts, Request, decide};
+use super::report::{Clock, Stages, SyncReport};
+use super::side::{TargetSide, interrupted, load_state, no_such_base, point_still_there, still_there, with_lease};
+use super::state::{Commit, InFlight, Origin, Retired, Side, TargetState};
+
+/// The prefix of the names that poolshift gives.
+pub const NAME_PREFIX: &str = "poolshift-";
+
+/// How a cycle is carried out.
+#[derive(Clone, Debug)]
+pub struct SyncOptions {
+    /// What is wanted.
+    pub request: Request,
+    /// How many automatic snapshots stay on both sides; at least the base does.
+    pub keep: usize,
+    /// Whether batches are compressed on their way.
+    pub compression: Compression,
+    /// What may be in flight.
+    pub limits: Limits,
+}
+
+impl Default for SyncOptions {
+    fn default() -> Self {
+        Self { request: Request::default(), keep: 1, compression: Compression::None, limits: Limits::default() }
+    }
+}
+
+/// What an observer can see of a cycle while it runs.
+#[derive(Debug, Default)]
+pub struct Progress {
+    /// What was moved so far.
+    pub counters: Arc<Counters>,
+    plan: Mutex<Option<Arc<Plan>>>,
+}
+
+impl Progress {
+    /// The plan, once there is one.
+    pub fn plan(&self) -> Option<Arc<Plan>> {
+        self.plan.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn set_plan(&self, plan: &Plan) {
+        *self.plan.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(plan.clone()));
+    }
+}
+
+/// Carries one cycle through: afterwards both sides have a snapshot of one name and the same content.
+///
+/// Takes the target's lease for as long as it works. `cancel` stops it at a checkpoint, with
+/// [`CycleError::Interrupted`]. Dropping the future is like a crash: safe, and resumed by the next run.
+pub async fn sync(
+    source: Arc<dyn SourceImage>,
+    target: Arc<dyn TargetImage>,
+    options: &SyncOptions,
+    progress: &Progress,
+    cancel: &CancellationToken,
+) -> Result<SyncReport> {
+    with_lease(&target, || sync_with_lease(&source, &target, options, progress, cancel)).await
+}
+
+/// Finishes what is in flight, with the lease held.
+pub(super) async fn sync_in_flight(
+    source: &Arc<dyn SourceImage>,
+    target: &Arc<dyn TargetImage>,
+    options: &SyncOptions,
+    progress: &Progress,
+    cancel: &CancellationToken,
+) -> Result<SyncReport> {
+    let options = SyncOptions { request: Request::default(), ..options.clone() };
+    Cycle::run(source, target, &options, progress, cancel).await
+}
+
+async fn sync_with_lease(
+    source: &Arc<dyn SourceImage>,
+    target: &Arc<dyn TargetImage>,
+    options: &SyncOptions,
+    progress: &Progress,
+    cancel: &CancellationToken,
+) -> Result<SyncReport> {
+    let report = Cycle::run(source, target, options, progress, cancel).await?;
+    match &options.request.name {
+        // What was in flight is finished first, always; then comes what was asked for.
+        Some(name) if report.resumed && *name != report.snapshot => {
+            let second = Cycle::run(source, target, options, progress, cancel).await?;
+            Ok(SyncReport { finished_first: Some(report.snapshot), ..second })
+        }
+        _ => Ok(report),
+    }
+}
+
+/// Finds out all that [`decide`] wants to know.
+pub(super) async fn gather(source: &dyn SourceImage, target: &dyn TargetImage) -> Result<Facts> {
+    let (source_snapshots, target_snapshots) = futures::try_join!(source.snapshots(), target.snapshots())?;
+    let state = load_state(target).await?;
+    let mut facts = Facts {
+        source: source.identity().clone(),
+        source_support: source.snapshot_support(),
+        source_snapshots,
+        target_support: target.snapshot_support(),
+        target_snapshots,
+        state,
+        target_blank: false,
+        head_differs: false,
+    };
+    if lineage::needs_blank(facts.state.as_ref()) {
+        facts.target_blank = target.is_blank().await?;
+    }
+    if let Some(newest) = lineage::needs_head_check(&facts) {
+        facts.head_differs = target.head_differs(&newest).await?;
+    }
+    Ok(facts)
+}
+
+/// A conflict with both lists of snapshots.
+pub(super) fn conflict(
+    kind: ConflictKind,
+    source: &dyn SourceImage,
+    target: &dyn TargetImage,
+    facts: Facts,
+) -> CycleError {
+    Conflict {
+        kind,
+        source: (source.location().to_owned(), facts.source_snapshots),
+        target: (target.location().to_owned(), facts.target_snapshots),
+    }
+    .into()
+}
+
+/// A name of poolshift's own scheme that neither side has: `poolshift-20261123T220511.123Z`, in UTC.
+pub(super) fn automatic_name(facts: &Facts) -> String {
+    let base = format!("{NAME_PREFIX}{}", jiff::Timestamp::now().strftime("%Y%m%dT%H%M%S.%3fZ"));
+    let taken =
+        |name: &str| facts.source_snapshots.iter().chain(&facts.target_snapshots).any(|snapshot| snapshot.name == name);
+    let mut name = base.clone();
+    let mut count = 1;
+    while taken(&name) {
+        count += 1;
+        name = format!("{base}-{count}");
+    }
+    name
+}
+
+/// Whether a name is of poolshift's own scheme.
+pub(super) fn is_automatic(name: &str) -> bool {
+    let Some(rest) = name.strip_prefix(NAME_PREFIX) else { return false };
+    let (stamp, count) = rest.split_once('-').unwrap_or((rest, "1"));
+    let pattern = "dddddddd.dddddd.ddd.";
+    let digits = |(shape, found): (char, char)| shape != 'd' || found.is_ascii_digit();
+    stamp.len() == pattern.len()
+        && pattern.chars().zip(stamp.chars()).all(digits)
+        && stamp.ends_with('Z')
+        && count.parse::<u32>().is_ok()
+}
+
+struct Cycle<'a> {
+    source: &'a Arc<dyn SourceImage>,
+    side: TargetSide<'a>,
+    options: &'a SyncOptions,
+    progress: &'a Progress,
+    clock: Clock,
+    stages: Stages,
+    resumed: bool,
+    rewound: bool,
+    method: Option<Method>,
+    unchanged_while_read: Option<bool>,
+}
+
+impl<'a> Cycle<'a> {
+    async fn run(
+        source: &'a Arc<dyn SourceImage>,
+        target: &'a Arc<dyn TargetImage>,
+        options: &'a SyncOptions,
+        progress: &'a Progress,
+        cancel: &'a CancellationToken,
+    ) -> Result<SyncReport> {
+        let mut clock = Clock::start();
+        let facts = gather(source.as_ref(), target.as_ref()).await?;
+        let decision = match decide(&facts, &options.request) {
+            Ok(decision) => decision,
+            Err(kind) => return Err(conflict(kind, source.as_ref(), target.as_ref(), facts)),
+        };
+        let stages = Stages { look_seconds: clock.lap(), ..Stages::default() };
+        let state = state_to_begin_with(&facts, source.as_ref());
+        let mut cycle = Cycle {
+            source,
+            side: TargetSide { target, state, keep: options.keep, limits: options.limits, cancel },
+            options,
+            progress,
+            clock,
+            stages,
+            resumed: false,
+            rewound: false,
+            method: None,
+            unchanged_while_read: None,
+        };
+        cycle.carry_out(&facts, decision).await
+    }
+
+    async fn carry_out(&mut self, facts: &Facts, decision: Decision) -> Result<SyncReport> {
+        let (commit, base) = match decision {
+            Decision::AlreadyThere(commit) => {
+                return Ok(SyncReport { already_there: true, ..self.report(&commit, None) });
+            }
+            Decision::EnterCommit { in_flight, target } => {
+                self.resumed = true;
+                let base = self.side.base_name(&in_flight.from);
+                let there = |snapshot: &Snapshot| lineage::holds(&facts.source_snapshots, snapshot.id, &snapshot.name);
+                let is_base = in_flight.snapshot.as_ref().is_some_and(there);
+                (self.side.enter(&in_flight, &target, is_base).await?, base)
+            }
+            Decision::Begin { from, rewind } => {
+                let in_flight = self.begin(facts, from, rewind).await?;
+                self.replicate(in_flight).await?
+            }
+            Decision::Resume(in_flight) => {
+                self.resumed = true;
+                self.replicate(in_flight).await?
+            }
+        };
+        self.stages.until_commit_seconds = self.clock.total();
+        let mut report = self.report(&commit, base);
+        self.clock.lap();
+        report.pruned = self.side.prune(Some(self.source)).await;
+        report.stages.prune_seconds = self.clock.lap();
+        Ok(report)
+    }
+
+    /// Step 1: the intent.
+    async fn begin(&mut self, facts: &Facts, from: Origin, rewind: bool) -> Result<InFlight> {
+        let name = self.options.request.name.clone();
+        let automatic = name.is_none();
+        let name = name.unwrap_or_else(|| automatic_name(facts));
+        let there = facts.source_snapshots.iter().find(|have| have.name == name).cloned();
+        let snapshot = there.filter(|_| facts.source_support == SnapshotSupport::Kept);
+        let dirty = self.side.state.is_dirty();
+        let in_flight = InFlight { rewind, ..InFlight::new(name, snapshot, automatic, from, dirty) };
+        self.side.begin(&in_flight, &facts.source_snapshots).await?;
+        Ok(in_flight)
+    }
+
+    /// Steps 2 to 10: from the intent to the commit. Gives back the commit and the base's name.
+    async fn replicate(&mut self, mut in_flight: InFlight) -> Result<(Commit, Option<String>)> {
+        let base = self.side.base_name(&in_flight.from);
+        let went_on = in_flight.dirty && !in_flight.rewind;
+        let view = self.snapshot_source(&mut in_flight).await?;
+        self.stages.source_snapshot_seconds = self.clock.lap();
+        self.rewound = self.side.prepare(&mut in_flight, view.size()).await?;
+        self.stages.rewind_seconds = self.clock.lap();
+        if !in_flight.applied {
+            self.transfer(&mut in_flight, view.clone(), went_on).await?;
+            point_still_there(self.source.as_ref(), view.point()).await?;
+            if let Some(base) = self.side.base(&in_flight.from).map(Commit::on_source) {
+                still_there(self.source.as_ref(), &base).await?;
+            }
+            self.stages.transfer_seconds = self.clock.lap();
+        }
+        let target = self.side.finish(&mut in_flight).await?;
+        let commit = self.side.enter(&in_flight, &target, true).await?;
+        self.stages.commit_seconds = self.clock.lap();
+        Ok((commit, base))
+    }
+
+    /// Step 2: the source snapshot. Its id gets into the state together with the record that HEAD is dirty.
+    async fn snapshot_source(&self, in_flight: &mut InFlight) -> Result<Arc<dyn View>> {
+        if self.source.snapshot_support() == SnapshotSupport::HeadOnly {
+            let view = self.source.view(&Point::Head).await?;
+            in_flight.snapshot = Some(Snapshot { id: 0, name: in_flight.name.clone(), size: view.size() });
+            return Ok(view);
+        }
+        let snapshot = match in_flight.snapshot.take() {
+            Some(snapshot) => snapshot,
+            None => {
+                let there = self.source.snapshots().await?.into_iter().find(|have| have.name == in_flight.name);
+                match there {
+                    Some(snapshot) => snapshot,
+                    None => self.source.create_snapshot(&in_flight.name).await?,
+                }
+            }
+        };
+        in_flight.snapshot = Some(snapshot.clone());
+        Ok(self.source.view(&Point::Snapshot(snapshot)).await?)
+    }
+
+    /// Step 7, and the flush of step 8. `went_on`: HEAD holds parts of this snapshot already.
+    async fn transfer(&mut self, in_flight: &mut InFlight, view: Arc<dyn View>, went_on: bool) -> Result<()> {
+        let (size, target) = (view.size(), self.side.target);
+        let plan = self.plan(in_flight, view.as_ref()).await?;
+        if went_on {
+            self.check_nobody_wrote(in_flight, &plan).await?;
+        }
+        self.stages.plan_seconds = self.clock.lap();
+        self.method = Some(plan.method.clone());
+        self.progress.set_plan(&plan);
+        let (layout, start) = (self.source.layout(), in_flight.progress_to);
+        let compare = in_flight.from == Origin::Compare;
+        let extents = if compare {
+            let head = target.view(&Point::Head).await?;
+            delta::extents_of_both(view.clone(), head, &plan, layout, start)
+        } else {
+            delta::extents(view.clone(), &plan, layout, start)
+        };
+        let token = self.source.change_token().await?;
+        let read = ReadOptions {
+            limits: self.options.limits,
+            drop_zeroes: in_flight.from == Origin::Blank,
+            compare_with: compare.then(|| target.clone()),
+        };
+        let (counters, cancel) = (self.progress.counters.clone(), self.side.cancel);
+        let batches = pipeline::read(view, extents, read, counters.clone(), cancel.clone());
+        let batches = transport::in_process(batches, self.options.compression);
+        let apply = ApplyOptions { requests: self.options.limits.requests, ..ApplyOptions::default() };
+        let mut keeper = self.side.keeper(in_flight);
+        let applied = pipeline::apply(batches, target.clone(), apply, &mut keeper, counters, cancel).await?;
+        if applied == Applied::Part {
+            return Err(interrupted(in_flight, size));
+        }
+        if self.source.snapshot_support() == SnapshotSupport::HeadOnly {
+            self.unchanged_while_read = Some(token.is_some() && token == self.source.change_token().await?);
+        }
+        Ok(())
+    }
+
+    async fn plan(&self, in_flight: &InFlight, view: &dyn View) -> Result<Plan> {
+        if in_flight.from == Origin::Compare {
+            return Ok(Plan::compare(view.size()));
+        }
+        let base = self.side.base(&in_flight.from).map(Commit::on_source);
+        if base.is_none() && in_flight.from != Origin::Blank {
+            return Err(no_such_base(self.side.target.as_ref()));
+        }
+        Ok(delta::plan(view, base.as_ref()).await?)
+    }
+
+    /// Between an interrupted run and this one somebody else may have written the target. Where what changed there since
+    /// the base reaches beyond the objects of the delta, somebody has; what they wrote within is not told apart.
+    async fn check_nobody_wrote(&self, in_flight: &InFlight, plan: &Plan) -> Result<()> {
+        let target = self.side.target;
+        let base = self.side.base(&in_flight.from).map(Commit::on_target);
+        if in_flight.from == Origin::Compare || target.snapshot_support() == SnapshotSupport::HeadOnly {
+            return Ok(());
+        }
+        let head = target.view(&Point::Head).await?;
+        let changed = delta::plan(head.as_ref(), base.as_ref()).await?;
+        if plan.method != Method::TwoLevel || changed.method != Method::TwoLevel {
+            return Ok(());
+        }
+        let (period, size) = (target.layout().period(), plan.size);
+        // A shrink touches what lies across the new end, on the target even where the source has nothing there.
+        let across = base
+            .as_ref()
+            .filter(|base| base.size > size)
+            .and_then(|_| ByteRange::between(size.saturating_sub(1), size));
+        let within = plan.runs.iter().copied().chain(across).map(|run| run.align_outward(period, size));
+        let expected = normalize(within.collect());
+        // The object map may name an object that has not changed; there the exact extents decide.
+        let mut written = false;
+        for beyond in subtract(&changed.runs, &expected) {
+            written = written || !head.diff(base.as_ref(), beyond).await?.is_empty();
+        }
+        if !written {
+            return Ok(());
+        }
+        let since = base.map_or_else(|| "its creation".to_owned(), |base| base.name);
+        let facts = gather(self.source.as_ref(), target.as_ref()).await?;
+        Err(conflict(ConflictKind::Diverged { since }, self.source.as_ref(), target.as_ref(), facts))
+    }
+
+    fn report(&self, commit: &Commit, base: Option<String>) -> SyncReport {
+        let mut remarks = self.source.remarks();
+        remarks.extend(self.side.target.remarks());
+        SyncReport {
+            source: self.source.location().to_owned(),
+            target: self.side.target.location().to_owned(),
+            base,
+            snapshot: commit.name.clone(),
+            size: commit.size,
+            already_there: false,
+            resumed: self.resumed,
+            finished_first: None,
+            rewound: self.rewound,
+            method: self.method.clone(),
+            moved: self.progress.counters.read(),
+            unchanged_while_read: self.unchanged_while_read,
+            pruned: super::report::Pruned::default(),
+            stages: self.stages.clone(),
+            remarks,
+        }
+    }
+}
+
+/// The state that a cycle goes on from: what is there, or a new one; with `--full`, one for another source. A commit
+/// whose target snapshot is gone is none any more, and neither is its source snapshot needed.
+fn state_to_begin_with(facts: &Facts, source: &dyn SourceImage) -> TargetState {
+    let fresh = TargetState::new(source.identity(), source.location());
+    let Some(state) = &facts.state else { return fresh };
+    if state.source != *source.identity() {
+        let own = state.commits.iter().filter(|commit| commit.automatic);
+        let mut retired = state.retired.clone();
+        retired.retain(|retired| retired.side == Side::Target);
+        retired.extend(own.map(|commit| Retired::of(Side::Target, commit.target_id, &commit.name)));
+        return TargetState { retired, ..fresh };
+    }
+    let mut state = TargetState { source_location: source.location().to_owned(), ..state.clone() };
+    if facts.target_support == SnapshotSupport::Kept {
+        let there = |commit: &Commit| lineage::holds(&facts.target_snapshots, commit.target_id, &commit.name);
+        let (commits, gone): (Vec<Commit>, Vec<Commit>) = state.commits.into_iter().partition(there);
+        state.commits = commits;
+        let own = gone.iter().filter(|commit| commit.automatic);
+        state.retired.extend(own.map(|commit| Retired::of(Side::Source, commit.source_id, &commit.name)));
+    }
+    state
+}

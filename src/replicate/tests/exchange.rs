@@ -1,0 +1,174 @@
+//! Batch streams over in-memory images: sent, received, cut, refused, resumed.
+
+use super::*;
+use crate::batch::Compression;
+use crate::wire::StreamReader;
+
+/// The stream of a source's delta, as bytes.
+async fn stream_of(source: &MemoryImage, from: Option<&str>, to: &str, compression: Compression) -> Vec<u8> {
+    let limits = Limits { bytes: 1 << 20, requests: 4 };
+    let request = SendRequest { to: Some(to.into()), from: from.map(Into::into), compression, limits };
+    let mut bytes = Vec::new();
+    let source: Arc<dyn SourceImage> = Arc::new(source.reopen());
+    send(source, &request, &mut bytes, &Progress::default(), &CancellationToken::new()).await.unwrap();
+    bytes
+}
+
+async fn receive_bytes(target: &MemoryImage, bytes: &[u8]) -> Result<ReceiveReport> {
+    let reader = StreamReader::open(std::io::Cursor::new(bytes.to_vec())).await.expect("the stream begins well");
+    let options = ReceiveOptions { keep: 1, limits: Limits { bytes: 1 << 20, requests: 4 } };
+    let target: Arc<dyn TargetImage> = Arc::new(target.reopen());
+    receive(target, reader, &options, &Progress::default(), &CancellationToken::new()).await
+}
+
+/// A source with snapshots `a`, `b`, `c` and something different in each.
+async fn source() -> MemoryImage {
+    let source = MemoryImage::new("source", SIZE, LAYOUT);
+    source.write_as_server(1000, &[1; 200_000]);
+    source.create_snapshot("a").await.unwrap();
+    source.write_as_server(100_000, &[2; 30_000]);
+    source.discard(ByteRange::new(4096, 8192).unwrap());
+    source.create_snapshot("b").await.unwrap();
+    source.resize_as_server(SIZE + 4096);
+    source.write_as_server(SIZE, &[3; 4096]);
+    source.write_as_server(100_000, &[1; 30_000]);
+    source.create_snapshot("c").await.unwrap();
+    source
+}
+
+async fn assert_at(source: &MemoryImage, target: &MemoryImage, name: &str) {
+    let of = async |image: &MemoryImage| {
+        let snapshot = image.snapshots().await.unwrap().into_iter().find(|s| s.name == name).unwrap();
+        image.bytes_at(&Point::Snapshot(snapshot)).unwrap()
+    };
+    let truth = of(source).await;
+    assert!(
+        of(target).await == truth && target.bytes_at(&Point::Head).unwrap() == truth,
+        "the target is not at {name}"
+    );
+}
+
+#[tokio::test]
+async fn streams_carry_a_volume_from_snapshot_to_snapshot() {
+    let source = source().await;
+    for compression in [Compression::None, Compression::Zstd(1)] {
+        let target = MemoryImage::new("target", SIZE, LAYOUT);
+        for (from, to) in [(None, "a"), (Some("a"), "b"), (Some("b"), "c")] {
+            let bytes = stream_of(&source, from, to, compression).await;
+            let report = receive_bytes(&target, &bytes).await.unwrap();
+            assert_eq!((report.base.as_deref(), report.already_there), (from, false));
+            assert_at(&source, &target, to).await;
+            assert!(receive_bytes(&target, &bytes).await.unwrap().already_there);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_stream_cut_anywhere_commits_nothing_and_is_resumed() {
+    let source = source().await;
+    let full = stream_of(&source, None, "a", Compression::None).await;
+    let delta = stream_of(&source, Some("a"), "b", Compression::Zstd(1)).await;
+    for cut in (200..delta.len() - 1).step_by(97) {
+        let target = MemoryImage::new("target", SIZE, LAYOUT);
+        receive_bytes(&target, &full).await.unwrap();
+        let Ok(reader) = StreamReader::open(std::io::Cursor::new(delta[..cut].to_vec())).await else { continue };
+        drop(reader);
+        receive_bytes(&target, &delta[..cut]).await.unwrap_err();
+        let names: Vec<String> = target.snapshots().await.unwrap().into_iter().map(|s| s.name).collect();
+        assert_eq!(names, ["a"], "cut at {cut}");
+        // Another delta from the same base: what the cut one left behind must not shine through.
+        if cut % 2 == 0 {
+            let other = stream_of(&source, Some("a"), "c", Compression::None).await;
+            let report = receive_bytes(&target, &other).await.unwrap();
+            assert!(report.rewound);
+            assert_at(&source, &target, "c").await;
+        } else {
+            receive_bytes(&target, &delta).await.unwrap();
+            assert_at(&source, &target, "b").await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_lost_first_copy_leaves_nothing_behind() {
+    let source = source().await;
+    let (a, b) = (
+        stream_of(&source, None, "a", Compression::None).await,
+        stream_of(&source, None, "b", Compression::None).await,
+    );
+    let target = MemoryImage::new("target", SIZE, LAYOUT);
+    receive_bytes(&target, &a[..a.len() - 40]).await.unwrap_err();
+    receive_bytes(&target, &b).await.unwrap();
+    assert_at(&source, &target, "b").await;
+}
+
+#[tokio::test]
+async fn a_wrong_image_and_a_wrong_base_are_refused() {
+    let (source, other) = (source().await, source().await);
+    let target = MemoryImage::new("target", SIZE, LAYOUT);
+    let delta = stream_of(&source, Some("a"), "b", Compression::None).await;
+    let wrong = kind_of(receive_bytes(&target, &delta).await.unwrap_err());
+    assert!(matches!(wrong, ConflictKind::WrongBase { .. }), "{wrong}");
+    receive_bytes(&target, &stream_of(&source, None, "a", Compression::None).await).await.unwrap();
+    let twin = stream_of(&other, Some("a"), "b", Compression::None).await;
+    assert!(matches!(kind_of(receive_bytes(&target, &twin).await.unwrap_err()), ConflictKind::OtherSource { .. }));
+    let gap = stream_of(&source, Some("b"), "c", Compression::None).await;
+    assert!(matches!(kind_of(receive_bytes(&target, &gap).await.unwrap_err()), ConflictKind::WrongBase { .. }));
+    target.write_as_server(0, b"stray");
+    assert!(matches!(kind_of(receive_bytes(&target, &delta).await.unwrap_err()), ConflictKind::Diverged { .. }));
+    let foreign = MemoryImage::new("foreign", SIZE, LAYOUT);
+    foreign.write_as_server(0, b"theirs");
+    let full = stream_of(&source, None, "a", Compression::None).await;
+    assert_eq!(kind_of(receive_bytes(&foreign, &full).await.unwrap_err()), ConflictKind::NotOurs);
+}
+
+#[tokio::test]
+async fn a_volume_received_can_be_synced_on_and_the_other_way_round() {
+    let mut pair = Pair { source: source().await, ..Pair::new() };
+    pair.remember_source().await;
+    receive_bytes(&pair.target, &stream_of(&pair.source, None, "a", Compression::None).await).await.unwrap();
+    let report = pair.sync_well(&named("b")).await;
+    assert_eq!(report.base.as_deref(), Some("a"));
+    receive_bytes(&pair.target, &stream_of(&pair.source, Some("b"), "c", Compression::None).await).await.unwrap();
+    assert_at(&pair.source, &pair.target, "c").await;
+}
+
+#[tokio::test]
+async fn an_interrupted_sender_never_makes_a_stream_that_looks_whole() {
+    let source: Arc<dyn SourceImage> = Arc::new(source().await);
+    let cancel = CancellationToken::new();
+    cancel.cancel();
+    let request =
+        SendRequest { to: Some("a".into()), from: None, compression: Compression::None, limits: Limits::default() };
+    let mut bytes = Vec::new();
+    let error = send(source, &request, &mut bytes, &Progress::default(), &cancel).await.unwrap_err();
+    assert!(matches!(error, CycleError::Interrupted { .. }));
+    let target = MemoryImage::new("target", SIZE, LAYOUT);
+    let refused = receive_bytes(&target, &bytes).await.unwrap_err();
+    assert!(target.snapshots().await.unwrap().is_empty(), "{refused}");
+}
+
+#[tokio::test]
+async fn verification_finds_every_difference_and_repair_mends_it() {
+    let mut pair = Pair::new();
+    pair.source.write_as_server(0, &[5; 300_000]);
+    let report = pair.sync_well(&options()).await;
+    let check = async |pair: &Pair| {
+        let (ours, _) = open_point(&pair.source, Some(&report.snapshot)).await.unwrap();
+        let (theirs, _) = open_point(&pair.target, Some(&report.snapshot)).await.unwrap();
+        verify((ours, LAYOUT), theirs, Limits { bytes: 1 << 20, requests: 4 }, &Progress::default()).await.unwrap()
+    };
+    let good = check(&pair).await;
+    assert!(good.equal && good.bytes_compared >= 300_000);
+    pair.target.damage(&report.snapshot, 123_456, 0xff);
+    pair.target.damage(&report.snapshot, SIZE - 1, 0xff);
+    let bad = check(&pair).await;
+    assert_eq!((bad.equal, bad.bytes_differing), (false, 8192));
+    assert_eq!(bad.ranges, [ByteRange::new(122_880, 4096).unwrap(), ByteRange::new(SIZE - 4096, 4096).unwrap()]);
+    let (source, target): (Arc<dyn SourceImage>, Arc<dyn TargetImage>) =
+        (Arc::new(pair.source.reopen()), Arc::new(pair.target.reopen()));
+    let progress = Progress::default();
+    repair(source, target, &report.snapshot, &options(), &progress, &CancellationToken::new()).await.unwrap();
+    assert!(check(&pair).await.equal);
+    pair.sync_well(&options()).await;
+}

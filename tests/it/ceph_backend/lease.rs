@@ -1,0 +1,224 @@
+//! Who may write: leases of other processes, alive, dead and silent, and clients that know nothing of poolshift.
+
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use poolshift::image::rbd::{CreateOptions, RbdImage};
+use poolshift::image::{ChangedObjects, ErrorKind, LeaseOwner, Point, SourceImage, TargetImage};
+
+use super::{MIB, connect, content, leased, make, name, noise, range, remove};
+use crate::support::{CephEnv, ceph, ceph_alone};
+
+/// Another process, which takes the lease and then does what it is told, a word a line.
+struct Holder {
+    child: Child,
+    answers: BufReader<std::process::ChildStdout>,
+}
+
+impl Holder {
+    /// Starts one; `dead` has it leave a record of a process that is no more.
+    fn start(image: &str, dead: bool) -> Self {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", "ceph_backend::lease::a_holder_of_a_lease", "--nocapture"]);
+        command.env("POOLSHIFT_TEST_HOLD", image).env("POOLSHIFT_TEST_HOLD_DEAD", if dead { "1" } else { "" });
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let answers = BufReader::new(child.stdout.take().unwrap());
+        let mut holder = Self { child, answers };
+        assert_eq!(holder.answer(), "leased");
+        holder
+    }
+
+    fn answer(&mut self) -> String {
+        let mut line = String::new();
+        while self.answers.read_line(&mut line).unwrap() > 0 {
+            // The test harness says things too.
+            if let Some((_, answer)) = line.split_once("HOLDER ") {
+                return answer.trim().to_owned();
+            }
+            line.clear();
+        }
+        panic!("the holder ended without an answer");
+    }
+
+    fn tell(&mut self, word: &str) -> String {
+        writeln!(self.child.stdin.as_mut().unwrap(), "{word}").unwrap();
+        self.answer()
+    }
+
+    fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+/// No test by itself: what [`Holder`] runs in its process.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_holder_of_a_lease() {
+    let Ok(image) = std::env::var("POOLSHIFT_TEST_HOLD") else { return };
+    let env = ceph().unwrap();
+    let target = RbdImage::open_target(&connect(&env).await, "sas", None, &image).await.unwrap();
+    let mut owner = LeaseOwner::current().unwrap();
+    if std::env::var("POOLSHIFT_TEST_HOLD_DEAD").is_ok_and(|dead| !dead.is_empty()) {
+        owner.start_ticks += 1;
+    }
+    target.acquire_lease(&owner).await.unwrap();
+    println!("\nHOLDER leased");
+    for word in std::io::stdin().lines() {
+        let done = match word.unwrap().as_str() {
+            "write" => target.write(0, noise(4096, 666)).await,
+            "store" => target.store_state("late").await,
+            _ => target.release_lease().await,
+        };
+        println!("HOLDER {}", done.err().map_or("ok".into(), |error| format!("{:?}", error.kind)));
+    }
+}
+
+/// On an image with an exclusive lock and on one without.
+async fn lease_images(env: &CephEnv, tag: &str) -> Vec<(String, RbdImage)> {
+    let mut images = Vec::new();
+    for (kind, features) in [("lock", CreateOptions::FEATURES), ("advisory", 1)] {
+        let image = name(&format!("{tag}-{kind}"));
+        let options = CreateOptions { features, ..CreateOptions::new(MIB) };
+        let (_, target) = make(env, "sas", &image, &options).await;
+        images.push((image, target));
+    }
+    images
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lease_that_is_held_is_busy() {
+    let Some(env) = ceph() else { return };
+    for (image, target) in lease_images(&env, "busy").await {
+        assert_eq!(target.lease_owner().await.unwrap(), None);
+        let mut holder = Holder::start(&image, false);
+        let busy = target.acquire_lease(&LeaseOwner::current().unwrap()).await.unwrap_err();
+        let ErrorKind::Busy { holder: who } = &busy.kind else { panic!("{busy}") };
+        assert!(who.contains(&format!("process {} on ", holder.child.id())), "{who}");
+        assert_eq!(target.lease_owner().await.unwrap().unwrap().pid, holder.child.id());
+        assert!(target.watchers().await.unwrap().iter().any(|watcher| !watcher.is_own));
+        assert_eq!(holder.tell("write"), "ok");
+        assert_eq!(holder.tell("release"), "ok");
+        assert_eq!(holder.tell("write"), "ReadOnly");
+        assert_eq!(target.lease_owner().await.unwrap(), None);
+        leased(&target).await;
+        leased(&target).await;
+        // Even the same process, through another image, is another holder.
+        let other = RbdImage::open_target(&connect(&env).await, "sas", None, &image).await.unwrap();
+        let busy = other.acquire_lease(&LeaseOwner::current().unwrap()).await.unwrap_err();
+        assert!(matches!(busy.kind, ErrorKind::Busy { .. }), "{busy}");
+        target.release_lease().await.unwrap();
+        leased(&other).await;
+        drop((target, other, holder));
+        remove(&env, &format!("sas/{image}")).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_holder_is_fenced_at_once() {
+    let Some(env) = ceph_alone() else { return };
+    for (image, target) in lease_images(&env, "dead").await {
+        let holder = Holder::start(&image, false);
+        drop(holder);
+        let begun = Instant::now();
+        leased(&target).await;
+        assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
+        target.write(0, noise(10, 1)).await.unwrap();
+        drop(target);
+        remove(&env, &format!("sas/{image}")).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fenced_holder_writes_nothing_any_more() {
+    let Some(env) = ceph() else { return };
+    for (image, target) in lease_images(&env, "fenced").await {
+        let mut holder = Holder::start(&image, true);
+        assert_eq!(holder.tell("write"), "ok");
+        leased(&target).await;
+        target.write(0, noise(4096, 1)).await.unwrap();
+        assert_eq!(holder.tell("write"), "Fenced");
+        assert_eq!(holder.tell("store"), "Fenced");
+        assert_eq!(holder.tell("release"), "ok");
+        target.flush().await.unwrap();
+        let view = target.view(&Point::Head).await.unwrap();
+        assert_eq!(view.read(range(0, 4096)).await.unwrap(), noise(4096, 1));
+        assert_eq!(target.load_state().await.unwrap(), None);
+        assert_eq!(target.lease_owner().await.unwrap().unwrap().pid, std::process::id());
+        drop((view, target, holder));
+        remove(&env, &format!("sas/{image}")).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_frozen_holder_is_waited_for_and_then_fenced() {
+    let Some(env) = ceph() else { return };
+    let image = name("frozen");
+    let (_connector, target) = make(&env, "sas", &image, &CreateOptions::new(MIB)).await;
+    let mut holder = Holder::start(&image, false);
+    holder.signal(rustix::process::Signal::STOP);
+    leased(&target).await;
+    target.write(0, noise(4096, 1)).await.unwrap();
+    target.flush().await.unwrap();
+    holder.signal(rustix::process::Signal::CONT);
+    assert_eq!(holder.tell("write"), "Fenced");
+    let view = target.view(&Point::Head).await.unwrap();
+    assert_eq!(view.read(range(0, 4096)).await.unwrap(), noise(4096, 1));
+    drop((view, target, holder));
+    remove(&env, &format!("sas/{image}")).await;
+}
+
+/// A client that knows nothing of poolshift, and writes.
+struct Stranger(Child);
+
+impl Stranger {
+    async fn start(env: &CephEnv, image: &str, opened: &RbdImage) -> Self {
+        let mut command = Command::new("rbd");
+        command.env_remove("CEPH_ARGS").arg("-c").arg(&env.conf).args(["--id", &env.user, "bench", image]);
+        command.args(["--io-type", "write", "--io-size", "4K", "--io-threads", "1", "--io-total", "10G"]);
+        let stranger = Self(command.stdout(Stdio::null()).spawn().unwrap());
+        while opened.lease_owner().await.unwrap().is_none() {
+            tokio::task::yield_now().await;
+        }
+        stranger
+    }
+}
+
+impl Drop for Stranger {
+    fn drop(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_writer_keeps_its_lock() {
+    let Some(env) = ceph() else { return };
+    let image = name("stranger");
+    let (_connector, opened) = make(&env, "sas", &image, &CreateOptions::new(8 * MIB)).await;
+    let stranger = Stranger::start(&env, &format!("sas/{image}"), &opened).await;
+    let owner = opened.lease_owner().await.unwrap();
+    // As a target it is busy; as a source it gets its snapshots from the writer, and reads beside it.
+    let busy = opened.acquire_lease(&LeaseOwner::current().unwrap()).await.unwrap_err();
+    assert!(matches!(&busy.kind, ErrorKind::Busy { holder } if holder.contains("not poolshift")), "{busy}");
+    let first = opened.create_snapshot("a").await.unwrap();
+    while !opened.head_differs(&first).await.unwrap() {
+        tokio::task::yield_now().await;
+    }
+    let second = opened.create_snapshot("b").await.unwrap();
+    let view = opened.view(&Point::Snapshot(second)).await.unwrap();
+    let ChangedObjects::Runs(runs) = view.changed_objects(Some(&first)).await.unwrap() else { panic!() };
+    assert!(!runs.is_empty());
+    assert!(content(&*view).await == content(&*view).await);
+    opened.remove_snapshot(&first).await.unwrap();
+    assert_eq!(opened.lease_owner().await.unwrap(), owner);
+    drop((view, opened, stranger));
+    remove(&env, &format!("sas/{image}")).await;
+}

@@ -1,0 +1,301 @@
+//! Bad luck and bad input on a real Ceph: what `poolshift` says, how it exits, and that the next run makes it good.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use poolshift::image::rbd::CreateOptions;
+use rustix::process::Signal;
+
+use crate::ceph_crash::Volume;
+use crate::librbd::{Librbd, MIB, name};
+use crate::support::{CephEnv, Run, ceph, ceph_alone, ceph_dev, ceph_dev_folder};
+
+/// Runs a tool of Ceph's as client.admin.
+fn admin(env: &CephEnv, tool: &str, words: &[&str]) -> String {
+    let mut command = Command::new(tool);
+    command.env_remove("CEPH_ARGS").arg("-c").arg(&env.conf).args(["--id", "admin"]).args(words);
+    let output = command.output().expect("Ceph's tools are installed");
+    assert!(output.status.success(), "{tool} {words:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).expect("text")
+}
+
+fn is_full(env: &CephEnv, pool: &str) -> bool {
+    let dump = admin(env, "ceph", &["osd", "dump"]);
+    dump.lines().any(|line| line.contains(&format!("'{pool}'")) && line.contains("full_quota"))
+}
+
+async fn sync_ends(volume: &Volume, words: &[&str], code: i32, says: &[&str]) -> Run {
+    let run = volume.start_sync_with(words).finish().await.expect_code(code);
+    for text in says {
+        assert!(run.stderr.contains(text), "{text:?} is not in:\n{}", run.stderr);
+    }
+    run
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_osd_that_comes_back_and_one_that_does_not() {
+    let Some(env) = ceph_alone() else { return };
+    if ceph_dev_folder(&env).is_none() {
+        return;
+    }
+    let mut volume = Volume::new(&env, "osd", 21, 48 * MIB).await;
+    volume.converge("at first").await;
+    // Stopped and started in the middle of the writes: the run waits for it and goes on.
+    let (run, _) = volume.caught_writing().await;
+    ceph_dev(&env, &["osd", "stop", "1"]);
+    ceph_dev(&env, &["osd", "start", "1"]);
+    let run = run.finish().await;
+    assert!(matches!(run.code, Some(0 | 7)), "{run:?}");
+    volume.check("after the OSD came back").await;
+    volume.converge("after the OSD came back").await;
+    // It stays away: a bounded wait, and an error that says to run again.
+    volume.write().await;
+    let (run, _) = volume.caught(&["--io-timeout", "3"]).await;
+    ceph_dev(&env, &["osd", "stop", "1"]);
+    let begun = Instant::now();
+    let run = run.finish().await;
+    let waited = begun.elapsed();
+    ceph_dev(&env, &["osd", "start", "1"]);
+    let run = run.expect_code(7);
+    assert!(run.stderr.contains("did not answer in time") && run.stderr.contains("hint: "), "{}", run.stderr);
+    assert!(waited < Duration::from_secs(60), "{waited:?}");
+    volume.converge("after the OSD was away").await;
+    volume.remove().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_quota_that_is_reached_in_the_middle() {
+    let Some(env) = ceph() else { return };
+    if ceph_dev_folder(&env).is_none() {
+        return;
+    }
+    // A pool of its own, so that nobody else runs into the quota; the usual user has no caps there.
+    let (env, pool) = (CephEnv { user: "admin".into(), ..env }, name("quota"));
+    admin(&env, "ceph", &["osd", "pool", "create", &pool, "4", "4", "replicated", "sas"]);
+    admin(&env, "rbd", &["pool", "init", &pool]);
+    let mut volume = Volume::in_pool(&env, &pool, "quota", 22, 48 * MIB).await;
+    volume.converge("at first").await;
+    // The monitors hear of what a pool holds every few seconds only: the run has to stand still until then.
+    let (mut run, in_flight) = volume.caught_writing().await;
+    run.signal(Signal::STOP);
+    ceph_dev(&env, &["quota", &pool, "4096"]);
+    let begun = Instant::now();
+    while !is_full(&env, &pool) {
+        assert!(begun.elapsed() < Duration::from_secs(25), "the monitors never saw that the quota is reached");
+    }
+    run.signal(Signal::CONT);
+    let run = run.finish().await.expect_code(10);
+    assert!(run.stderr.contains(&format!("quota of pool {pool:?} is reached")), "{}", run.stderr);
+    assert!(run.stderr.contains("hint: raise it: ceph osd pool set-quota"), "{}", run.stderr);
+    volume.check("at the quota").await;
+    sync_ends(&volume, &[], 10, &["quota of pool"]).await;
+    ceph_dev(&env, &["quota", &pool, "0"]);
+    let run = volume.start_sync().finish().await.expect_code(0);
+    assert!(run.stdout.contains(&in_flight.name), "{}", run.stdout);
+    volume.converge("after the quota was lifted").await;
+    volume.remove().await;
+    admin(&env, "ceph", &["config", "set", "mon", "mon_allow_pool_delete", "true"]);
+    admin(&env, "ceph", &["osd", "pool", "rm", &pool, &pool, "--yes-i-really-really-mean-it"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lock_left_by_a_client_that_died() {
+    let Some(env) = ceph() else { return };
+    let mut volume = Volume::new(&env, "dead", 23, 8 * MIB).await;
+    volume.converge("at first").await;
+    volume.write().await;
+    let mut other = Librbd::start(&env);
+    other.call(format!("lock {}", volume.target)).await;
+    let busy = sync_ends(&volume, &[], 6, &["that is not poolshift"]).await;
+    assert!(busy.stderr.contains("held by"), "{}", busy.stderr);
+    other.kill().await;
+    // Nobody can tell that it is dead before its watch has timed out; then it is shut out.
+    let begun = Instant::now();
+    loop {
+        let run = volume.start_sync().finish().await;
+        match run.code {
+            Some(0) => break,
+            Some(6) => assert!(begun.elapsed() < Duration::from_secs(90), "{run:?}"),
+            _ => panic!("{run:?}"),
+        }
+    }
+    volume.converge("after the lock was broken").await;
+    volume.remove().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_base_that_was_deleted() {
+    let Some(env) = ceph() else { return };
+    let delete = async |volume: &mut Volume, image: String| {
+        let newest = volume.disk.librbd.snapshots(&image).await.pop().unwrap();
+        volume.disk.librbd.call(format!("rmsnap {image} {newest}")).await;
+        volume.disk.librbd.call(format!("close {image}")).await;
+        volume.held.remove(&newest);
+    };
+    let of_source = async {
+        let mut volume = Volume::new(&env, "base-source", 24, 16 * MIB).await;
+        volume.converge("at first").await;
+        let kept = volume.disk.librbd.snapshots(&volume.target).await;
+        let image = volume.disk.image.clone();
+        delete(&mut volume, image).await;
+        volume.write().await;
+        let says = ["no snapshot is left that both sides have", &kept[0], ": none", "hint: start over with --full"];
+        sync_ends(&volume, &[], 4, &says).await;
+        volume.start_sync_with(&["--full"]).finish().await.expect_code(0);
+        volume.converge("after starting over").await;
+        volume.remove().await;
+    };
+    let of_target = async {
+        let mut volume = Volume::new(&env, "base-target", 25, 16 * MIB).await;
+        volume.converge("at first").await;
+        let target = volume.target.clone();
+        delete(&mut volume, target).await;
+        volume.write().await;
+        sync_ends(&volume, &[], 4, &["which it was at, was removed by someone else", "hint: start over"]).await;
+        volume.start_sync_with(&["--full"]).finish().await.expect_code(0);
+        volume.converge("after starting over").await;
+        volume.remove().await;
+    };
+    // With an older pair left, that is the base, and the target is brought back to it.
+    let of_two = async {
+        let mut volume = Volume::new(&env, "base-older", 26, 16 * MIB).await;
+        for _ in 0..2 {
+            volume.write().await;
+            volume.start_sync_with(&["--keep", "2"]).finish().await.expect_code(0);
+        }
+        let older = volume.disk.librbd.snapshots(&volume.disk.image).await.remove(0);
+        let image = volume.disk.image.clone();
+        delete(&mut volume, image).await;
+        volume.write().await;
+        let run = volume.start_sync_with(&["--keep", "1"]).finish().await.expect_code(0);
+        let report: serde_json::Value = serde_json::from_str(&run.stdout).unwrap();
+        assert_eq!((report["base"].as_str(), &report["rewound"]), (Some(older.as_str()), &true.into()));
+        let snapshot = report["snapshot"].as_str().unwrap();
+        assert!(volume.disk.librbd.read(&format!("{}@{snapshot}", volume.target)).await == volume.disk.bytes);
+        volume.remove().await;
+    };
+    futures::join!(of_source, of_target, of_two);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_that_somebody_else_wrote() {
+    let Some(env) = ceph() else { return };
+    let mut volume = Volume::new(&env, "foreign", 27, 8 * MIB).await;
+    let scribble = |volume: &Volume| format!("zero {} 5 70000", volume.target);
+    volume.disk.librbd.call(format!("snap {} theirs", volume.target)).await;
+    volume.disk.librbd.call(format!("close {}", volume.target)).await;
+    sync_ends(&volume, &[], 4, &["poolshift did not make it", "theirs", "--full --adopt"]).await;
+    volume.disk.librbd.call(format!("rmsnap {} theirs", volume.target)).await;
+    volume.disk.librbd.call(format!("close {}", volume.target)).await;
+    volume.converge("at first").await;
+    volume.disk.librbd.call(scribble(&volume)).await;
+    volume.disk.librbd.call(format!("close {}", volume.target)).await;
+    sync_ends(&volume, &[], 4, &["was written by someone else since", "--full"]).await;
+    volume.start_sync_with(&["--full"]).finish().await.expect_code(0);
+    volume.converge("after starting over").await;
+    volume.remove().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_invalid_object_map_costs_time_and_nothing_else() {
+    let Some(env) = ceph() else { return };
+    let mut volume = Volume::new(&env, "map", 28, 16 * MIB).await;
+    volume.converge("at first").await;
+    let place = volume.disk.image.clone();
+    volume.disk.librbd.call(format!("close {place}")).await;
+    for words in [["feature", "disable"], ["feature", "enable"]] {
+        admin(&env, "rbd", &[&words[..], &[&place, "object-map", "fast-diff"]].concat());
+    }
+    volume.write().await;
+    let rebuild = format!("rbd object-map rebuild {place}");
+    let run = sync_ends(&volume, &[], 0, &["flagged invalid", &rebuild]).await;
+    let method = |run: &Run| serde_json::from_str::<serde_json::Value>(&run.stdout).unwrap()["method"].clone();
+    assert_eq!(method(&run)["name"], "exact");
+    assert!(method(&run)["cure"].as_str().unwrap().starts_with(&rebuild), "{}", run.stdout);
+    volume.converge("with an invalid map").await;
+    admin(&env, "rbd", &["object-map", "rebuild", &place]);
+    for snapshot in volume.disk.librbd.snapshots(&place).await {
+        admin(&env, "rbd", &["object-map", "rebuild", &format!("{place}@{snapshot}")]);
+    }
+    volume.write().await;
+    assert_eq!(method(&sync_ends(&volume, &[], 0, &[]).await)["name"], "two-level");
+    volume.converge("with a map that was rebuilt").await;
+    volume.remove().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn names_that_lead_nowhere_have_exit_codes() {
+    let Some(env) = ceph() else { return };
+    let mut volume = Volume::new(&env, "names", 29, 8 * MIB).await;
+    let (there, nowhere) = (format!("rbd:{}", volume.disk.image), format!("rbd:sata/{}", name("nothing")));
+    volume.disk.snapshot("one").await;
+    let at_none = format!("{there}@none");
+    let cases: [(&[&str], &str); 7] = [
+        (&["sync", &nowhere, "rbd:sas/x"], "has no image"),
+        (&["sync", &there, "rbd:nowhere/x"], "no pool \"nowhere\""),
+        (&["sync", &there, "rbd:sas/no-such-space/x"], "no such namespace"),
+        (&["diff", &at_none], "it has one"),
+        (&["diff", &there, "--from", "none"], "it has one"),
+        (&["verify", &format!("{there}@one"), &format!("{nowhere}@one")], "has no image"),
+        (&["send", &at_none], "there is no such snapshot"),
+    ];
+    for (words, says) in cases {
+        let run = volume.start(words).finish().await.expect_code(5);
+        assert!(run.stderr.contains(says) && run.stderr.starts_with("error: rbd:"), "{words:?}:\n{}", run.stderr);
+    }
+    volume.remove().await;
+}
+
+/// A ceph.conf like the cluster's, with one more user.
+fn conf_with(env: &CephEnv, folder: &tempfile::TempDir, user: &str, key: &str) -> PathBuf {
+    let (conf, keyring) = (folder.path().join("ceph.conf"), folder.path().join("keyring"));
+    std::fs::write(&keyring, key).unwrap();
+    let text = std::fs::read_to_string(&env.conf).unwrap();
+    std::fs::write(&conf, format!("{text}\n[client.{user}]\nkeyring = {}\n", keyring.display())).unwrap();
+    conf
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn users_without_the_caps_are_told_which() {
+    let Some(env) = ceph() else { return };
+    if ceph_dev_folder(&env).is_none() {
+        return;
+    }
+    let mut volume = Volume::new(&env, "caps", 30, 8 * MIB).await;
+    let (folder, usual) = (tempfile::tempdir().unwrap(), volume.env.clone());
+    let user = name("user");
+    let entity = format!("client.{user}");
+    for caps in ["profile rbd pool=sas", "profile rbd pool=sata, profile rbd-read-only pool=sas"] {
+        let key = admin(&env, "ceph", &["auth", "get-or-create", &entity, "mon", "profile rbd", "osd", caps]);
+        volume.env = CephEnv { conf: conf_with(&env, &folder, &user, &key), user: user.clone(), ..env.clone() };
+        let says = ["is not allowed to", "hint: give it the caps for both pools", "profile rbd pool=sata"];
+        sync_ends(&volume, &[], 1, &says).await;
+        admin(&env, "ceph", &["auth", "rm", &entity]);
+    }
+    volume.env = CephEnv { user: "nobody".into(), ..usual.clone() };
+    sync_ends(&volume, &[], 1, &["cannot connect as client.nobody", "hint: give it the caps"]).await;
+    // Nobody answers there.
+    let away = folder.path().join("away.conf");
+    std::fs::write(&away, "[global]\nmon host = 127.0.0.1:1\nauth client required = none\n").unwrap();
+    volume.env = CephEnv { conf: away, ..usual.clone() };
+    let begun = Instant::now();
+    sync_ends(&volume, &[], 7, &["no monitor answered in time"]).await;
+    assert!(begun.elapsed() < Duration::from_secs(60), "{:?}", begun.elapsed());
+    volume.env = usual;
+    volume.converge("with the usual user").await;
+    volume.remove().await;
+}
+
+/// A target without exclusive lock and object map works, and what is missing is said.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_without_features_works_and_says_so() {
+    let Some(env) = ceph() else { return };
+    let mut volume = Volume::new(&env, "bare", 31, 8 * MIB).await;
+    volume.disk.librbd.remove(&[&volume.target]).await;
+    volume.disk.librbd.create(&volume.target, &CreateOptions { features: 1, ..CreateOptions::new(8 * MIB) }).await;
+    sync_ends(&volume, &[], 0, &["has no object map with fast-diff", "has no exclusive lock"]).await;
+    volume.write().await;
+    volume.converge("at the end").await;
+    volume.remove().await;
+}

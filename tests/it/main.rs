@@ -1,0 +1,34 @@
+//! All integration tests, in one binary: one link instead of one a file, and no file forgotten.
+
+mod ceph_backend;
+mod ceph_busy;
+mod ceph_crash;
+mod ceph_faults;
+mod ceph_interop;
+mod ceph_model;
+mod cli;
+mod files;
+mod librbd;
+mod rbd_commands;
+mod streams;
+mod support;
+
+/// A file in this folder that no `mod` line names would be compiled by nobody, and pass for ever.
+#[test]
+fn no_test_file_is_forgotten() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it");
+    let mut files: Vec<String> = std::fs::read_dir(folder)
+        .expect("tests/it can be listed")
+        .map(|entry| entry.expect("an entry of tests/it can be read").path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "rs") || path.join("mod.rs").is_file())
+        .filter_map(|path| Some(path.file_stem()?.to_str()?.to_owned()))
+        .filter(|stem| stem != "main")
+        .collect();
+    files.sort();
+    let mut named: Vec<String> = include_str!("main.rs")
+        .lines()
+        .filter_map(|line| line.strip_prefix("mod ")?.strip_suffix(';').map(str::to_owned))
+        .collect();
+    named.sort();
+    assert_eq!(files, named, "the files of tests/it (left) and the mod lines of tests/it/main.rs (right) differ");
+}
