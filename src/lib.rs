@@ -20,12 +20,16 @@
 //! | [`extent`] | offsets, lengths, extents; checked arithmetic |
 //! | `ceph` | librados and librbd, loaded at run time; the only unsafe code |
 //! | [`image`] | the contracts [`image::SourceImage`] and [`image::TargetImage`], and the backends: RBD, files, memory |
+//! | [`throttle`] | how much the source may be asked for, by pool and by volume |
 //! | [`delta`] | which extents differ between two points; rbd's diff streams |
 //! | [`batch`] | chunks, zero detection, checksums, compression |
 //! | [`wire`] | the batch stream's frames, messages, versions and limits: what `proto/` defines |
 //! | [`pipeline`] | reader, encoder, applier; budgets of bytes and requests; counters |
 //! | [`transport`] | how batches get from the reader to the applier: in process, through a pipe |
 //! | [`replicate`] | one volume's cycle: lineage, plan, state, checkpoint, commit, retention, verification, reports |
+//! | [`plan`] | the plan file: which volumes and servers, how often, within which limits |
+//! | [`fleet`] | many volumes: scheduler, consistency groups, what is known of each |
+//! | [`observe`] | the HTTP API, metrics, tables for people |
 //! | [`cli`] | flags → validated configuration → one command a file |
 //!
 //! `scripts/check-layers` holds the sources to this table.
@@ -82,8 +86,12 @@ mod ceph;
 pub mod cli;
 pub mod delta;
 pub mod extent;
+pub mod fleet;
 pub mod image;
+pub mod observe;
 pub mod pipeline;
+pub mod plan;
 pub mod replicate;
+pub mod throttle;
 pub mod transport;
 pub mod wire;

@@ -1,0 +1,4 @@
+//! The fleet: hundreds of volumes, in step for weeks.
+
+pub mod control;
+pub mod status;

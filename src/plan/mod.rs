@@ -1,0 +1,159 @@
+//! The plan: what goes where, how often, and within which limits. Pure data, read from a TOML file.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::image::ImageSpec;
+use crate::throttle::Rate;
+
+/// A plan, validated: every name is known once, every reference leads somewhere, every number makes sense.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Plan {
+    /// Where it was read from.
+    pub path: PathBuf,
+    /// How to reach the cluster of the sources.
+    pub source_cluster: ClusterAccess,
+    /// How to reach the cluster of the targets.
+    pub target_cluster: ClusterAccess,
+    /// The servers, in the order of the file. A volume that stands by itself is a server of one volume.
+    pub servers: Vec<Server>,
+    /// What a process may do at a time.
+    pub limits: FleetLimits,
+    /// Limits of source pools, by the pool's name.
+    pub throttles: Vec<PoolThrottle>,
+    /// The HTTP API.
+    pub api: Api,
+}
+
+/// Which cluster, as whom. `None` leaves the choice to the command line, the environment and librados, in that order.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ClusterAccess {
+    /// The ceph.conf.
+    pub conf: Option<PathBuf>,
+    /// The user, without `client.`.
+    pub user: Option<String>,
+}
+
+/// A consistency group: the disks of one server, which share every point in time.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Server {
+    /// Its name, unique among servers and volumes.
+    pub name: String,
+    /// Its volumes, at least one, in the order of the file.
+    pub volumes: Vec<Volume>,
+    /// How often a new point is made.
+    pub pace: Pace,
+    /// What stays.
+    pub retention: Retention,
+    /// How the writers are quiesced for a point.
+    pub quiesce: Quiesce,
+    /// Not replicated until resumed.
+    pub paused: bool,
+}
+
+/// One disk.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Volume {
+    /// Its name, unique in the plan. A volume that stands by itself has its server's name.
+    pub name: String,
+    /// The image that is read.
+    pub source: ImageSpec,
+    /// The image that is written; created if it does not exist.
+    pub target: ImageSpec,
+    /// Whether the server boots from it: one of each server's volumes, or none where the server has no boot disk here.
+    pub boot: bool,
+    /// What this volume may ask its source for.
+    pub rate: Rate,
+}
+
+/// How often a new point is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pace {
+    /// From the start of one cycle to the start of the next, while things change.
+    pub interval: Duration,
+    /// How long an unchanged server may go without a look at it: the pace slows from `interval` to this.
+    pub idle_interval: Duration,
+    /// The age of the newest committed point above which the server counts as lagging.
+    pub target_lag: Duration,
+}
+
+/// What stays of poolshift's own snapshots on the target, beside the base.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Retention {
+    /// How many points at least.
+    pub keep: usize,
+    /// And those younger than this.
+    pub keep_for: Option<Duration>,
+}
+
+/// How the writers are quiesced while the snapshots of a server are made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Quiesce {
+    /// Not at all: each volume is consistent by itself, as after a power cut, and the point says so.
+    None,
+    /// `virsh domfsfreeze` and `domfsthaw`.
+    Virsh {
+        /// The domain.
+        domain: String,
+        /// libvirt's URI; virsh's own default otherwise.
+        uri: Option<String>,
+        /// How long the domain may stay frozen.
+        limit: Duration,
+    },
+    /// Two commands, run by `/bin/sh -c`.
+    Command {
+        /// Freezes the writers. Gets `POOLSHIFT_SERVER` and `POOLSHIFT_POINT` in its environment.
+        freeze: String,
+        /// Thaws them; run whatever happened to the freeze, and idempotent.
+        thaw: String,
+        /// How long they may stay frozen.
+        limit: Duration,
+    },
+}
+
+/// What a process may do at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FleetLimits {
+    /// Volumes that are worked on at a time.
+    pub volumes: usize,
+    /// Of these, volumes that are copied for the first time: they never take all places.
+    pub first_syncs: usize,
+    /// Volumes of one source pool that are worked on at a time.
+    pub volumes_per_pool: usize,
+    /// Bytes in flight, in the whole process.
+    pub memory: u64,
+}
+
+/// What a source pool may be asked for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PoolThrottle {
+    /// The pool's name.
+    pub pool: String,
+    /// The limit outside all windows.
+    pub rate: Rate,
+    /// Other limits at other times of the day; the first that matches counts.
+    pub windows: Vec<Window>,
+    /// Above this mean latency of our own reads the rate goes down. `None`: it is not looked at.
+    pub latency_limit: Option<Duration>,
+}
+
+/// A time of the day with its own limit, in the local time of the host.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Window {
+    /// From, in minutes since midnight, 0 to 1439.
+    pub from_minute: u16,
+    /// Until, in minutes since midnight; less than `from_minute` for a window over midnight.
+    pub until_minute: u16,
+    /// The limit in it.
+    pub rate: Rate,
+}
+
+/// Where the HTTP API listens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Api {
+    /// The address; `None` for no API. Beyond loopback it needs a token.
+    pub listen: Option<SocketAddr>,
+    /// A file with the token.
+    pub token_file: Option<PathBuf>,
+}
