@@ -45,6 +45,7 @@ pub(super) async fn cycle(context: &Context<'_>, sync: &Sync) -> anyhow::Result<
         keep: sync.keep as usize,
         compression: sync.compress.resolve(false),
         limits: Limits { bytes: sync.memory, ..Limits::default() },
+        ..SyncOptions::default()
     };
     let shown = Progress::default();
     let work = replicate::sync(source.image(), target, &options, &shown, &context.cancel);
@@ -63,6 +64,7 @@ async fn plan(context: &Context<'_>, sync: &Sync) -> anyhow::Result<DryRun> {
 fn request(sync: &Sync) -> Request {
     Request {
         name: sync.snapshot.as_ref().map(|name| name.as_str().to_owned()),
+        automatic: false,
         full: sync.start_over != StartOver::No,
         adopt: sync.start_over == StartOver::Adopt,
     }

@@ -2,12 +2,13 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use async_trait::async_trait;
 use tokio_util::sync::CancellationToken;
 
 use crate::batch::Compression;
 use crate::delta::{self, Method, Plan};
 use crate::extent::{ByteRange, normalize, subtract};
-use crate::image::{Point, Snapshot, SnapshotSupport, SourceImage, TargetImage, View};
+use crate::image::{ImageError, Point, Snapshot, SnapshotSupport, SourceImage, TargetImage, View};
 use crate::pipeline::{self, Applied, ApplyOptions, Counters, Limits, ReadOptions};
 use crate::transport;
 
@@ -31,12 +32,28 @@ pub struct SyncOptions {
     pub compression: Compression,
     /// What may be in flight.
     pub limits: Limits,
+    /// Who makes the source snapshot, where it has to be made in step with others; the source alone otherwise.
+    pub snapshotter: Option<Arc<dyn Snapshotter>>,
 }
 
 impl Default for SyncOptions {
     fn default() -> Self {
-        Self { request: Request::default(), keep: 1, compression: Compression::None, limits: Limits::default() }
+        Self {
+            request: Request::default(),
+            keep: 1,
+            compression: Compression::None,
+            limits: Limits::default(),
+            snapshotter: None,
+        }
     }
+}
+
+/// Makes the source snapshots of cycles that belong together.
+#[async_trait]
+pub trait Snapshotter: std::fmt::Debug + Send + Sync {
+    /// Makes the snapshot `name` of `source`, after the intent is stored with the target and before anything is
+    /// written. What fails here has changed nothing; the intent is dropped by the next cycle.
+    async fn create(&self, source: &Arc<dyn SourceImage>, name: &str) -> Result<Snapshot, ImageError>;
 }
 
 /// What an observer can see of a cycle while it runs.
@@ -70,6 +87,17 @@ pub async fn sync(
     cancel: &CancellationToken,
 ) -> Result<SyncReport> {
     with_lease(&target, || sync_with_lease(&source, &target, options, progress, cancel)).await
+}
+
+/// [`sync()`] for a caller who holds the target's lease already, and keeps it.
+pub async fn sync_held(
+    source: &Arc<dyn SourceImage>,
+    target: &Arc<dyn TargetImage>,
+    options: &SyncOptions,
+    progress: &Progress,
+    cancel: &CancellationToken,
+) -> Result<SyncReport> {
+    sync_with_lease(source, target, options, progress, cancel).await
 }
 
 /// Finishes what is in flight, with the lease held.
@@ -142,7 +170,7 @@ pub(super) fn conflict(
 
 /// A name of poolshift's own scheme that neither side has: `poolshift-20261123T220511.123Z`, in UTC.
 pub(super) fn automatic_name(facts: &Facts) -> String {
-    let base = format!("{NAME_PREFIX}{}", jiff::Timestamp::now().strftime("%Y%m%dT%H%M%S.%3fZ"));
+    let base = name_of_now();
     let taken =
         |name: &str| facts.source_snapshots.iter().chain(&facts.target_snapshots).any(|snapshot| snapshot.name == name);
     let mut name = base.clone();
@@ -154,8 +182,13 @@ pub(super) fn automatic_name(facts: &Facts) -> String {
     name
 }
 
+/// A name of poolshift's own scheme for this moment, which somebody may have given already.
+pub fn name_of_now() -> String {
+    format!("{NAME_PREFIX}{}", jiff::Timestamp::now().strftime("%Y%m%dT%H%M%S.%3fZ"))
+}
+
 /// Whether a name is of poolshift's own scheme.
-pub(super) fn is_automatic(name: &str) -> bool {
+pub fn is_automatic(name: &str) -> bool {
     let Some(rest) = name.strip_prefix(NAME_PREFIX) else { return false };
     let (stamp, count) = rest.split_once('-').unwrap_or((rest, "1"));
     let pattern = "dddddddd.dddddd.ddd.";
@@ -242,7 +275,7 @@ impl<'a> Cycle<'a> {
     /// Step 1: the intent.
     async fn begin(&mut self, facts: &Facts, from: Origin, rewind: bool) -> Result<InFlight> {
         let name = self.options.request.name.clone();
-        let automatic = name.is_none();
+        let automatic = name.is_none() || self.options.request.automatic;
         let name = name.unwrap_or_else(|| automatic_name(facts));
         let there = facts.source_snapshots.iter().find(|have| have.name == name).cloned();
         let snapshot = there.filter(|_| facts.source_support == SnapshotSupport::Kept);
@@ -285,9 +318,10 @@ impl<'a> Cycle<'a> {
             Some(snapshot) => snapshot,
             None => {
                 let there = self.source.snapshots().await?.into_iter().find(|have| have.name == in_flight.name);
-                match there {
-                    Some(snapshot) => snapshot,
-                    None => self.source.create_snapshot(&in_flight.name).await?,
+                match (there, &self.options.snapshotter) {
+                    (Some(snapshot), _) => snapshot,
+                    (None, Some(snapshotter)) => snapshotter.create(self.source, &in_flight.name).await?,
+                    (None, None) => self.source.create_snapshot(&in_flight.name).await?,
                 }
             }
         };

@@ -31,6 +31,8 @@ pub struct Facts {
 pub struct Request {
     /// The snapshot to replicate; one of poolshift's own naming otherwise.
     pub name: Option<String>,
+    /// The name is of poolshift's own giving all the same, and may be removed by retention.
+    pub automatic: bool,
     /// Start over: compare both sides, whatever the history says.
     pub full: bool,
     /// With `full`: take over a target that poolshift did not make.

@@ -6,7 +6,9 @@ use futures::stream::{self, StreamExt};
 
 use crate::image::{ErrorKind, ImageError, Snapshot, SnapshotSupport, SourceImage, TargetImage};
 
+use super::error::CycleError;
 use super::report::Pruned;
+use super::side;
 use super::state::{Retired, Side, TargetState};
 
 /// How many snapshots are removed at a time. Each waits for the monitors, and those of one moment share a proposal.
@@ -29,6 +31,25 @@ pub(super) fn retire(state: &mut TargetState, keep: usize) {
         !goes
     });
     state.retired.append(&mut retired);
+}
+
+/// Applies retention to a target whose lease the caller holds, and removes what it retires: for volumes whose newest
+/// commit became the next base only when their companions had it as well. `protect` names points that stay.
+pub async fn prune_held(
+    source: &Arc<dyn SourceImage>,
+    target: &Arc<dyn TargetImage>,
+    keep: usize,
+) -> Result<Pruned, CycleError> {
+    let Some(mut state) = side::load_state(target.as_ref()).await? else { return Ok(Pruned::default()) };
+    retire(&mut state, keep);
+    if state.retired.is_empty() {
+        return Ok(Pruned::default());
+    }
+    // What is retired is known before any of it goes.
+    side::store(target.as_ref(), &state).await?;
+    let pruned = prune(&mut state, Some(source), target).await;
+    side::store(target.as_ref(), &state).await?;
+    Ok(pruned)
 }
 
 /// Removes the retired snapshots, both sides at the same time, and takes them off the list. What can't be removed now

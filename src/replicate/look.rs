@@ -1,0 +1,61 @@
+//! A cheap look at a volume, for whoever watches many of them: what is committed, and how much has changed since.
+
+use std::sync::Arc;
+
+use futures::TryStreamExt;
+
+use super::error::Result;
+use super::side::load_state;
+use super::state::{Commit, InFlight};
+use crate::delta::{self, Method};
+use crate::image::{Point, SnapshotSupport, SourceImage, TargetImage};
+
+/// What poolshift keeps with a target, as far as the scheduler cares.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Look {
+    /// The commits, oldest first; all of this source.
+    pub commits: Vec<Commit>,
+    /// What is in flight.
+    pub in_flight: Option<InFlight>,
+}
+
+impl Look {
+    /// The snapshot from which the next delta starts.
+    pub fn base(&self) -> Option<&Commit> {
+        self.commits.last()
+    }
+}
+
+/// Reads the state that is kept with the target; one request, and no look at the data. A target that follows another
+/// source looks as if it had never been synced: the cycle then names the conflict.
+pub async fn look(source: &dyn SourceImage, target: &dyn TargetImage) -> Result<Look> {
+    let state = load_state(target).await?.filter(|state| state.source == *source.identity());
+    Ok(state.map(|state| Look { commits: state.commits, in_flight: state.in_flight }).unwrap_or_default())
+}
+
+/// How many bytes of the source may have changed since `base` (whole objects, so at most), and the source's size now.
+/// `None` where nothing tells that without reading; 0 only if nothing has changed at all.
+pub async fn changed_since(source: &Arc<dyn SourceImage>, base: &Commit) -> Result<(Option<u64>, u64)> {
+    if source.snapshot_support() == SnapshotSupport::HeadOnly {
+        return Ok((None, source.size().await?));
+    }
+    let head = source.view(&Point::Head).await?;
+    let size = head.size();
+    let plan = delta::plan(head.as_ref(), Some(&base.on_source())).await?;
+    if plan.method != Method::TwoLevel {
+        return Ok((None, size));
+    }
+    let covered = plan.covered();
+    if covered == 0 {
+        // A size of its own is a change, though no object is.
+        return Ok((Some(u64::from(size != base.size)), size));
+    }
+    // The object map names unchanged objects as well where older snapshots are kept: look until one has changed.
+    let mut extents = delta::extents(head, &plan, source.layout(), 0);
+    while let Some(window) = extents.try_next().await? {
+        if !window.is_empty() {
+            return Ok((Some(covered), size));
+        }
+    }
+    Ok((Some(u64::from(size != base.size)), size))
+}
