@@ -93,6 +93,7 @@ fn known(error: &(dyn std::error::Error + 'static)) -> Option<Exit> {
     if let Some(error) = error.downcast_ref::<CycleError>() {
         return Some(match error {
             CycleError::Conflict(_) => Exit::Conflict,
+            CycleError::Defect(_) => Exit::Failed,
             CycleError::State { .. } => Exit::Damaged,
             CycleError::SnapshotLost { .. } => Exit::Temporary,
             CycleError::Interrupted { .. } => Exit::Interrupted,

@@ -1,6 +1,31 @@
 //! The fleet: hundreds of volumes, in step for weeks.
+//!
+//! ```text
+//! plan ─▶ worker (one loop) ─▶ scheduler: which server now ─▶ job: open, look ─▶ group: one cycle of all its volumes
+//!            │    ▲                                                                    │
+//!            │    └──────────────── how it ended ◀─────────────────────────────────────┘
+//!            ▼
+//!         tracker: lag, rates, predictions, history ─▶ status, events ─▶ control: API, metrics, tables
+//! ```
+//!
+//! [`scheduler`] and [`predict`] are pure. [`group`] is the only part that touches images; a server's newest point, its
+//! pauses and what is in flight are kept with the images themselves, so that a worker can be killed at any moment and
+//! any other one goes on.
 
 pub mod control;
+mod events;
+mod gate;
+pub mod group;
+mod images_only;
+mod job;
 pub mod predict;
+pub mod quiesce;
 pub mod scheduler;
+mod shared;
 pub mod status;
+mod tracker;
+mod worker;
+
+pub use images_only::status_from_images;
+pub use shared::{Fleet, Images, Opener};
+pub use worker::Worker;

@@ -22,13 +22,9 @@ impl CostModel {
             return;
         }
         let bytes = bytes as f64;
-        for sum in [
-            &mut self.weight,
-            &mut self.bytes,
-            &mut self.seconds,
-            &mut self.bytes_squared,
-            &mut self.bytes_seconds,
-        ] {
+        for sum in
+            [&mut self.weight, &mut self.bytes, &mut self.seconds, &mut self.bytes_squared, &mut self.bytes_seconds]
+        {
             *sum *= FORGET;
         }
         self.weight += 1.0;

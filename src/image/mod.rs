@@ -242,6 +242,24 @@ pub trait TargetImage: SourceImage {
     /// Stores the state: durable and atomic, at most 64 KiB.
     async fn store_state(&self, state: &str) -> Result<()>;
 
+    /// Whether the backend keeps notes.
+    fn keeps_notes(&self) -> bool {
+        false
+    }
+
+    /// The note that was left with the image, by whoever; `None` if there is none, or the backend keeps none.
+    async fn load_note(&self) -> Result<Option<String>> {
+        Ok(None)
+    }
+
+    /// Leaves a note of at most 1 KiB with the image, or with `None` takes it away. Durable and atomic, and needs no
+    /// lease: it is for those who don't work on the image, to tell something to whoever does.
+    /// [`ErrorKind::Unsupported`] where the backend keeps none.
+    async fn store_note(&self, note: Option<&str>) -> Result<()> {
+        let unsupported = ImageError::new(ErrorKind::Unsupported, self.location(), "leave a note with the image");
+        Err(unsupported.detail(format!("{:?} can't be kept there", note.unwrap_or_default())))
+    }
+
     /// Changes the size of HEAD. New bytes read as zeroes. A shrink is allowed.
     async fn resize(&self, size: u64) -> Result<()>;
 

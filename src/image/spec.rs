@@ -45,6 +45,14 @@ impl ImageSpec {
         }
     }
 
+    /// The pool's name, for an image that is in one.
+    pub fn pool(&self) -> Option<&str> {
+        match self {
+            Self::Rbd { pool, .. } => Some(pool),
+            Self::File { .. } => None,
+        }
+    }
+
     /// The image without the snapshot.
     #[must_use]
     pub fn without_snapshot(&self) -> Self {

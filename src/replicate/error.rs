@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::image::{ImageError, ImageIdentity, Snapshot};
+use crate::image::{ErrorKind, ImageError, ImageIdentity, Snapshot};
 use crate::pipeline::PipelineError;
 
 use super::state::StateError;
@@ -42,6 +42,9 @@ pub enum CycleError {
         /// The snapshot.
         snapshot: String,
     },
+    /// A task panicked: a defect of poolshift's own.
+    #[error("poolshift has a defect: {0}; please report it with the log")]
+    Defect(String),
     /// The user stopped it. The next run goes on from here.
     #[error("interrupted; the next run goes on at {progress_to} of {size} bytes of snapshot {snapshot}")]
     Interrupted {
@@ -52,6 +55,31 @@ pub enum CycleError {
         /// The size of the image.
         size: u64,
     },
+}
+
+impl CycleError {
+    /// Whether the same cycle may succeed later without anybody's doing.
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            // What somebody resized in the middle has another size for the next cycle; who was fenced may come again.
+            Self::Image(error) => {
+                error.is_retryable() || matches!(error.kind, ErrorKind::OutOfBounds | ErrorKind::Fenced)
+            }
+            // A chunk that was damaged on its way is read again.
+            Self::Pipeline(PipelineError::Batch(_) | PipelineError::Wire(_)) => true,
+            Self::SnapshotLost { .. } | Self::Interrupted { .. } => true,
+            Self::Pipeline(PipelineError::Image(error)) => error.is_retryable(),
+            Self::Pipeline(_) | Self::Conflict(_) | Self::Defect(_) | Self::Diff(_) | Self::State { .. } => false,
+        }
+    }
+
+    /// Who holds the lease, where that is what stops the cycle.
+    pub fn holder(&self) -> Option<&str> {
+        match self {
+            Self::Image(ImageError { kind: ErrorKind::Busy { holder }, .. }) => Some(holder),
+            _ => None,
+        }
+    }
 }
 
 impl From<PipelineError> for CycleError {

@@ -41,6 +41,7 @@ struct Inner {
     snapshots: Vec<(Snapshot, Arc<Content>)>,
     next_id: u64,
     state: Option<String>,
+    note: Option<String>,
     lease: Option<(u64, LeaseOwner)>,
     steps: u64,
     fault: Option<Fault>,
@@ -76,6 +77,7 @@ impl MemoryImage {
             snapshots: Vec::new(),
             next_id: 1,
             state: None,
+            note: None,
             lease: None,
             steps: 0,
             fault: None,
@@ -444,6 +446,19 @@ impl TargetImage for MemoryImage {
             inner.state = Some(state.to_owned());
             Ok(())
         })
+    }
+
+    fn keeps_notes(&self) -> bool {
+        true
+    }
+
+    async fn load_note(&self) -> Result<Option<String>> {
+        Ok(self.lock().note.clone())
+    }
+
+    async fn store_note(&self, note: Option<&str>) -> Result<()> {
+        self.lock().note = note.map(str::to_owned);
+        Ok(())
     }
 
     async fn resize(&self, size: u64) -> Result<()> {

@@ -20,6 +20,10 @@ use crate::image::{
 
 /// The metadata key of the state.
 const STATE_KEY: &str = "poolshift.state";
+/// The metadata key of the note.
+const NOTE_KEY: &str = "poolshift.note";
+/// The most that a note may have: 1 KiB, as the contract says.
+const NOTE_MAX: usize = 1024;
 /// The most that the state may have: 64 KiB, as the contract says.
 const STATE_MAX: usize = 64 * 1024;
 /// The most that one request to librbd zeroes: it makes a request of its own for every object of the range at once.
@@ -144,6 +148,25 @@ impl TargetImage for RbdImage {
         let store = move || held.image.set_metadata(STATE_KEY, Some(&state));
         let stored = ceph::blocking("rbd_metadata_set", self.inner.timeout(), store).await;
         stored.map_err(|error| self.write_error("store the state".into(), error))
+    }
+
+    fn keeps_notes(&self) -> bool {
+        true
+    }
+
+    async fn load_note(&self) -> Result<Option<String>> {
+        self.inner.look("read the note", |image| image.metadata(NOTE_KEY)).await
+    }
+
+    async fn store_note(&self, note: Option<&str>) -> Result<()> {
+        let operation = "leave a note with the image";
+        if let Some(note) = note.filter(|note| note.len() > NOTE_MAX) {
+            let large = ImageError::new(ErrorKind::OutOfBounds, self.inner.location.clone(), operation);
+            return Err(large.detail(format!("it has {} bytes; the most is {NOTE_MAX}", note.len())));
+        }
+        let (writer, note) = (self.writer().await?, note.map(str::to_owned));
+        // Where somebody else has the lock, librbd has the owner write it.
+        self.inner.call(operation, "rbd_metadata_set", move || writer.set_metadata(NOTE_KEY, note.as_deref())).await
     }
 
     async fn resize(&self, size: u64) -> Result<()> {

@@ -1,0 +1,404 @@
+//! One cycle of a server: all its volumes get the same new point, or the server keeps the one it has.
+//!
+//! 1. A look at each volume, without a lease: where nothing has changed, that is all.
+//! 2. The leases of all targets; the first volume's first, so that of two workers one gets all of them.
+//! 3. What was begun is finished: a point whose snapshots were all made ([`super::gate`]) is carried over by every volume
+//!    that does not have it yet. Volumes only ever agree on points that were made for all of them at one moment, so that
+//!    the newest name that all of them have committed is the server's newest point.
+//! 4. A new point for all.
+//! 5. Retention, once all volumes have the new point; until then the older one stays on all of them.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures::future::{join_all, try_join_all};
+use tokio_util::sync::CancellationToken;
+
+use super::gate::{Gate, NoSnapshots};
+use crate::batch::Compression;
+use crate::image::{ErrorKind, ImageError, LeaseOwner, SnapshotSupport, SourceImage, TargetImage};
+use crate::pipeline::Limits;
+use crate::plan::{Quiesce, Retention};
+use crate::replicate::lineage::Request;
+use crate::replicate::state::Commit;
+use crate::replicate::{self, CycleError, Look, Progress, SyncOptions, SyncReport};
+
+/// One volume of a server, open.
+#[derive(Clone)]
+pub struct Member {
+    /// Its name in the plan.
+    pub name: String,
+    /// The image that is read.
+    pub source: Arc<dyn SourceImage>,
+    /// The image that is written.
+    pub target: Arc<dyn TargetImage>,
+    /// What an observer sees of its cycle.
+    pub progress: Arc<Progress>,
+}
+
+/// How a server is worked on.
+#[derive(Clone, Debug)]
+pub struct GroupOptions {
+    /// The server's name.
+    pub server: String,
+    /// How its writers are quiesced.
+    pub quiesce: Quiesce,
+    /// What stays.
+    pub retention: Retention,
+    /// What each volume may have in flight.
+    pub limits: Limits,
+    /// Where another worker has made a point that is younger than this, nothing is done.
+    pub not_younger_than: Duration,
+    /// A cycle runs even if nothing has changed, or the point is young.
+    pub forced: bool,
+}
+
+/// What was seen of a volume, before its cycle.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    /// What poolshift keeps with the target.
+    pub look: Look,
+    /// What has changed on the source since the base, in bytes, at most; `None` where nothing tells.
+    pub changed: Option<u64>,
+    /// The source's size, in bytes.
+    pub size: u64,
+}
+
+/// A point that all volumes of a server have.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GroupPoint {
+    /// The name of the snapshots.
+    pub snapshot: String,
+    /// When they were made.
+    pub at: jiff::Timestamp,
+}
+
+/// How a server's cycle ended.
+#[derive(Debug)]
+pub enum GroupEnd {
+    /// Nothing has changed since the newest point.
+    Unchanged {
+        /// That point.
+        point: GroupPoint,
+    },
+    /// Another worker made a point a moment ago.
+    Recent {
+        /// That point.
+        point: GroupPoint,
+    },
+    /// All volumes have a new point.
+    Committed(Box<GroupReport>),
+}
+
+/// What a server's cycle did.
+#[derive(Debug)]
+pub struct GroupReport {
+    /// The new point.
+    pub point: GroupPoint,
+    /// Each volume's report, in the order of the members.
+    pub volumes: Vec<SyncReport>,
+    /// From the first intent to the last commit.
+    pub took: Duration,
+    /// How long the writers were frozen.
+    pub frozen_for: Option<Duration>,
+    /// Whether a point that an earlier cycle had begun was finished first.
+    pub finished_first: bool,
+}
+
+/// Why a server's cycle failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{volume}: {error}")]
+pub struct GroupError {
+    /// The volume that failed first, or the server.
+    pub volume: String,
+    /// What happened.
+    #[source]
+    pub error: CycleError,
+}
+
+impl GroupError {
+    fn of(member: &Member, error: impl Into<CycleError>) -> Self {
+        Self { volume: member.name.clone(), error: error.into() }
+    }
+
+    /// Whether it may succeed later without anybody's doing.
+    pub fn is_retryable(&self) -> bool {
+        self.error.is_retryable()
+    }
+}
+
+/// Looks at all volumes, without a lease and without writing.
+pub async fn look(members: &[Member]) -> Result<Vec<Seen>, GroupError> {
+    let look_at = |member: &Member| {
+        let member = member.clone();
+        async move {
+            let fail = |error| GroupError::of(&member, error);
+            let look = replicate::look(member.source.as_ref(), member.target.as_ref()).await.map_err(fail)?;
+            let (changed, size) = match look.base() {
+                Some(base) => match replicate::changed_since(&member.source, base).await {
+                    Ok(found) => found,
+                    // The base has gone, or another cycle has just replaced it: the cycle finds out.
+                    Err(CycleError::Image(error)) if error.kind == ErrorKind::NotFound => {
+                        let size = member.source.size().await.map_err(|error| GroupError::of(&member, error))?;
+                        (None, size)
+                    }
+                    Err(error) => return Err(GroupError::of(&member, error)),
+                },
+                None => {
+                    let size = member.source.size().await.map_err(|error| GroupError::of(&member, error))?;
+                    (None, size)
+                }
+            };
+            Ok(Seen { look, changed, size })
+        }
+    };
+    try_join_all(members.iter().map(look_at)).await
+}
+
+/// The newest point that all volumes have committed.
+pub fn common_point<'a>(looks: impl IntoIterator<Item = &'a Look>) -> Option<GroupPoint> {
+    let looks: Vec<&Look> = looks.into_iter().collect();
+    let (first, others) = looks.split_first()?;
+    // What a person named was made for one volume alone, whatever another one is called.
+    let on_all = |commit: &&Commit| {
+        commit.automatic && others.iter().all(|other| other.commits.iter().any(|have| have.name == commit.name))
+    };
+    let commit = first.commits.iter().rev().find(on_all)?;
+    // Of one point, the volume whose intent was stored first says how old it is at most.
+    let times = looks.iter().flat_map(|look| &look.commits).filter(|have| have.name == commit.name);
+    let at = times.filter_map(|commit| commit.at.parse::<jiff::Timestamp>().ok()).min()?;
+    Some(GroupPoint { snapshot: commit.name.clone(), at })
+}
+
+/// The points that were made for all volumes and that some do not have yet, oldest first. A volume that has recorded the
+/// id of its snapshot, or committed it, proves that all of them were made; see [`super::gate`].
+fn begun(looks: &[Look]) -> Vec<String> {
+    let mut names: Vec<&str> = Vec::new();
+    for look in looks {
+        let in_flight = look.in_flight.as_ref().filter(|in_flight| in_flight.snapshot.is_some());
+        let newest = look.base().filter(|base| base.automatic).map(|base| base.name.as_str());
+        names.extend(in_flight.map(|in_flight| in_flight.name.as_str()).into_iter().chain(newest));
+    }
+    names.sort_unstable();
+    names.dedup();
+    let has = |look: &Look, name: &str| look.commits.iter().any(|commit| commit.name == name);
+    names.retain(|name| looks.iter().any(|look| !has(look, name)));
+    names.into_iter().map(str::to_owned).collect()
+}
+
+struct Group<'a> {
+    members: &'a [Member],
+    options: &'a GroupOptions,
+    cancel: &'a CancellationToken,
+}
+
+/// Carries one cycle of a server through. `cancel` stops it at a checkpoint of each volume.
+/// `observe` is told what the look has found.
+pub async fn run(
+    members: &[Member],
+    options: &GroupOptions,
+    observe: &(dyn Fn(&[Seen]) + Send + Sync),
+    cancel: &CancellationToken,
+) -> Result<GroupEnd, GroupError> {
+    let seen = look(members).await?;
+    observe(&seen);
+    if let Some(end) = nothing_to_do(&seen, options) {
+        return Ok(end);
+    }
+    let group = Group { members, options, cancel };
+    group.take_leases().await?;
+    let outcome = group.with_leases().await;
+    group.give_leases_back().await;
+    outcome
+}
+
+fn nothing_to_do(seen: &[Seen], options: &GroupOptions) -> Option<GroupEnd> {
+    let point = common_point(seen.iter().map(|seen| &seen.look)).filter(|_| !options.forced)?;
+    let at_point =
+        |seen: &Seen| seen.look.in_flight.is_none() && seen.look.base().is_some_and(|base| base.name == point.snapshot);
+    if !seen.iter().all(at_point) {
+        return None;
+    }
+    if seen.iter().all(|seen| seen.changed == Some(0)) {
+        return Some(GroupEnd::Unchanged { point });
+    }
+    let age = jiff::Timestamp::now().duration_since(point.at);
+    let young = Duration::try_from(age).is_ok_and(|age| age < options.not_younger_than);
+    young.then_some(GroupEnd::Recent { point })
+}
+
+impl Group<'_> {
+    async fn take_lease(&self, member: &Member) -> Result<(), GroupError> {
+        let owner = LeaseOwner::current().map_err(|error| {
+            let error = ImageError::from_io(error, member.target.location(), "say who takes the lease");
+            GroupError::of(member, error)
+        })?;
+        member.target.acquire_lease(&owner).await.map_err(|error| GroupError::of(member, error))
+    }
+
+    /// All leases, or none.
+    async fn take_leases(&self) -> Result<(), GroupError> {
+        let Some((first, others)) = self.members.split_first() else { return Ok(()) };
+        self.take_lease(first).await?;
+        let taken = join_all(others.iter().map(|member| self.take_lease(member))).await;
+        match taken.into_iter().find_map(Result::err) {
+            None => Ok(()),
+            Some(error) => {
+                self.give_leases_back().await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn give_leases_back(&self) {
+        let released = join_all(self.members.iter().map(|member| member.target.release_lease())).await;
+        for error in released.into_iter().filter_map(Result::err) {
+            // It is taken over by whoever comes next: this process will be gone, or its watch will.
+            tracing::warn!(%error, "a lease was not given back");
+        }
+    }
+
+    async fn looks(&self) -> Result<Vec<Look>, GroupError> {
+        let look = |member: &Member| {
+            let member = member.clone();
+            async move {
+                let looked = replicate::look(member.source.as_ref(), member.target.as_ref()).await;
+                looked.map_err(|error| GroupError::of(&member, error))
+            }
+        };
+        try_join_all(self.members.iter().map(look)).await
+    }
+
+    async fn with_leases(&self) -> Result<GroupEnd, GroupError> {
+        // Another worker may have been at it until a moment ago.
+        let looks = self.looks().await?;
+        let begun = begun(&looks);
+        let point = common_point(&looks);
+        if let Some(point) = point.clone().filter(|_| begun.is_empty() && !self.options.forced) {
+            let age = Duration::try_from(jiff::Timestamp::now().duration_since(point.at));
+            if age.is_ok_and(|age| age < self.options.not_younger_than) {
+                return Ok(GroupEnd::Recent { point });
+            }
+        }
+        for name in &begun {
+            self.finish(name, &looks).await?;
+        }
+        let report = self.new_point(!begun.is_empty()).await?;
+        self.prune().await;
+        Ok(GroupEnd::Committed(Box::new(report)))
+    }
+
+    fn sync_options(&self, name: &str, keep: usize) -> SyncOptions {
+        SyncOptions {
+            request: Request { name: Some(name.to_owned()), automatic: true, ..Request::default() },
+            keep,
+            compression: Compression::None,
+            limits: self.options.limits,
+            snapshotter: None,
+        }
+    }
+
+    /// How many snapshots a volume's own cycle leaves: all, where its companions might not get the new point.
+    fn keep(&self) -> usize {
+        if self.members.len() == 1 { self.options.retention.keep } else { usize::MAX }
+    }
+
+    /// Carries a point that was made for all volumes over to those that do not have it.
+    async fn finish(&self, name: &str, looks: &[Look]) -> Result<(), GroupError> {
+        let finish = |(member, look): (&Member, &Look)| {
+            let member = member.clone();
+            let committed = look.commits.iter().any(|commit| commit.name == name);
+            let options =
+                SyncOptions { snapshotter: Some(Arc::new(NoSnapshots)), ..self.sync_options(name, self.keep()) };
+            async move {
+                let fail = |error: CycleError| GroupError::of(&member, error);
+                let snapshots = member.source.snapshots().await.map_err(|error| fail(error.into()))?;
+                let kept = member.source.snapshot_support() == SnapshotSupport::Kept;
+                // A volume that has lost this snapshot goes on to the next point; this one will not be the server's.
+                if committed || kept && !snapshots.iter().any(|snapshot| snapshot.name == name) {
+                    return Ok(());
+                }
+                let done =
+                    replicate::sync_held(&member.source, &member.target, &options, &member.progress, self.cancel).await;
+                done.map(drop).map_err(fail)
+            }
+        };
+        try_first(join_all(self.members.iter().zip(looks).map(finish)).await)
+    }
+
+    async fn new_point(&self, finished_first: bool) -> Result<GroupReport, GroupError> {
+        let name = replicate::name_of_now();
+        let (begun, at) = (Instant::now(), jiff::Timestamp::now());
+        let gate = Gate::new(&self.options.server, &self.options.quiesce, self.members.len());
+        let cycle = |member: &Member| {
+            let (member, pass) = (member.clone(), gate.member());
+            let options = SyncOptions { snapshotter: Some(pass.clone()), ..self.sync_options(&name, self.keep()) };
+            async move {
+                let done =
+                    replicate::sync_held(&member.source, &member.target, &options, &member.progress, self.cancel).await;
+                match done {
+                    Ok(report) => {
+                        pass.leave(&format!("{} made no snapshot", member.name));
+                        Ok((report, begun.elapsed()))
+                    }
+                    Err(error) => {
+                        pass.leave(&format!("{} failed: {error}", member.name));
+                        Err((pass.was_given_up(), GroupError::of(&member, error)))
+                    }
+                }
+            }
+        };
+        let ends = join_all(self.members.iter().map(cycle)).await;
+        let (mut volumes, mut took, mut failed) = (Vec::new(), Duration::ZERO, None::<(bool, GroupError)>);
+        for end in ends {
+            match end {
+                Ok((report, after)) => {
+                    let after = after.saturating_sub(Duration::from_secs_f64(report.stages.prune_seconds));
+                    took = took.max(after);
+                    volumes.push(report);
+                }
+                // The volume that failed of itself says more than those that gave up because of it.
+                Err(error) if failed.as_ref().is_none_or(|(given_up, _)| *given_up) => failed = Some(error),
+                Err(_) => {}
+            }
+        }
+        match failed {
+            Some((_, error)) => Err(error),
+            None => Ok(GroupReport {
+                point: GroupPoint { snapshot: name, at },
+                volumes,
+                took,
+                frozen_for: gate.frozen_for(),
+                finished_first,
+            }),
+        }
+    }
+
+    /// Now that all volumes have the new point, older ones may go.
+    async fn prune(&self) {
+        if self.members.len() == 1 {
+            return;
+        }
+        let keep = self.options.retention.keep;
+        let pruned = self.members.iter().map(|member| replicate::prune_held(&member.source, &member.target, keep));
+        for (member, outcome) in self.members.iter().zip(join_all(pruned).await) {
+            match outcome {
+                Ok(pruned) => {
+                    for left in pruned.left {
+                        tracing::warn!(volume = member.name, "a snapshot was not removed: {left}");
+                    }
+                }
+                // The next cycle tries again.
+                Err(error) => tracing::warn!(volume = member.name, %error, "older snapshots were not removed"),
+            }
+        }
+    }
+}
+
+fn try_first(ends: Vec<Result<(), GroupError>>) -> Result<(), GroupError> {
+    ends.into_iter().collect()
+}
+
+#[cfg(test)]
+#[path = "group_tests.rs"]
+mod tests;

@@ -1,0 +1,131 @@
+//! One job: a server's volumes are opened and carried through one cycle.
+
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use tokio_util::sync::CancellationToken;
+
+use super::group::{self, GroupEnd, GroupError, GroupOptions, GroupReport, Member};
+use super::shared::{PAUSED, Shared};
+use crate::pipeline::Limits;
+use crate::plan::Server;
+use crate::replicate::{CycleError, Progress};
+
+/// How a job ended.
+pub(super) enum JobEnd {
+    /// The cycle's own end, and when it was looked at.
+    Group(Result<GroupEnd, GroupError>, Timestamp),
+    /// A volume could not be opened.
+    NotOpened(String, CycleError),
+    /// A note says that the server is paused.
+    Paused(String),
+    /// A panic: a defect.
+    Defect(String),
+}
+
+/// Another worker's point counts for this one if it is younger than this share of the interval.
+const YOUNG: f64 = 0.9;
+
+pub(super) async fn run(shared: Arc<Shared>, server: Server, forced: bool, cancel: CancellationToken) -> JobEnd {
+    let mut members = Vec::new();
+    for volume in &server.volumes {
+        match shared.images(volume).await {
+            Ok((source, target)) => {
+                let progress = Arc::new(Progress::default());
+                members.push(Member { name: volume.name.clone(), source, target, progress });
+            }
+            Err(error) => return JobEnd::NotOpened(volume.name.clone(), error),
+        }
+    }
+    let Some(first) = members.first() else { return JobEnd::Defect("a server without volumes".into()) };
+    match first.target.load_note().await {
+        Ok(Some(note)) if note.starts_with(PAUSED) => return JobEnd::Paused(note[PAUSED.len()..].trim().to_owned()),
+        Ok(_) => {}
+        Err(error) => return JobEnd::NotOpened(first.name.clone(), error.into()),
+    }
+    let begun = Timestamp::now();
+    let limits = {
+        let mut core = shared.core();
+        if let Some(track) = core.tracks.get_mut(&server.name) {
+            let progress: Vec<Arc<Progress>> = members.iter().map(|member| member.progress.clone()).collect();
+            track.begin(begun, &progress);
+        }
+        Limits { bytes: Limits::default().bytes.min(core.plan.limits.memory), ..Limits::default() }
+    };
+    let options = GroupOptions {
+        server: server.name.clone(),
+        quiesce: server.quiesce.clone(),
+        retention: server.retention,
+        limits,
+        not_younger_than: server.pace.interval.mul_f64(YOUNG),
+        forced,
+    };
+    let observe = |seen: &[group::Seen]| {
+        let mut core = shared.core();
+        core.elsewhere.remove(&server.name);
+        let point = group::common_point(seen.iter().map(|seen| &seen.look));
+        core.scheduler.found(&server.name, point.map(|point| point.at.as_millisecond()));
+        if let Some(track) = core.tracks.get_mut(&server.name) {
+            track.seen(begun, seen);
+        }
+    };
+    JobEnd::Group(group::run(&members, &options, &observe, &cancel).await, begun)
+}
+
+/// Resumes the servers whose note is gone: whoever resumed them may have asked another worker.
+pub(super) async fn ask_paused(shared: Arc<Shared>) {
+    let paused: Vec<Server> = {
+        let core = shared.core();
+        let by_note = |server: &&Server| core.paused_by_note.contains(&server.name);
+        core.plan.servers.iter().filter(by_note).cloned().collect()
+    };
+    for server in paused {
+        let Some(volume) = server.volumes.first() else { continue };
+        let Ok((_, target)) = shared.images(volume).await else { continue };
+        // A backend that keeps no notes has not lost one.
+        if target.keeps_notes() && matches!(target.load_note().await, Ok(None)) {
+            let mut core = shared.core();
+            if core.paused_by_note.remove(&server.name) {
+                core.scheduler.resume(&server.name, super::worker::now_millis());
+            }
+        }
+    }
+}
+
+/// What a commit says to people.
+pub(super) fn committed_text(report: &GroupReport) -> String {
+    let written: u64 = report.volumes.iter().map(|volume| volume.moved.bytes_written).sum();
+    let frozen = report.frozen_for.map(|time| format!(", frozen for {:.2} s", time.as_secs_f64()));
+    format!(
+        "point {} of {} volumes: {:.1} MiB written in {:.2} s{}",
+        report.point.snapshot,
+        report.volumes.len(),
+        written as f64 / f64::from(1 << 20),
+        report.took.as_secs_f64(),
+        frozen.unwrap_or_default()
+    )
+}
+
+/// An error with its causes and what to do, in one line.
+pub(super) fn error_text(error: &CycleError) -> String {
+    let mut text = error.to_string();
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    let hint = match error {
+        CycleError::Image(error) => error.hint.clone(),
+        CycleError::Conflict(conflict) => Some(conflict.kind.hint().to_owned()),
+        _ => None,
+    };
+    if let Some(hint) = hint {
+        text.push_str("; ");
+        text.push_str(&hint);
+    }
+    text
+}

@@ -1,0 +1,237 @@
+//! Freezing the writers of a server while its snapshots are made, with a thaw that comes whatever happens.
+//!
+//! Before the freeze a watchdog is started: a shell in a process group of its own that waits on a pipe for the word that
+//! the thaw is done. If the word doesn't come within the limit, or the pipe closes because poolshift is gone, it thaws.
+//! So a frozen server is thawed after an error, a panic, a dropped future and a `kill -9`. A point whose freeze took
+//! longer than its limit is not one: the watchdog may have thawed in its middle.
+
+use std::process::{ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use tokio::io::AsyncWriteExt;
+use tokio::process::{Child, ChildStdin, Command};
+
+use crate::plan::Quiesce;
+
+/// What the watchdog runs: waits for the word, for at most `$1` seconds, or thaws with the rest of its arguments.
+const WATCHDOG: &str = r#"limit=$1; shift; [ "$(timeout "$limit" head -c 6)" = thawed ] || exec "$@""#;
+
+/// A server could not be frozen, or not be thawed in time.
+#[derive(Debug, thiserror::Error)]
+pub enum QuiesceError {
+    /// A command can't be run at all.
+    #[error("{what} of {server}: {command:?} can't be run")]
+    Start {
+        /// `freeze`, `thaw` or `watchdog`.
+        what: &'static str,
+        /// The server.
+        server: String,
+        /// The command.
+        command: String,
+        /// Why.
+        #[source]
+        error: std::io::Error,
+    },
+    /// A command said no.
+    #[error("{what} of {server}: {command:?} failed ({status}){output}")]
+    Failed {
+        /// `freeze` or `thaw`.
+        what: &'static str,
+        /// The server.
+        server: String,
+        /// The command.
+        command: String,
+        /// How it ended.
+        status: ExitStatus,
+        /// What it wrote, in brief.
+        output: String,
+    },
+    /// The limit on the frozen time has passed; the watchdog has thawed the server.
+    #[error(
+        "{server} was frozen for longer than its limit of {limit:?}, and thawed: this is no point; raise the limit, or \
+         find out why snapshots take so long"
+    )]
+    TooLong {
+        /// The server.
+        server: String,
+        /// The limit.
+        limit: Duration,
+    },
+}
+
+/// A frozen server. Dropping it thaws it.
+#[derive(Debug)]
+pub struct Frozen {
+    server: String,
+    point: String,
+    thaw: Vec<String>,
+    limit: Duration,
+    since: Instant,
+    watchdog: Child,
+    word: ChildStdin,
+}
+
+/// The commands for a freeze and for a thaw, and the limit; `None` where there is nothing to freeze.
+fn commands(quiesce: &Quiesce) -> Option<(Vec<String>, Vec<String>, Duration)> {
+    let shell = |command: &String| vec!["/bin/sh".to_owned(), "-c".to_owned(), command.clone()];
+    match quiesce {
+        Quiesce::None => None,
+        Quiesce::Command { freeze, thaw, limit } => Some((shell(freeze), shell(thaw), *limit)),
+        Quiesce::Virsh { domain, uri, limit } => {
+            let virsh = |verb: &str| {
+                let mut words = vec!["virsh".to_owned()];
+                words.extend(uri.iter().flat_map(|uri| ["--connect".to_owned(), uri.clone()]));
+                words.extend([verb.to_owned(), "--domain".to_owned(), domain.clone()]);
+                words
+            };
+            Some((virsh("domfsfreeze"), virsh("domfsthaw"), *limit))
+        }
+    }
+}
+
+fn command(words: &[String], server: &str, point: &str) -> Command {
+    let mut command = Command::new(&words[0]);
+    command.args(&words[1..]).env("POOLSHIFT_SERVER", server).env("POOLSHIFT_POINT", point);
+    command
+}
+
+/// Freezes a server; `None` where its plan asks for nothing. On an error the server is thawed again.
+pub async fn freeze(quiesce: &Quiesce, server: &str, point: &str) -> Result<Option<Frozen>, QuiesceError> {
+    let Some((freeze, thaw, limit)) = commands(quiesce) else { return Ok(None) };
+    let mut words = vec!["/bin/sh".to_owned(), "-c".to_owned(), WATCHDOG.to_owned(), "watchdog".to_owned()];
+    words.push(format!("{:.3}", limit.as_secs_f64()));
+    words.extend(thaw.iter().cloned());
+    // A group of its own: what a terminal or a supervisor sends to poolshift's does not reach it.
+    let watchdog = command(&words, server, point)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .process_group(0)
+        .spawn();
+    let cannot_start =
+        |error| QuiesceError::Start { what: "watchdog", server: server.to_owned(), command: thaw.join(" "), error };
+    let since = Instant::now();
+    let mut watchdog = watchdog.map_err(cannot_start)?;
+    let word = watchdog.stdin.take().ok_or_else(|| cannot_start(std::io::ErrorKind::BrokenPipe.into()))?;
+    let (server, point) = (server.to_owned(), point.to_owned());
+    let frozen = Frozen { server, point, thaw, limit, since, watchdog, word };
+    match frozen.run("freeze", &freeze).await {
+        Ok(()) => Ok(Some(frozen)),
+        Err(error) => {
+            // It may have frozen a part. What the thaw says comes second to why it was needed.
+            let _ = frozen.thaw().await;
+            Err(error)
+        }
+    }
+}
+
+impl Frozen {
+    async fn run(&self, what: &'static str, words: &[String]) -> Result<(), QuiesceError> {
+        let server = || self.server.clone();
+        let start = |error| QuiesceError::Start { what, server: server(), command: words.join(" "), error };
+        let run = command(words, &self.server, &self.point).stdin(Stdio::null()).kill_on_drop(true).output();
+        let output = match tokio::time::timeout(self.limit, run).await {
+            Ok(output) => output.map_err(start)?,
+            Err(_) => return Err(QuiesceError::TooLong { server: server(), limit: self.limit }),
+        };
+        if output.status.success() {
+            return Ok(());
+        }
+        let said = String::from_utf8_lossy(if output.stderr.is_empty() { &output.stdout } else { &output.stderr });
+        let said: String = said.trim().chars().take(500).collect();
+        let output_text = if said.is_empty() { String::new() } else { format!(": {said}") };
+        let command = words.join(" ");
+        Err(QuiesceError::Failed { what, server: server(), command, status: output.status, output: output_text })
+    }
+
+    /// Thaws the server. An error means that it was not frozen all the time up to this call, or that the thaw failed;
+    /// the watchdog thaws it then as well. Gives back how long the server was frozen.
+    pub async fn thaw(mut self) -> Result<Duration, QuiesceError> {
+        let in_time = self.since.elapsed() < self.limit && matches!(self.watchdog.try_wait(), Ok(None));
+        // Whatever the watchdog does: a thaw can be repeated.
+        self.run("thaw", &self.thaw).await?;
+        let frozen_for = self.since.elapsed();
+        // A watchdog that is gone has thawed by itself.
+        let _ = self.word.write_all(b"thawed").await;
+        let Self { server, limit, mut watchdog, word, .. } = self;
+        drop(word);
+        let _ = watchdog.wait().await;
+        if in_time { Ok(frozen_for) } else { Err(QuiesceError::TooLong { server, limit }) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Hooks that write what they do into a file.
+    fn hooks(folder: &std::path::Path, freeze: &str, limit: Duration) -> Quiesce {
+        let log = folder.join("log");
+        let log = log.display();
+        Quiesce::Command {
+            freeze: format!("echo freeze $POOLSHIFT_SERVER $POOLSHIFT_POINT >> {log}; {freeze}"),
+            thaw: format!("echo thaw >> {log}"),
+            limit,
+        }
+    }
+
+    fn log(folder: &std::path::Path) -> String {
+        std::fs::read_to_string(folder.join("log")).unwrap_or_default()
+    }
+
+    async fn until_thawed(folder: &std::path::Path) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !log(folder).contains("thaw") {
+            assert!(Instant::now() < deadline, "nobody thawed: {}", log(folder));
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_freeze_is_thawed_once_and_in_time() {
+        let folder = tempfile::tempdir().unwrap();
+        let quiesce = hooks(folder.path(), "true", Duration::from_secs(20));
+        let frozen = freeze(&quiesce, "web", "p1").await.unwrap().unwrap();
+        assert_eq!(log(folder.path()), "freeze web p1\n");
+        assert!(frozen.thaw().await.unwrap() < Duration::from_secs(20));
+        assert_eq!(log(folder.path()), "freeze web p1\nthaw\n");
+        assert!(freeze(&Quiesce::None, "web", "p1").await.unwrap().is_none());
+    }
+
+    #[tokio::test]
+    async fn dropping_a_frozen_server_thaws_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let quiesce = hooks(folder.path(), "true", Duration::from_secs(3600));
+        drop(freeze(&quiesce, "web", "p1").await.unwrap().unwrap());
+        until_thawed(folder.path()).await;
+    }
+
+    #[tokio::test]
+    async fn a_freeze_beyond_its_limit_is_thawed_and_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let quiesce = hooks(folder.path(), "true", Duration::from_millis(200));
+        let frozen = freeze(&quiesce, "web", "p1").await.unwrap().unwrap();
+        until_thawed(folder.path()).await;
+        assert!(matches!(frozen.thaw().await, Err(QuiesceError::TooLong { .. })));
+    }
+
+    #[tokio::test]
+    async fn a_failed_freeze_is_thawed_and_says_why() {
+        let folder = tempfile::tempdir().unwrap();
+        let quiesce = hooks(folder.path(), "echo no agent >&2; exit 3", Duration::from_secs(20));
+        let error = freeze(&quiesce, "web", "p1").await.unwrap_err();
+        assert!(error.to_string().contains("no agent"), "{error}");
+        assert_eq!(log(folder.path()), "freeze web p1\nthaw\n");
+        let quiesce = hooks(folder.path(), "sleep 60", Duration::from_millis(100));
+        assert!(matches!(freeze(&quiesce, "web", "p2").await, Err(QuiesceError::TooLong { .. })));
+    }
+
+    #[test]
+    fn virsh_gets_its_domain_as_one_word() {
+        let quiesce =
+            Quiesce::Virsh { domain: "a b".into(), uri: Some("qemu:///system".into()), limit: Duration::ZERO };
+        let (freeze, thaw, _) = commands(&quiesce).unwrap();
+        assert_eq!(freeze, ["virsh", "--connect", "qemu:///system", "domfsfreeze", "--domain", "a b"]);
+        assert_eq!(thaw[3], "domfsthaw");
+    }
+}

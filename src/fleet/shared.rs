@@ -1,0 +1,290 @@
+//! What the worker's loop, its jobs and the API share.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use async_trait::async_trait;
+use jiff::Timestamp;
+use tokio::sync::{broadcast, mpsc, oneshot};
+
+use super::control::{ActionError, FleetControl, Scope};
+use super::events::Events;
+use super::scheduler::{Phase, Scheduler};
+use super::status::{Activity, Event, FleetStatus, Origin, Sample, WorkerStatus};
+use super::tracker::ServerTrack;
+use super::worker::{demand, is_running, now_millis};
+use crate::image::{SourceImage, TargetImage};
+use crate::plan::{Plan, Server, Volume};
+use crate::replicate::CycleError;
+use crate::throttle::Rate;
+
+/// An open volume.
+pub type Images = (Arc<dyn SourceImage>, Arc<dyn TargetImage>);
+
+/// Opens the images of volumes, wherever they are.
+#[async_trait]
+pub trait Opener: Send + Sync {
+    /// Opens both sides of a volume. The target is created like the source if it does not exist, unless `to_look` says
+    /// that nothing may be changed; then it is [`crate::image::ErrorKind::NotFound`].
+    async fn open(&self, volume: &Volume, to_look: bool) -> Result<Images, CycleError>;
+}
+
+/// What a person asks of servers.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Verb {
+    Pause,
+    Resume,
+    SyncNow,
+}
+
+impl Verb {
+    pub(super) fn past(self) -> &'static str {
+        match self {
+            Self::Pause => "paused by a person",
+            Self::Resume => "resumed by a person",
+            Self::SyncNow => "a cycle was asked for by a person",
+        }
+    }
+}
+
+/// An action on its way to the loop.
+#[derive(Debug)]
+pub(super) struct Command {
+    pub(super) verb: Verb,
+    pub(super) servers: Vec<String>,
+    pub(super) answer: oneshot::Sender<Result<Vec<String>, ActionError>>,
+}
+
+/// The plan, and what is known. Changed by the loop, read by everybody.
+#[derive(Debug)]
+pub(super) struct Core {
+    pub(super) plan: Plan,
+    pub(super) scheduler: Scheduler,
+    pub(super) tracks: BTreeMap<String, ServerTrack>,
+    /// Paused by a note with their images, not by the plan.
+    pub(super) paused_by_note: HashSet<String>,
+    /// With another worker, by the last look: who has the lease.
+    pub(super) elsewhere: HashMap<String, String>,
+}
+
+pub(super) struct Shared {
+    pub(super) core: Mutex<Core>,
+    pub(super) events: Events,
+    pub(super) opener: Arc<dyn Opener>,
+    commands: mpsc::UnboundedSender<Command>,
+    images: Mutex<HashMap<String, Images>>,
+    since: Timestamp,
+    heartbeat: Mutex<tokio::time::Instant>,
+    completed: AtomicU64,
+    failed: AtomicU64,
+}
+
+impl Shared {
+    pub(super) fn new(plan: Plan, opener: Arc<dyn Opener>, commands: mpsc::UnboundedSender<Command>) -> Self {
+        let mut scheduler = Scheduler::new(plan.limits, fastrand::u64(..));
+        let mut tracks = BTreeMap::new();
+        for server in &plan.servers {
+            scheduler.insert(&server.name, demand(server), server.paused, now_millis());
+            tracks.insert(server.name.clone(), ServerTrack::new(server));
+        }
+        let core = Core { plan, scheduler, tracks, paused_by_note: HashSet::new(), elsewhere: HashMap::new() };
+        Self {
+            core: Mutex::new(core),
+            events: Events::default(),
+            opener,
+            commands,
+            images: Mutex::default(),
+            since: Timestamp::now(),
+            heartbeat: Mutex::new(tokio::time::Instant::now()),
+            completed: AtomicU64::new(0),
+            failed: AtomicU64::new(0),
+        }
+    }
+
+    pub(super) fn beat(&self) {
+        *self.heartbeat.lock().unwrap_or_else(PoisonError::into_inner) = tokio::time::Instant::now();
+    }
+
+    pub(super) fn count(&self, well: bool) {
+        let counter = if well { &self.completed } else { &self.failed };
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The images of a volume, opened at its first cycle and kept until one fails: an idle server costs no open.
+    pub(super) async fn images(&self, volume: &Volume) -> Result<Images, CycleError> {
+        let known = self.images.lock().unwrap_or_else(PoisonError::into_inner).get(&volume.name).cloned();
+        if let Some(images) = known {
+            return Ok(images);
+        }
+        let images = self.opener.open(volume, false).await?;
+        let mut known = self.images.lock().unwrap_or_else(PoisonError::into_inner);
+        known.insert(volume.name.clone(), images.clone());
+        Ok(images)
+    }
+
+    /// Forgets the images of a server: whatever went wrong, the next cycle opens them anew.
+    pub(super) fn forget_images(&self, server: &str) {
+        let core = self.core();
+        let Some(server) = core.plan.servers.iter().find(|have| have.name == server) else { return };
+        let mut known = self.images.lock().unwrap_or_else(PoisonError::into_inner);
+        for volume in &server.volumes {
+            known.remove(&volume.name);
+        }
+    }
+
+    pub(super) fn forget_all_images(&self) {
+        self.images.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    /// Brings the throttles up to now; gives back what has changed, a sentence each.
+    pub(super) fn tick_throttles(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    pub(super) fn reload_throttles(&self) {}
+
+    fn status(&self) -> FleetStatus {
+        let now = Timestamp::now();
+        let core = self.core();
+        let servers = core.plan.servers.iter().filter_map(|server| {
+            let track = core.tracks.get(&server.name)?;
+            let view = core.scheduler.view(&server.name)?;
+            let next_at = matches!(view.phase, Phase::Waiting).then(|| Timestamp::from_millisecond(view.due).ok());
+            let activity = activity(&core, server);
+            Some(track.status(server, activity, next_at.flatten(), None, now))
+        });
+        FleetStatus {
+            plan: core.plan.path.display().to_string(),
+            origin: Origin::Daemon,
+            at: now.to_string(),
+            servers: servers.collect(),
+            worker: Some(self.worker_status(core.scheduler.volumes_running())),
+            throttles: Vec::new(),
+        }
+    }
+
+    fn worker_status(&self, volumes_running: usize) -> WorkerStatus {
+        WorkerStatus {
+            host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+            pid: std::process::id(),
+            since: self.since.to_string(),
+            volumes_running,
+            cycles_completed: self.completed.load(Ordering::Relaxed),
+            cycles_failed: self.failed.load(Ordering::Relaxed),
+            resident_bytes: resident_bytes(),
+        }
+    }
+
+    /// The servers that are meant.
+    fn servers(&self, scope: &Scope) -> Result<Vec<Server>, ActionError> {
+        let core = self.core();
+        let meant = |server: &&Server| match scope {
+            Scope::All => true,
+            Scope::Named(name) => server.name == *name || server.volumes.iter().any(|volume| volume.name == *name),
+        };
+        let servers: Vec<Server> = core.plan.servers.iter().filter(meant).cloned().collect();
+        match scope {
+            Scope::Named(name) if servers.is_empty() => Err(ActionError::UnknownName(name.clone())),
+            _ => Ok(servers),
+        }
+    }
+
+    async fn act(&self, verb: Verb, servers: Vec<Server>) -> Result<Vec<String>, ActionError> {
+        let (answer, wait) = oneshot::channel();
+        let servers = servers.into_iter().map(|server| server.name).collect();
+        let gone = || ActionError::NotStored("the worker is stopping".into());
+        self.commands.send(Command { verb, servers, answer }).map_err(|_| gone())?;
+        wait.await.map_err(|_| gone())?
+    }
+
+    /// Leaves a note with the first volume of each server, where every worker finds it.
+    async fn note(&self, servers: &[Server], note: Option<&str>) -> Result<(), ActionError> {
+        for server in servers {
+            let Some(volume) = server.volumes.first() else { continue };
+            let not_stored = |error: String| ActionError::NotStored(format!("{}: {error}", server.name));
+            let (_, target) = match self.images(volume).await {
+                Ok(images) => images,
+                Err(error) => return Err(not_stored(error.to_string())),
+            };
+            match target.store_note(note).await {
+                // Files are worked on by one worker; it remembers for as long as it runs.
+                Err(error) if error.kind == crate::image::ErrorKind::Unsupported => {}
+                stored => stored.map_err(|error| not_stored(error.to_string()))?,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What a server is doing.
+fn activity(core: &Core, server: &Server) -> Activity {
+    let Some(view) = core.scheduler.view(&server.name) else { return Activity::Unknown };
+    match view.phase {
+        phase if is_running(phase) && view.has_point => Activity::Syncing,
+        phase if is_running(phase) => Activity::FirstSync,
+        Phase::Held => Activity::Held,
+        Phase::Paused => Activity::Paused,
+        _ if view.failures > 0 => Activity::BackingOff,
+        _ if core.elsewhere.contains_key(&server.name) => Activity::Elsewhere,
+        _ if view.has_point => Activity::Waiting,
+        _ => Activity::NeverSynced,
+    }
+}
+
+/// The resident memory of this process, in bytes; 0 where `/proc` does not tell.
+fn resident_bytes() -> u64 {
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
+    let pages: u64 = statm.split_ascii_whitespace().nth(1).and_then(|pages| pages.parse().ok()).unwrap_or(0);
+    pages * rustix::param::page_size() as u64
+}
+
+/// A running fleet, for those who watch and control it.
+#[derive(Clone)]
+pub struct Fleet(pub(super) Arc<Shared>);
+
+/// The note of a server that is paused. Any note that starts like this pauses it.
+pub(super) const PAUSED: &str = "paused";
+
+#[async_trait]
+impl FleetControl for Fleet {
+    fn status(&self) -> FleetStatus {
+        self.0.status()
+    }
+
+    fn history(&self, server: &str) -> Option<Vec<Sample>> {
+        self.0.core().tracks.get(server).map(ServerTrack::history)
+    }
+
+    fn recent_events(&self) -> Vec<Event> {
+        self.0.events.recent()
+    }
+
+    fn events(&self) -> broadcast::Receiver<Event> {
+        self.0.events.subscribe()
+    }
+
+    async fn pause(&self, scope: &Scope) -> Result<Vec<String>, ActionError> {
+        let servers = self.0.servers(scope)?;
+        self.0.note(&servers, Some(&format!("{PAUSED} by a person at {}", Timestamp::now()))).await?;
+        self.0.act(Verb::Pause, servers).await
+    }
+
+    async fn resume(&self, scope: &Scope) -> Result<Vec<String>, ActionError> {
+        let servers = self.0.servers(scope)?;
+        self.0.note(&servers, None).await?;
+        self.0.act(Verb::Resume, servers).await
+    }
+
+    async fn sync_now(&self, scope: &Scope) -> Result<Vec<String>, ActionError> {
+        self.0.act(Verb::SyncNow, self.0.servers(scope)?).await
+    }
+
+    async fn set_throttle(&self, pool: &str, _rate: Option<Rate>) -> Result<(), ActionError> {
+        Err(ActionError::UnknownPool(pool.to_owned()))
+    }
+
+    fn heartbeat_age_seconds(&self) -> f64 {
+        self.0.heartbeat.lock().unwrap_or_else(PoisonError::into_inner).elapsed().as_secs_f64()
+    }
+}
