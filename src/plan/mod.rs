@@ -1,11 +1,40 @@
 //! The plan: what goes where, how often, and within which limits. Pure data, read from a TOML file.
+//!
+//! [`Plan::load`] takes a file or names everything that is wrong with it: an unknown key, a value of another type or out
+//! of range, a name or image that is there twice, each with its line and column and with what to do ([`PlanError`]).
+//! Nothing is looked up in a cluster here; that is what `poolshift check` does.
+//!
+//! # Times that nobody has set
+//!
+//! A server inherits from `[defaults]`, and these from [`Pace::default`] and [`Retention::default`]. An inherited
+//! `idle_interval` that is shorter than the server's own `interval` becomes that interval, an inherited `target_lag` that
+//! is shorter becomes twice the interval. Both are errors where they stand beside the interval. A window of a throttle
+//! inherits what it doesn't set from outside of it.
 
-use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::image::ImageSpec;
 use crate::throttle::Rate;
+
+mod check;
+mod error;
+mod fields;
+mod read;
+mod throttles;
+pub mod values;
+
+#[cfg(test)]
+mod tests;
+
+pub use error::{PlanError, PlanProblem};
+
+/// The largest plan file, in bytes.
+pub const FILE_MAX: usize = 1 << 20;
+
+/// The most volumes of a plan.
+pub const VOLUMES_MAX: usize = 10_000;
 
 /// A plan, validated: every name is known once, every reference leads somewhere, every number makes sense.
 #[derive(Clone, Debug, PartialEq)]
@@ -24,6 +53,28 @@ pub struct Plan {
     pub throttles: Vec<PoolThrottle>,
     /// The HTTP API.
     pub api: Api,
+}
+
+impl Plan {
+    /// Reads a plan file. Blocks.
+    pub fn load(path: &Path) -> Result<Self, PlanError> {
+        read::load(path)
+    }
+
+    /// Reads a plan from the text of a file; `path` is for messages, and kept in the plan.
+    pub fn parse(text: &str, path: &Path) -> Result<Self, PlanError> {
+        read::read(text, path)
+    }
+
+    /// All volumes with their servers, in the order of the file.
+    pub fn volumes(&self) -> impl Iterator<Item = (&Server, &Volume)> {
+        self.servers.iter().flat_map(|server| server.volumes.iter().map(move |volume| (server, volume)))
+    }
+
+    /// The limits of a source pool, if the plan has some.
+    pub fn throttle(&self, pool: &str) -> Option<&PoolThrottle> {
+        self.throttles.iter().find(|throttle| throttle.pool == pool)
+    }
 }
 
 /// Which cluster, as whom. `None` leaves the choice to the command line, the environment and librados, in that order.
@@ -78,6 +129,14 @@ pub struct Pace {
     pub target_lag: Duration,
 }
 
+impl Default for Pace {
+    /// Every 5 minutes, every 30 while nothing changes; late after 15.
+    fn default() -> Self {
+        let minutes = |minutes: u64| Duration::from_secs(minutes * 60);
+        Self { interval: minutes(5), idle_interval: minutes(30), target_lag: minutes(15) }
+    }
+}
+
 /// What stays of poolshift's own snapshots on the target, beside the base.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Retention {
@@ -85,6 +144,13 @@ pub struct Retention {
     pub keep: usize,
     /// And those younger than this.
     pub keep_for: Option<Duration>,
+}
+
+impl Default for Retention {
+    /// One point.
+    fn default() -> Self {
+        Self { keep: 1, keep_for: None }
+    }
 }
 
 /// How the writers are quiesced while the snapshots of a server are made.
@@ -125,6 +191,13 @@ pub struct FleetLimits {
     pub memory: u64,
 }
 
+impl Default for FleetLimits {
+    /// 8 volumes, 4 of them for the first time, 8 of a pool; 256 MiB.
+    fn default() -> Self {
+        Self { volumes: 8, first_syncs: 4, volumes_per_pool: 8, memory: 256 << 20 }
+    }
+}
+
 /// What a source pool may be asked for.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PoolThrottle {
@@ -156,4 +229,11 @@ pub struct Api {
     pub listen: Option<SocketAddr>,
     /// A file with the token.
     pub token_file: Option<PathBuf>,
+}
+
+impl Default for Api {
+    /// On port 9480 of this host alone, without a token.
+    fn default() -> Self {
+        Self { listen: Some(SocketAddr::from((Ipv4Addr::LOCALHOST, 9480))), token_file: None }
+    }
 }

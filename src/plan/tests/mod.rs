@@ -1,0 +1,232 @@
+//! What plan files mean, and what is said of those that mean nothing.
+
+use std::num::NonZeroU64;
+use std::path::Path;
+use std::time::Duration;
+
+use super::*;
+
+mod any;
+mod render;
+
+fn parse(text: &str) -> Result<Plan, PlanError> {
+    Plan::parse(text, Path::new("plan.toml"))
+}
+
+fn refusal(text: &str) -> String {
+    parse(text).expect_err(text).to_string()
+}
+
+/// A plan of one volume, with something else in front of it.
+fn beside_a_volume(text: &str) -> String {
+    format!("{text}\n[[volume]]\nname = \"v\"\nsource = \"rbd:sata/v\"\ntarget = \"rbd:sas/v\"\n")
+}
+
+/// A plan of one volume with more lines.
+fn in_a_volume(text: &str) -> String {
+    format!("{}{text}\n", beside_a_volume(""))
+}
+
+fn golden(name: &str, text: &str) {
+    insta::with_settings!({snapshot_path => "golden", prepend_module_to_snapshot => false, omit_expression => true}, {
+        insta::assert_snapshot!(name, text);
+    });
+}
+
+fn seconds(seconds: u64) -> Duration {
+    Duration::from_secs(seconds)
+}
+
+#[test]
+fn the_least_plan_has_the_promised_defaults() {
+    let plan = parse(&beside_a_volume("")).unwrap();
+    assert_eq!(plan.path, Path::new("plan.toml"));
+    assert_eq!((&plan.source_cluster, &plan.target_cluster), (&ClusterAccess::default(), &ClusterAccess::default()));
+    assert_eq!(plan.limits, FleetLimits { volumes: 8, first_syncs: 4, volumes_per_pool: 8, memory: 256 << 20 });
+    assert_eq!(plan.api, Api { listen: Some("127.0.0.1:9480".parse().unwrap()), token_file: None });
+    assert!(plan.throttles.is_empty());
+    let [server] = &plan.servers[..] else { panic!("{:?}", plan.servers) };
+    let (interval, idle_interval, target_lag) = (seconds(300), seconds(1800), seconds(900));
+    assert_eq!(server.pace, Pace { interval, idle_interval, target_lag });
+    assert_eq!(server.retention, Retention { keep: 1, keep_for: None });
+    assert_eq!((server.name.as_str(), &server.quiesce, server.paused), ("v", &Quiesce::None, false));
+    let [volume] = &server.volumes[..] else { panic!("{:?}", server.volumes) };
+    assert_eq!((volume.name.as_str(), volume.boot, volume.rate), ("v", false, Rate::default()));
+    assert_eq!((volume.source.to_string(), volume.target.to_string()), ("rbd:sata/v".into(), "rbd:sas/v".into()));
+}
+
+#[test]
+fn the_readmes_plan_means_what_it_says() {
+    let readme = include_str!("../../../README.md");
+    let (_, behind) = readme.split_once("```toml\n").expect("the README has a plan");
+    let (text, _) = behind.split_once("```").expect("it ends");
+    let plan = parse(text).unwrap();
+    let names: Vec<_> = plan.servers.iter().map(|server| (server.name.as_str(), server.volumes.len())).collect();
+    assert_eq!(names, [("web-1", 2), ("archive", 1)]);
+    let [web, archive] = &plan.servers[..] else { panic!() };
+    assert_eq!((web.pace.interval, archive.pace.interval), (seconds(120), seconds(3600)));
+    // Nobody has set them for an hour's interval.
+    assert_eq!((archive.pace.idle_interval, archive.pace.target_lag), (seconds(3600), seconds(7200)));
+    assert_eq!(web.retention, Retention { keep: 3, keep_for: Some(seconds(86_400)) });
+    let expected = Quiesce::Virsh { domain: "web-1".into(), uri: None, limit: seconds(10) };
+    assert_eq!((&web.quiesce, web.volumes[0].boot, web.volumes[1].boot), (&expected, true, false));
+    assert_eq!(archive.volumes[0].rate.bytes_per_second, NonZeroU64::new(50 << 20));
+    let throttle = plan.throttle("sata").unwrap();
+    assert_eq!(throttle.latency_limit, Some(Duration::from_millis(80)));
+    let night = Rate { bytes_per_second: None, operations_per_second: NonZeroU64::new(2000) };
+    assert_eq!(throttle.windows, [Window { from_minute: 1320, until_minute: 360, rate: night }]);
+}
+
+#[test]
+fn servers_and_volumes_keep_the_order_of_the_file() {
+    let volume =
+        |name| format!("[[volume]]\nname = \"{name}\"\nsource = \"rbd:sata/{name}\"\ntarget = \"rbd:sas/{name}\"\n");
+    let server =
+        "[[server]]\nname = \"s\"\nvolume = [{ name = \"d\", source = \"rbd:sata/d\", target = \"rbd:sas/d\" }]\n";
+    let plan = parse(&[volume("a"), server.into(), volume("b")].concat()).unwrap();
+    let names: Vec<_> = plan.servers.iter().map(|server| server.name.as_str()).collect();
+    assert_eq!(names, ["a", "s", "b"]);
+    let volumes: Vec<_> = plan.volumes().map(|(server, volume)| format!("{}/{}", server.name, volume.name)).collect();
+    assert_eq!(volumes, ["a/a", "s/d", "b/b"]);
+}
+
+#[test]
+fn equal_names_in_two_clusters_are_two_images() {
+    let same = "\n[[volume]]\nname = \"v\"\nsource = \"rbd:sata/v\"\ntarget = \"rbd:sata/v\"\n";
+    assert!(refusal(same).contains("it is the source itself"));
+    parse(&format!("[target]\nconf = \"/etc/ceph/other.conf\"\n{same}")).unwrap();
+}
+
+#[test]
+fn everything_wrong_is_told_at_once() {
+    let text = r#"
+[default]
+interval = "5m"
+
+[defaults]
+interval = "10m"
+idle_interval = "5m"
+keep = 0
+
+[limits]
+volumes = 2
+first_syncs = 3
+memory = "1M"
+
+[api]
+listen = "0.0.0.0:9480"
+
+[[throttle]]
+pool = "sata"
+windows = [
+    { during = "22:00-06:00", bytes_per_second = "unlimited" },
+    { during = "05:00-07:00", operations_per_second = 10 },
+]
+
+[[throttle]]
+pool = "sata"
+
+[[server]]
+name = "web-1"
+quiesce = { virsh = { domain = "web-1" } }
+
+[[server.volume]]
+name = "root"
+source = "rbd:sata/root@monday"
+target = "rbd:sas/root"
+boot = true
+
+[[server.volume]]
+name = "data"
+source = "rbd:sata/data"
+target = "rbd:sas/data"
+boot = true
+
+[[server]]
+name = "web-1"
+
+[[volume]]
+name = "a b"
+source = "sata/x"
+target = "rbd:sas/data"
+bytes_per_secnd = "1M"
+paused = "no"
+
+[[volume]]
+source = "rbd:sas/root"
+target = "rbd:sas/root"
+bytes_per_second = -5
+"#;
+    golden("everything-wrong", &refusal(text));
+}
+
+#[test]
+fn each_mistake_has_its_line() {
+    let mut text = String::new();
+    for plan in [
+        String::new(),
+        "[[volume]\n".into(),
+        "[[volume]]\nname = \"v\"\nname = \"w\"\n".into(),
+        "a = \"\u{1}\"\n".into(),
+        "volume = 7\n".into(),
+        "volume = [7]\n".into(),
+        "[volume]\nname = \"v\"\n".into(),
+        "[[server]]\n".into(),
+        beside_a_volume("defaults = \"5m\""),
+        beside_a_volume("\"de\\u0007fault\" = 1"),
+        beside_a_volume("[defaults]\ninterval = 300"),
+        beside_a_volume("[defaults]\ninterval = \"5 minutes\""),
+        beside_a_volume("[defaults]\ninterval = \"0s\""),
+        beside_a_volume("[defaults]\nkeep = 99999999999999999999"),
+        beside_a_volume("[defaults]\nkeep = 1.5"),
+        beside_a_volume("[limits]\nmemory = 18446744073709551616"),
+        beside_a_volume("[limits]\nmemory = \"99999999T\""),
+        beside_a_volume("[limits]\nvolumes = 0"),
+        beside_a_volume("[api]\nlisten = \"localhost\""),
+        beside_a_volume("[api]\nlisten = \"[::]:9480\"\ntoken_file = \"token\""),
+        beside_a_volume("[source]\nuser = \"client.\""),
+        beside_a_volume("[[throttle]]\npool = \"sata\""),
+        beside_a_volume("[[throttle]]\nbytes_per_second = \"1K\""),
+        beside_a_volume("[[throttle]]\npool = \"sata\"\nwindows = [{ during = \"22-06\" }]"),
+        beside_a_volume("[[throttle]]\npool = \"sata\"\nlatency_limit = \"2m\""),
+        in_a_volume("quiesce = \"fsfreeze\""),
+        in_a_volume("quiesce = { command = { freeze = \"a\", limit = \"1h\" } }"),
+        in_a_volume("quiesce = { virsh = {}, command = {} }"),
+        in_a_volume("quiesce = {}"),
+        in_a_volume("interval = \"10m\"\ntarget_lag = \"9m\""),
+        beside_a_volume("[[volume]]\nname = \"w\"\nsource = \"file:disk\"\ntarget = \"nbd:sas/w\""),
+        beside_a_volume("[[volume]]\nname = \"w\"\nsource = \"rbd:sata/v\"\ntarget = \"rbd:sas/w\""),
+    ] {
+        text.push_str(&format!("{}\n\n", refusal(&plan)));
+    }
+    golden("mistakes", &text);
+}
+
+#[test]
+fn large_files_are_not_looked_at() {
+    let error = parse(&" ".repeat(FILE_MAX + 1)).unwrap_err();
+    assert_eq!(error.to_string(), "plan.toml: a plan has at most 1048576 bytes, this file has more");
+    let volumes = "[[volume]]\n".repeat(VOLUMES_MAX + 1);
+    let error = parse(&volumes).unwrap_err();
+    assert_eq!(error.to_string(), "plan.toml:1:1: 10001 volumes are more than 10000; split the plan");
+    // Many mistakes are counted, not listed.
+    let error = parse(&"[[volume]]\n".repeat(1000)).unwrap_err();
+    assert_eq!(error.problems().len(), PlanError::PROBLEMS_MAX);
+    assert!(error.to_string().ends_with("and 2950 more"), "{error}");
+}
+
+#[test]
+fn a_file_is_read_and_its_errors_name_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("plan.toml");
+    let error = Plan::load(&path).unwrap_err();
+    assert!(matches!(&error, PlanError::Read { source, .. } if source.kind() == std::io::ErrorKind::NotFound));
+    std::fs::write(&path, beside_a_volume("")).unwrap();
+    assert_eq!(Plan::load(&path).unwrap().path, path);
+    std::fs::write(&path, b"# \xc3\xa4\n# \xc3\xa4\xff").unwrap();
+    let error = Plan::load(&path).unwrap_err().to_string();
+    let expected = format!("{}:2:4: a byte 0xff that is no UTF-8; save the file as UTF-8", path.display());
+    assert_eq!(error, expected);
+    std::fs::write(&path, vec![b'#'; FILE_MAX + 1]).unwrap();
+    assert!(matches!(Plan::load(&path), Err(PlanError::TooLarge { .. })));
+}
