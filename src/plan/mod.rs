@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use crate::image::ImageSpec;
 use crate::throttle::Rate;
+pub use crate::throttle::Window;
 
 mod check;
 mod error;
@@ -209,17 +210,6 @@ pub struct PoolThrottle {
     pub windows: Vec<Window>,
     /// Above this mean latency of our own reads the rate goes down. `None`: it is not looked at.
     pub latency_limit: Option<Duration>,
-}
-
-/// A time of the day with its own limit, in the local time of the host.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Window {
-    /// From, in minutes since midnight, 0 to 1439.
-    pub from_minute: u16,
-    /// Until, in minutes since midnight; less than `from_minute` for a window over midnight.
-    pub until_minute: u16,
-    /// The limit in it.
-    pub rate: Rate,
 }
 
 /// Where the HTTP API listens.
