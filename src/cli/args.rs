@@ -107,6 +107,11 @@ pub(super) enum CommandArgs {
     Inspect(InspectArgs),
     /// Say how far TARGET is behind SOURCE, and who works on it
     Status(StatusArgs),
+    /// Keep the volumes of PLAN in step, for weeks: the daemon
+    ///
+    /// SIGHUP reads the plan again, SIGTERM and Ctrl-C stop at the next checkpoint. Several processes, on several hosts,
+    /// may run the same plan.
+    Replicate(ReplicateArgs),
     /// Show the whole story on files: no Ceph, no root, a few seconds
     Demo(DemoArgs),
     /// Write a completion script for a shell to standard output
@@ -326,6 +331,12 @@ pub(super) struct StatusArgs {
     pub(super) json: bool,
     #[command(flatten)]
     pub(super) state: StateArgs,
+}
+
+#[derive(Args, Debug)]
+pub(super) struct ReplicateArgs {
+    /// The plan file
+    pub(super) plan: PathBuf,
 }
 
 #[derive(Args, Debug)]

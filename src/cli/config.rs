@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::args::{
     Arguments, CommandArgs, CreateArgs, DemoArgs, DiffArgs, ExportDiffArgs, GlobalArgs, ImageFeature, ImportDiffArgs,
-    InspectArgs, LogFormat, MergeDiffArgs, ReceiveArgs, SendArgs, StatusArgs, SyncArgs, VerifyArgs,
+    InspectArgs, LogFormat, MergeDiffArgs, ReceiveArgs, ReplicateArgs, SendArgs, StatusArgs, SyncArgs, VerifyArgs,
 };
 use super::values::SnapshotName;
 use crate::batch::CompressionChoice;
@@ -81,6 +81,8 @@ pub enum Command {
     Inspect(Inspect),
     /// `poolshift status`
     Status(Status),
+    /// `poolshift replicate`
+    Replicate(Replicate),
     /// `poolshift demo`
     Demo(Demo),
     /// `poolshift completions`
@@ -262,6 +264,13 @@ pub struct Status {
     pub state_dir: Option<PathBuf>,
 }
 
+/// See `poolshift replicate --help`.
+#[derive(Clone, Debug)]
+#[allow(missing_docs)]
+pub struct Replicate {
+    pub plan: PathBuf,
+}
+
 /// See `poolshift demo --help`.
 #[derive(Clone, Debug)]
 #[allow(missing_docs)]
@@ -350,6 +359,7 @@ impl TryFrom<CommandArgs> for Command {
                 no_snapshot("TARGET", &target)?;
                 Self::Status(Status { source, target, json, state_dir: state.state_dir })
             }
+            CommandArgs::Replicate(ReplicateArgs { plan }) => Self::Replicate(Replicate { plan }),
             CommandArgs::Demo(DemoArgs { dir, size }) => Self::Demo(Demo { dir, size }),
             CommandArgs::Completions(args) => Self::Completions(args.shell),
         })

@@ -18,6 +18,7 @@ mod diff;
 mod error;
 pub mod exit;
 mod export_diff;
+mod fleet;
 mod images;
 mod import_diff;
 mod inspect;
@@ -25,6 +26,7 @@ mod merge_diff;
 mod output;
 mod progress;
 mod receive;
+mod replicate;
 mod send;
 mod status;
 mod streams;
@@ -111,6 +113,7 @@ async fn dispatch(context: &Context<'_>) -> anyhow::Result<Exit> {
         Command::MergeDiff(settings) => merge_diff::run(context, settings).await,
         Command::Send(settings) => send::run(context, settings).await,
         Command::Receive(settings) => receive::run(context, settings).await,
+        Command::Replicate(settings) => replicate::run(context, settings).await,
         Command::Demo(settings) => demo::run(context, settings).await,
         Command::Completions(shell) => completions(*shell),
     }

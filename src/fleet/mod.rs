@@ -23,6 +23,7 @@ pub mod quiesce;
 pub mod scheduler;
 mod shared;
 pub mod status;
+mod throttles;
 mod tracker;
 mod worker;
 

@@ -11,7 +11,8 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 use super::control::{ActionError, FleetControl, Scope};
 use super::events::Events;
 use super::scheduler::{Phase, Scheduler};
-use super::status::{Activity, Event, FleetStatus, Origin, Sample, WorkerStatus};
+use super::status::{Activity, Event, EventKind, FleetStatus, Origin, Sample, WorkerStatus};
+use super::throttles::Throttles;
 use super::tracker::ServerTrack;
 use super::worker::{demand, is_running, now_millis};
 use crate::image::{SourceImage, TargetImage};
@@ -72,6 +73,7 @@ pub(super) struct Shared {
     pub(super) core: Mutex<Core>,
     pub(super) events: Events,
     pub(super) opener: Arc<dyn Opener>,
+    pub(super) throttles: Throttles,
     commands: mpsc::UnboundedSender<Command>,
     images: Mutex<HashMap<String, Images>>,
     since: Timestamp,
@@ -88,11 +90,13 @@ impl Shared {
             scheduler.insert(&server.name, demand(server), server.paused, now_millis());
             tracks.insert(server.name.clone(), ServerTrack::new(server));
         }
+        let throttles = Throttles::new(&plan);
         let core = Core { plan, scheduler, tracks, paused_by_note: HashSet::new(), elsewhere: HashMap::new() };
         Self {
             core: Mutex::new(core),
             events: Events::default(),
             opener,
+            throttles,
             commands,
             images: Mutex::default(),
             since: Timestamp::now(),
@@ -117,7 +121,8 @@ impl Shared {
         if let Some(images) = known {
             return Ok(images);
         }
-        let images = self.opener.open(volume, false).await?;
+        let (source, target) = self.opener.open(volume, false).await?;
+        let images = (self.throttles.throttled(volume, source), target);
         let mut known = self.images.lock().unwrap_or_else(PoisonError::into_inner);
         known.insert(volume.name.clone(), images.clone());
         Ok(images)
@@ -137,13 +142,6 @@ impl Shared {
         self.images.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
-    /// Brings the throttles up to now; gives back what has changed, a sentence each.
-    pub(super) fn tick_throttles(&self) -> Vec<String> {
-        Vec::new()
-    }
-
-    pub(super) fn reload_throttles(&self) {}
-
     fn status(&self) -> FleetStatus {
         let now = Timestamp::now();
         let core = self.core();
@@ -152,7 +150,8 @@ impl Shared {
             let view = core.scheduler.view(&server.name)?;
             let next_at = matches!(view.phase, Phase::Waiting).then(|| Timestamp::from_millisecond(view.due).ok());
             let activity = activity(&core, server);
-            Some(track.status(server, activity, next_at.flatten(), None, now))
+            let throttled = server.volumes.iter().find_map(|volume| self.throttles.limit_of(volume));
+            Some(track.status(server, activity, next_at.flatten(), throttled.as_deref(), now))
         });
         FleetStatus {
             plan: core.plan.path.display().to_string(),
@@ -160,7 +159,7 @@ impl Shared {
             at: now.to_string(),
             servers: servers.collect(),
             worker: Some(self.worker_status(core.scheduler.volumes_running())),
-            throttles: Vec::new(),
+            throttles: self.throttles.status(),
         }
     }
 
@@ -280,8 +279,13 @@ impl FleetControl for Fleet {
         self.0.act(Verb::SyncNow, self.0.servers(scope)?).await
     }
 
-    async fn set_throttle(&self, pool: &str, _rate: Option<Rate>) -> Result<(), ActionError> {
-        Err(ActionError::UnknownPool(pool.to_owned()))
+    async fn set_throttle(&self, pool: &str, rate: Option<Rate>) -> Result<(), ActionError> {
+        if !self.0.throttles.set(pool, rate) {
+            return Err(ActionError::UnknownPool(pool.to_owned()));
+        }
+        let what = if rate.is_some() { "set by a person" } else { "put back to the plan's by a person" };
+        self.0.events.tell(EventKind::Throttle, None, None, format!("the limit of pool {pool} was {what}"));
+        Ok(())
     }
 
     fn heartbeat_age_seconds(&self) -> f64 {

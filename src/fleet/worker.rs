@@ -162,7 +162,7 @@ impl Worker {
     /// What is done from time to time.
     fn chores(&mut self) {
         let now = tokio::time::Instant::now();
-        for change in self.shared.tick_throttles() {
+        for change in self.shared.throttles.tick() {
             self.tell(EventKind::Throttle, None, change);
         }
         if now - self.sampled >= SAMPLE_EVERY {
@@ -339,7 +339,8 @@ impl Worker {
         let gone = gone.len();
         drop(core);
         self.shared.forget_all_images();
-        self.shared.reload_throttles();
+        let plan = self.shared.core().plan.clone();
+        self.shared.throttles.configure(&plan);
         self.tell(
             EventKind::PlanReloaded,
             None,

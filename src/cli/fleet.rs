@@ -1,0 +1,79 @@
+//! What the commands of a fleet share: how its images are opened, with the plan's clusters.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use tokio_util::sync::CancellationToken;
+
+use super::config::{CephAccess, Config, Create};
+use super::terminal::Terminal;
+use super::{Context, images};
+use crate::fleet::{Images, Opener};
+use crate::image::{ErrorKind, ImageError};
+use crate::plan::{ClusterAccess, Plan, Volume};
+use crate::replicate::CycleError;
+
+/// Opens the images of a plan, as the command line would.
+pub(super) struct PlanImages {
+    config: Config,
+    terminal: Terminal,
+    cancel: CancellationToken,
+}
+
+/// The plan's own word first, then the command line's and the environment's.
+fn access(plan: &ClusterAccess, given: &CephAccess) -> CephAccess {
+    CephAccess {
+        conf: plan.conf.clone().or_else(|| given.conf.clone()),
+        user: plan.user.clone().or_else(|| given.user.clone()),
+    }
+}
+
+impl PlanImages {
+    pub(super) fn new(context: &Context<'_>, plan: &Plan) -> Arc<Self> {
+        let mut config = context.config.clone();
+        config.source_ceph = access(&plan.source_cluster, &config.source_ceph);
+        config.target_ceph = access(&plan.target_cluster, &config.target_ceph);
+        Arc::new(Self { config, terminal: context.terminal.clone(), cancel: context.cancel.clone() })
+    }
+
+    /// The context in which commands open images of the plan.
+    pub(super) fn context(&self) -> Context<'_> {
+        Context { config: &self.config, terminal: self.terminal.clone(), cancel: self.cancel.clone() }
+    }
+}
+
+/// What opening an image says, as the error of a cycle.
+fn cycle_error(volume: &Volume, error: anyhow::Error) -> CycleError {
+    match error.downcast::<ImageError>() {
+        Ok(error) => error.into(),
+        Err(error) => {
+            let text = format!("{error:#}");
+            ImageError::new(ErrorKind::Unsupported, volume.source.to_string(), "open both sides").detail(text).into()
+        }
+    }
+}
+
+#[async_trait]
+impl Opener for PlanImages {
+    async fn open(&self, volume: &Volume, to_look: bool) -> Result<Images, CycleError> {
+        let context = self.context();
+        let no_state_dir: Option<&Path> = None;
+        let open = async || -> anyhow::Result<Images> {
+            let source = images::source(&context, &volume.source).await?;
+            let target = if to_look {
+                images::existing_target(&context, &volume.target, no_state_dir).await?
+            } else {
+                match images::target(&context, &volume.target, no_state_dir).await? {
+                    Some(target) => target,
+                    None => {
+                        images::create(&context, &volume.target, source.model().await?, &Create::default()).await?
+                    }
+                }
+            };
+            images::refuse_same(&source, target.as_ref())?;
+            Ok((source.image(), target))
+        };
+        open().await.map_err(|error| cycle_error(volume, error))
+    }
+}
