@@ -12,17 +12,19 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Serialize;
-use tokio::sync::OwnedSemaphorePermit;
 
 use crate::batch::{Batch, BatchError};
 use crate::image::ImageError;
 
 mod apply;
+mod budget;
 mod cpu;
 mod read;
 mod units;
 
 pub use apply::{Applied, ApplyOptions, Checkpoint, apply};
+pub(crate) use budget::Budgets;
+pub use budget::{Budget, Permit};
 pub use cpu::on_cpu;
 pub use read::{ReadOptions, read};
 pub use units::zero_pieces;
@@ -51,17 +53,19 @@ pub enum PipelineError {
 pub type Result<T, E = PipelineError> = std::result::Result<T, E>;
 
 /// How much may be in flight.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Limits {
     /// Bytes between the start of their read and the end of their write.
     pub bytes: u64,
     /// Requests to one image.
     pub requests: usize,
+    /// What these bytes are taken from as well, where several pipelines share one process's memory.
+    pub shared: Option<Budget>,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { bytes: 64 << 20, requests: 64 }
+        Self { bytes: 64 << 20, requests: 64, shared: None }
     }
 }
 
@@ -71,7 +75,7 @@ pub struct Loaded {
     /// The batch.
     pub batch: Batch,
     /// Given back to the budget on drop.
-    pub permit: Option<OwnedSemaphorePermit>,
+    pub permit: Permit,
 }
 
 /// What a run did so far. Read while it runs, for progress; and at its end, for the report.

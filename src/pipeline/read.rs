@@ -5,11 +5,11 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures::future::try_join_all;
 use futures::stream::{self, BoxStream, StreamExt, TryStreamExt};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use super::units::{Unit, pack};
-use super::{Counters, Limits, Loaded, Result, on_cpu};
+use super::{Budgets, Counters, Limits, Loaded, Permit, Result, on_cpu};
 use crate::batch::{self, Batch, Chunk, Content};
 use crate::extent::{ByteRange, Extent, ExtentKind};
 use crate::image::{ImageError, TargetImage, View};
@@ -45,10 +45,7 @@ pub fn read(
 ) -> BoxStream<'static, Result<Loaded>> {
     let depth = options.limits.requests.max(1);
     // Never less than one unit takes, or that unit would wait for ever.
-    let bytes = options.limits.bytes.max(batch::CHUNK_MAX);
-    let budget = Arc::new(Semaphore::new(
-        usize::try_from(bytes).map_or(Semaphore::MAX_PERMITS, |b| b.min(Semaphore::MAX_PERMITS)),
-    ));
+    let budgets = Budgets::new(&options.limits, batch::CHUNK_MAX);
     let reader = Arc::new(Reader { view, options, requests: Semaphore::new(depth), counters });
     let counting = reader.clone();
     extents
@@ -61,10 +58,9 @@ pub fn read(
         // Permits are taken here, in order: a later unit that took the budget before an earlier one would wait for it
         // in the ordered queue below, and it for the later one's permits.
         .and_then(move |unit: Unit| {
-            let budget = budget.clone();
+            let budgets = budgets.clone();
             async move {
-                let wanted = u32::try_from(unit.bytes).unwrap_or(u32::MAX);
-                let permit = budget.acquire_many_owned(wanted).await.ok();
+                let permit = budgets.take(unit.bytes).await;
                 Ok((unit, permit))
             }
         })
@@ -82,7 +78,7 @@ pub fn read(
 
 impl Reader {
     /// Reads one unit and makes a batch of it.
-    async fn load(&self, sequence: u64, unit: Unit, permit: Option<OwnedSemaphorePermit>) -> Result<Loaded> {
+    async fn load(&self, sequence: u64, unit: Unit, permit: Permit) -> Result<Loaded> {
         let progress_to = unit.end();
         let pieces = try_join_all(unit.pieces.into_iter().map(|piece| self.load_piece(piece))).await?;
         let drop_zeroes = self.options.drop_zeroes;

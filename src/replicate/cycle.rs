@@ -230,7 +230,7 @@ impl<'a> Cycle<'a> {
         let state = state_to_begin_with(&facts, source.as_ref());
         let mut cycle = Cycle {
             source,
-            side: TargetSide { target, state, keep: options.keep, limits: options.limits, cancel },
+            side: TargetSide { target, state, keep: options.keep, limits: options.limits.clone(), cancel },
             options,
             progress,
             clock,
@@ -349,7 +349,7 @@ impl<'a> Cycle<'a> {
         };
         let token = self.source.change_token().await?;
         let read = ReadOptions {
-            limits: self.options.limits,
+            limits: self.options.limits.clone(),
             drop_zeroes: in_flight.from == Origin::Blank,
             compare_with: compare.then(|| target.clone()),
         };

@@ -9,13 +9,12 @@ use std::sync::Arc;
 use futures::stream::{self, BoxStream, StreamExt, TryStreamExt};
 use serde::Serialize;
 use tokio::io::AsyncRead;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use crate::batch::{self, Batch, CHUNK_MAX, Chunk, Content};
 use crate::delta::stream::{DiffHeader, DiffReader, Record};
 use crate::image::{Snapshot, SnapshotSupport, TargetImage};
-use crate::pipeline::{self, Applied, ApplyOptions, Counted, Limits, Loaded};
+use crate::pipeline::{self, Applied, ApplyOptions, Budgets, Counted, Limits, Loaded, Permit};
 
 use super::cycle::Progress;
 use super::error::{Conflict, ConflictKind, CycleError, Result};
@@ -44,7 +43,7 @@ pub struct ImportReport {
 }
 
 /// How a stream is imported.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct ImportOptions {
     /// What may be in flight.
     pub limits: Limits,
@@ -64,7 +63,7 @@ pub async fn import_diff<R: AsyncRead + Unpin + Send + 'static>(
     with_lease(&target, || async {
         let header = diff.header().clone();
         let rewound = prepare(&target, &header, options, cancel).await?;
-        let records = batches(diff, options.limits).take_until(cancel.clone().cancelled_owned()).boxed();
+        let records = batches(diff, options.limits.clone()).take_until(cancel.clone().cancelled_owned()).boxed();
         let apply = ApplyOptions { requests: options.limits.requests, ..ApplyOptions::default() };
         let counters = progress.counters.clone();
         let done = pipeline::apply(records, target.clone(), apply, &mut NoCheckpoint, counters.clone(), cancel).await?;
@@ -125,7 +124,7 @@ async fn prepare(
                 if !options.rewind || head_only {
                     return Err(conflict(ConflictKind::Diverged { since: from.clone() }).into());
                 }
-                if rewind::rewind(target, &base, options.limits, cancel).await? == Applied::Part {
+                if rewind::rewind(target, &base, options.limits.clone(), cancel).await? == Applied::Part {
                     return Err(interrupted(header));
                 }
                 rewound = true;
@@ -157,8 +156,9 @@ fn batches<R: AsyncRead + Unpin + Send + 'static>(
     diff: DiffReader<R>,
     limits: Limits,
 ) -> BoxStream<'static, pipeline::Result<Loaded>> {
-    let bytes = u32::try_from(limits.bytes.max(2 * CHUNK_MAX)).unwrap_or(u32::MAX / 2);
-    let budget = Arc::new(Semaphore::new(bytes as usize));
+    // One take must be able to get all of it.
+    let limits = Limits { bytes: limits.bytes.min(u64::from(u32::MAX)), ..limits };
+    let budgets = Budgets::new(&limits, 2 * CHUNK_MAX);
     let packer = Packer { diff, next: None, ended: false };
     let units = stream::try_unfold(packer, |mut packer| async move {
         Ok::<_, pipeline::PipelineError>(packer.pack().await?.map(|unit| (unit, packer)))
@@ -167,10 +167,10 @@ fn batches<R: AsyncRead + Unpin + Send + 'static>(
     let mut sequence = 0;
     units
         .and_then(move |unit: Unit| {
-            let budget = budget.clone();
+            let budgets = budgets.clone();
             let barrier = unit.start < behind;
             behind = behind.max(unit.end);
-            async move { Ok((reserve(budget, &unit, barrier.then_some(bytes)).await, unit)) }
+            async move { Ok((reserve(&budgets, &unit, barrier).await, unit)) }
         })
         .and_then(move |(permit, unit)| {
             let batch = Batch { sequence, progress_to: unit.end, chunks: Vec::new() };
@@ -183,15 +183,16 @@ fn batches<R: AsyncRead + Unpin + Send + 'static>(
         .boxed()
 }
 
-/// A share of the budget for one unit; with `all`, after everything before has given its share back.
-async fn reserve(budget: Arc<Semaphore>, unit: &Unit, all: Option<u32>) -> Option<OwnedSemaphorePermit> {
+/// A share of the budgets for one unit; with `barrier`, after everything before has given its share back.
+async fn reserve(budgets: &Budgets, unit: &Unit, barrier: bool) -> Permit {
     // At least one, so that zeroes hold a share as well, and the barrier waits for them.
-    let wanted = u32::try_from(unit.bytes.max(1)).unwrap_or(u32::MAX);
-    let mut permit = budget.acquire_many_owned(all.unwrap_or(wanted)).await.ok()?;
-    match all {
-        Some(_) => permit.split(wanted as usize),
-        None => Some(permit),
-    }
+    let wanted = unit.bytes.max(1);
+    let own = if barrier {
+        budgets.own.take(budgets.own.total()).await.and_then(|mut all| all.split(wanted as usize))
+    } else {
+        budgets.own.take(wanted).await
+    };
+    budgets.add_shared(own, wanted).await
 }
 
 /// Some records, in ascending order.

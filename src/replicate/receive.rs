@@ -44,7 +44,7 @@ pub struct ReceiveReport {
 }
 
 /// How a stream is received.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct ReceiveOptions {
     /// How many automatic snapshots stay on the target; at least the newest does.
     pub keep: usize,
@@ -68,7 +68,7 @@ pub async fn receive<R: AsyncRead + Unpin + Send + 'static>(
         let acceptance =
             lineage::accept(&facts, &offer).map_err(|kind| refused(kind, &hello, target.as_ref(), &facts))?;
         let state = facts.state.clone().unwrap_or_else(|| TargetState::new(&hello.source, &hello.location));
-        let side = TargetSide { target: &target, state, keep: options.keep, limits: options.limits, cancel };
+        let side = TargetSide { target: &target, state, keep: options.keep, limits: options.limits.clone(), cancel };
         let mut receiver = Receiver { side, hello: &hello, progress };
         receiver.carry_out(acceptance, stream).await
     })
@@ -155,7 +155,7 @@ impl Receiver<'_> {
         stream: StreamReader<R>,
     ) -> Result<Option<Totals>> {
         let received = Received::default();
-        let mut batches = pipe::receive(stream, self.side.limits, received.clone());
+        let mut batches = pipe::receive(stream, self.side.limits.clone(), received.clone());
         while let Some(loaded) = batches.next().await {
             loaded?;
         }
@@ -184,7 +184,7 @@ impl Receiver<'_> {
         report.rewound = self.side.prepare(&mut in_flight, size).await?;
         let received = Received::default();
         let done = in_flight.progress_to;
-        let batches = pipe::receive(stream, self.side.limits, received.clone())
+        let batches = pipe::receive(stream, self.side.limits.clone(), received.clone())
             .map(move |loaded| {
                 let mut loaded = loaded?;
                 // A stream that is sent again begins at its beginning: what is done and flushed is not written twice.

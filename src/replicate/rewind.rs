@@ -44,8 +44,9 @@ pub(super) async fn rewind(
     }));
     let view = target.view(&Point::Snapshot(base.clone())).await?;
     let counters = Arc::new(Counters::default());
+    let requests = limits.requests;
     let options = ReadOptions { limits, drop_zeroes: false, compare_with: None };
     let batches = pipeline::read(view, dirty, options, counters.clone(), cancel.clone());
-    let apply = ApplyOptions { requests: limits.requests, ..ApplyOptions::default() };
+    let apply = ApplyOptions { requests, ..ApplyOptions::default() };
     Ok(pipeline::apply(batches, target.clone(), apply, &mut NoCheckpoint, counters, cancel).await?)
 }

@@ -75,7 +75,7 @@ pub async fn send<W: AsyncWrite + Unpin + Send>(
     };
     let extents = delta::extents(view.clone(), &plan, source.layout(), 0);
     // A stream from nothing is for an empty target: its zeroes are there already.
-    let read = ReadOptions { limits: request.limits, drop_zeroes: from.is_none(), compare_with: None };
+    let read = ReadOptions { limits: request.limits.clone(), drop_zeroes: from.is_none(), compare_with: None };
     let batches = pipeline::read(view, extents, read, progress.counters.clone(), cancel.clone());
     let sent = pipe::send(&hello, batches, request.compression, output, cancel).await?;
     let Some(writer) = sent else {

@@ -62,7 +62,7 @@ impl TargetSide<'_> {
         if let (true, Origin::Base(_)) = (rewind, &in_flight.from) {
             let base = self.base(&in_flight.from).map(Commit::on_target);
             let base = base.ok_or_else(|| no_such_base(self.target.as_ref()))?;
-            if rewind::rewind(self.target, &base, self.limits, self.cancel).await? == Applied::Part {
+            if rewind::rewind(self.target, &base, self.limits.clone(), self.cancel).await? == Applied::Part {
                 return Err(interrupted(in_flight, size));
             }
             still_there(self.target.as_ref(), &base).await?;

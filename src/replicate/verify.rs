@@ -12,7 +12,7 @@ use crate::batch::{CHUNK_MAX, ZERO_BLOCK};
 use crate::delta::{self, Plan};
 use crate::extent::{ByteRange, normalize, total_length};
 use crate::image::{Layout, Point, Snapshot, SnapshotSupport, SourceImage, TargetImage, View};
-use crate::pipeline::{Limits, on_cpu};
+use crate::pipeline::{Budget, Limits, on_cpu};
 
 use super::cycle::{Progress, SyncOptions, conflict, gather, sync_in_flight};
 use super::error::{ConflictKind, CycleError, Result};
@@ -62,7 +62,7 @@ pub async fn verify(
     let mut pieces = windows
         .map_ok(|window| stream::iter(window.into_iter().flat_map(|range| range.split_at_multiples(CHUNK_MAX)).map(Ok)))
         .try_flatten()
-        .map_ok(|piece| compare(source.clone(), target.clone(), piece))
+        .map_ok(|piece| compare(source.clone(), target.clone(), piece, limits.shared.clone()))
         .try_buffered(depth);
     let mut whole = blake3::Hasher::new();
     let mut differing = Vec::new();
@@ -100,7 +100,13 @@ async fn compare(
     source: Arc<dyn View>,
     target: Arc<dyn View>,
     piece: ByteRange,
+    shared: Option<Budget>,
 ) -> Result<(ByteRange, blake3::Hash, Vec<ByteRange>)> {
+    // Held no longer than the bytes are, whether or not the pieces before this one are done: nobody waits for that.
+    let _permit = match &shared {
+        Some(shared) => shared.take(2 * piece.length()).await,
+        None => None,
+    };
     let (ours, theirs) = futures::try_join!(source.read(piece), target.read(piece))?;
     Ok(on_cpu(move || {
         let (ours_digest, theirs_digest) = rayon::join(|| blake3::hash(&ours), || blake3::hash(&theirs));

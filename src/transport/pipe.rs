@@ -4,11 +4,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use futures::stream::{self, BoxStream, StreamExt, TryStreamExt};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use crate::batch::{BATCH_MAX, Compression, decode, encode};
-use crate::pipeline::{Limits, Loaded, PipelineError, Result, on_cpu};
+use crate::pipeline::{Budgets, Limits, Loaded, PipelineError, Result, on_cpu};
 use crate::wire::{Hello, Message, StreamReader, StreamWriter, Totals};
 
 /// How many batches are in the codec at a time: enough for every core of a small host while one is being written.
@@ -63,10 +62,7 @@ pub fn receive<R: AsyncRead + Unpin + Send + 'static>(
     limits: Limits,
     received: Received,
 ) -> BoxStream<'static, Result<Loaded>> {
-    let bytes = limits.bytes.max(BATCH_MAX);
-    let budget = Arc::new(Semaphore::new(
-        usize::try_from(bytes).map_or(Semaphore::MAX_PERMITS, |b| b.min(Semaphore::MAX_PERMITS)),
-    ));
+    let budgets = Budgets::new(&limits, BATCH_MAX);
     let encoded = stream::try_unfold(reader, move |mut reader| {
         let received = received.clone();
         async move {
@@ -82,10 +78,10 @@ pub fn receive<R: AsyncRead + Unpin + Send + 'static>(
     });
     encoded
         .and_then(move |batch| {
-            let budget = budget.clone();
+            let budgets = budgets.clone();
             async move {
-                let wanted = u32::try_from(batch.decoded_length.min(BATCH_MAX)).unwrap_or(u32::MAX);
-                Ok((batch, budget.acquire_many_owned(wanted).await.ok()))
+                let permit = budgets.take(batch.decoded_length.min(BATCH_MAX)).await;
+                Ok((batch, permit))
             }
         })
         .map(|next| async move {

@@ -6,7 +6,7 @@ use crate::wire::StreamReader;
 
 /// The stream of a source's delta, as bytes.
 async fn stream_of(source: &MemoryImage, from: Option<&str>, to: &str, compression: Compression) -> Vec<u8> {
-    let limits = Limits { bytes: 1 << 20, requests: 4 };
+    let limits = Limits { bytes: 1 << 20, requests: 4, ..Limits::default() };
     let request = SendRequest { to: Some(to.into()), from: from.map(Into::into), compression, limits };
     let mut bytes = Vec::new();
     let source: Arc<dyn SourceImage> = Arc::new(source.reopen());
@@ -16,7 +16,7 @@ async fn stream_of(source: &MemoryImage, from: Option<&str>, to: &str, compressi
 
 async fn receive_bytes(target: &MemoryImage, bytes: &[u8]) -> Result<ReceiveReport> {
     let reader = StreamReader::open(std::io::Cursor::new(bytes.to_vec())).await.expect("the stream begins well");
-    let options = ReceiveOptions { keep: 1, limits: Limits { bytes: 1 << 20, requests: 4 } };
+    let options = ReceiveOptions { keep: 1, limits: Limits { bytes: 1 << 20, requests: 4, ..Limits::default() } };
     let target: Arc<dyn TargetImage> = Arc::new(target.reopen());
     receive(target, reader, &options, &Progress::default(), &CancellationToken::new()).await
 }
@@ -156,7 +156,14 @@ async fn verification_finds_every_difference_and_repair_mends_it() {
     let check = async |pair: &Pair| {
         let (ours, _) = open_point(&pair.source, Some(&report.snapshot)).await.unwrap();
         let (theirs, _) = open_point(&pair.target, Some(&report.snapshot)).await.unwrap();
-        verify((ours, LAYOUT), theirs, Limits { bytes: 1 << 20, requests: 4 }, &Progress::default()).await.unwrap()
+        verify(
+            (ours, LAYOUT),
+            theirs,
+            Limits { bytes: 1 << 20, requests: 4, ..Limits::default() },
+            &Progress::default(),
+        )
+        .await
+        .unwrap()
     };
     let good = check(&pair).await;
     assert!(good.equal && good.bytes_compared >= 300_000);

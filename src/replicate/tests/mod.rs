@@ -1,5 +1,6 @@
 //! Cycles over in-memory images: against a dense oracle, and with a crash at every durable step.
 
+mod budget;
 mod exchange;
 mod files;
 mod strangers;
@@ -107,7 +108,7 @@ impl Pair {
 }
 
 fn options() -> SyncOptions {
-    SyncOptions { limits: Limits { bytes: 1 << 20, requests: 4 }, ..SyncOptions::default() }
+    SyncOptions { limits: Limits { bytes: 1 << 20, requests: 4, ..Limits::default() }, ..SyncOptions::default() }
 }
 
 fn named(name: &str) -> SyncOptions {
