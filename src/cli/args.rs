@@ -337,6 +337,9 @@ pub(super) struct StatusArgs {
 pub(super) struct ReplicateArgs {
     /// The plan file
     pub(super) plan: PathBuf,
+    /// Where the HTTP API listens, ADDRESS:PORT, or off [default: what the plan says]
+    #[arg(long, value_name = "ADDRESS")]
+    pub(super) listen: Option<String>,
 }
 
 #[derive(Args, Debug)]

@@ -1,6 +1,7 @@
 //! The validated configuration: whatever a command gets from here makes sense by itself and together.
 
 use std::fmt;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -269,6 +270,8 @@ pub struct Status {
 #[allow(missing_docs)]
 pub struct Replicate {
     pub plan: PathBuf,
+    /// Where the API listens, if not where the plan says; `Some(None)` for none.
+    pub listen: Option<Option<SocketAddr>>,
 }
 
 /// See `poolshift demo --help`.
@@ -359,7 +362,9 @@ impl TryFrom<CommandArgs> for Command {
                 no_snapshot("TARGET", &target)?;
                 Self::Status(Status { source, target, json, state_dir: state.state_dir })
             }
-            CommandArgs::Replicate(ReplicateArgs { plan }) => Self::Replicate(Replicate { plan }),
+            CommandArgs::Replicate(ReplicateArgs { plan, listen }) => {
+                Self::Replicate(Replicate { plan, listen: listen.as_deref().map(parse_listen).transpose()? })
+            }
             CommandArgs::Demo(DemoArgs { dir, size }) => Self::Demo(Demo { dir, size }),
             CommandArgs::Completions(args) => Self::Completions(args.shell),
         })
@@ -396,6 +401,14 @@ fn verify(args: VerifyArgs) -> Result<Verify, UsageError> {
     needs_point("TARGET", &target)?;
     different(&source, &target)?;
     Ok(Verify { source, target, repair, json, memory: budget.memory, state_dir: state.state_dir })
+}
+
+fn parse_listen(text: &str) -> Result<Option<SocketAddr>, UsageError> {
+    if text == "off" {
+        return Ok(None);
+    }
+    let wrong = |_| UsageError(format!("--listen takes ADDRESS:PORT or off, as 127.0.0.1:9480; this is {text:?}"));
+    text.parse().map(Some).map_err(wrong)
 }
 
 fn merge_diff(args: MergeDiffArgs) -> Result<MergeDiff, UsageError> {

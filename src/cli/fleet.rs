@@ -66,9 +66,7 @@ impl Opener for PlanImages {
             } else {
                 match images::target(&context, &volume.target, no_state_dir).await? {
                     Some(target) => target,
-                    None => {
-                        images::create(&context, &volume.target, source.model().await?, &Create::default()).await?
-                    }
+                    None => images::create(&context, &volume.target, source.model().await?, &Create::default()).await?,
                 }
             };
             images::refuse_same(&source, target.as_ref())?;

@@ -9,10 +9,10 @@ use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use super::config::Replicate;
+use super::Context;
+use super::config::{Replicate, UsageError};
 use super::exit::Exit;
 use super::fleet::PlanImages;
-use super::Context;
 use crate::fleet::{Fleet, Worker};
 use crate::observe::http::{Access, serve};
 use crate::observe::token::Token;
@@ -22,7 +22,11 @@ use crate::plan::{Api, Plan};
 pub(super) async fn run(context: &Context<'_>, replicate: &Replicate) -> anyhow::Result<Exit> {
     let plan = Plan::load(&replicate.plan)?;
     let opener = PlanImages::new(context, &plan);
-    let api = plan.api.clone();
+    let mut api = plan.api.clone();
+    if let Some(listen) = replicate.listen {
+        api.listen = listen;
+    }
+    refuse_open_api(&api)?;
     let (worker, fleet) = Worker::new(plan, opener);
     let cancel = context.cancel.clone();
     let served = serve_api(&api, fleet, cancel.clone()).await?;
@@ -41,6 +45,17 @@ pub(super) async fn run(context: &Context<'_>, replicate: &Replicate) -> anyhow:
         served.await??;
     }
     Ok(Exit::Success)
+}
+
+/// The plan can't say this of itself; an address from the command line can.
+fn refuse_open_api(api: &Api) -> Result<(), UsageError> {
+    match api.listen {
+        Some(listen) if !listen.ip().is_loopback() && api.token_file.is_none() => {
+            let text = format!("the API at {listen} needs a token, as others reach it: token_file under [api]");
+            Err(UsageError(text))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Tells systemd, where it wants to know.

@@ -49,7 +49,7 @@ pub struct GroupOptions {
     pub limits: Limits,
     /// Where another worker has made a point that is younger than this, nothing is done.
     pub not_younger_than: Duration,
-    /// A cycle runs even if nothing has changed, or the point is young.
+    /// A cycle runs however young the point is; if nothing has changed there is still nothing to do.
     pub forced: bool,
 }
 
@@ -213,7 +213,7 @@ pub async fn run(
 }
 
 fn nothing_to_do(seen: &[Seen], options: &GroupOptions) -> Option<GroupEnd> {
-    let point = common_point(seen.iter().map(|seen| &seen.look)).filter(|_| !options.forced)?;
+    let point = common_point(seen.iter().map(|seen| &seen.look))?;
     let at_point =
         |seen: &Seen| seen.look.in_flight.is_none() && seen.look.base().is_some_and(|base| base.name == point.snapshot);
     if !seen.iter().all(at_point) {
@@ -224,7 +224,7 @@ fn nothing_to_do(seen: &[Seen], options: &GroupOptions) -> Option<GroupEnd> {
     }
     let age = jiff::Timestamp::now().duration_since(point.at);
     let young = Duration::try_from(age).is_ok_and(|age| age < options.not_younger_than);
-    young.then_some(GroupEnd::Recent { point })
+    (young && !options.forced).then_some(GroupEnd::Recent { point })
 }
 
 impl Group<'_> {
@@ -293,7 +293,7 @@ impl Group<'_> {
             request: Request { name: Some(name.to_owned()), automatic: true, ..Request::default() },
             keep,
             compression: Compression::None,
-            limits: self.options.limits,
+            limits: self.options.limits.clone(),
             snapshotter: None,
         }
     }

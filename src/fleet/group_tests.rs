@@ -107,7 +107,7 @@ fn options() -> GroupOptions {
         server: "web".into(),
         quiesce: Quiesce::None,
         retention: Retention { keep: 1, keep_for: None },
-        limits: Limits { bytes: 1 << 20, requests: 4 },
+        limits: Limits { bytes: 1 << 20, requests: 4, ..Limits::default() },
         not_younger_than: Duration::ZERO,
         forced: false,
     }
@@ -127,11 +127,11 @@ async fn all_volumes_get_the_same_points_and_older_ones_go() {
     }
     let end = rig.run_with(&options()).await.unwrap();
     assert!(matches!(end, GroupEnd::Unchanged { .. }), "{end:?}");
-    let forced = GroupOptions { forced: true, ..options() };
-    assert!(matches!(rig.run_with(&forced).await.unwrap(), GroupEnd::Committed(_)));
+    let patient = |forced| GroupOptions { not_younger_than: Duration::from_secs(3600), forced, ..options() };
+    assert!(matches!(rig.run_with(&patient(true)).await.unwrap(), GroupEnd::Unchanged { .. }));
     rig.write();
-    let patient = GroupOptions { not_younger_than: Duration::from_secs(3600), ..options() };
-    assert!(matches!(rig.run_with(&patient).await.unwrap(), GroupEnd::Recent { .. }));
+    assert!(matches!(rig.run_with(&patient(false)).await.unwrap(), GroupEnd::Recent { .. }));
+    assert!(matches!(rig.run_with(&patient(true)).await.unwrap(), GroupEnd::Committed(_)));
 }
 
 #[tokio::test]

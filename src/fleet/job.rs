@@ -50,7 +50,10 @@ pub(super) async fn run(shared: Arc<Shared>, server: Server, forced: bool, cance
             let progress: Vec<Arc<Progress>> = members.iter().map(|member| member.progress.clone()).collect();
             track.begin(begun, &progress);
         }
-        Limits { bytes: Limits::default().bytes.min(core.plan.limits.memory), ..Limits::default() }
+        // Twice its share, so that one that hangs leaves room for others and one that is alone is not slow.
+        let share = core.plan.limits.memory / core.plan.limits.volumes.max(1) as u64 * 2;
+        let bytes = Limits::default().bytes.min(share);
+        Limits { bytes, shared: Some(core.memory.clone()), ..Limits::default() }
     };
     let options = GroupOptions {
         server: server.name.clone(),

@@ -16,6 +16,7 @@ use super::throttles::Throttles;
 use super::tracker::ServerTrack;
 use super::worker::{demand, is_running, now_millis};
 use crate::image::{SourceImage, TargetImage};
+use crate::pipeline::Budget;
 use crate::plan::{Plan, Server, Volume};
 use crate::replicate::CycleError;
 use crate::throttle::Rate;
@@ -63,6 +64,8 @@ pub(super) struct Core {
     pub(super) plan: Plan,
     pub(super) scheduler: Scheduler,
     pub(super) tracks: BTreeMap<String, ServerTrack>,
+    /// What all volumes together may have in flight.
+    pub(super) memory: Budget,
     /// Paused by a note with their images, not by the plan.
     pub(super) paused_by_note: HashSet<String>,
     /// With another worker, by the last look: who has the lease.
@@ -91,7 +94,8 @@ impl Shared {
             tracks.insert(server.name.clone(), ServerTrack::new(server));
         }
         let throttles = Throttles::new(&plan);
-        let core = Core { plan, scheduler, tracks, paused_by_note: HashSet::new(), elsewhere: HashMap::new() };
+        let memory = Budget::new(plan.limits.memory);
+        let core = Core { plan, scheduler, tracks, memory, paused_by_note: HashSet::new(), elsewhere: HashMap::new() };
         Self {
             core: Mutex::new(core),
             events: Events::default(),

@@ -100,8 +100,27 @@ pub struct ServerStatus {
     pub next_at: Option<String>,
     /// What went wrong last, if nothing has gone well since.
     pub last_error: Option<ErrorStatus>,
+    /// The newest cycle of this process that made a point.
+    pub last_cycle: Option<LastCycle>,
     /// Its volumes.
     pub volumes: Vec<VolumeStatus>,
+}
+
+/// A cycle that made a point.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LastCycle {
+    /// The point.
+    pub snapshot: String,
+    /// From the first intent to the last commit, in seconds.
+    pub seconds: f64,
+    /// What was expected of it when it was looked at a moment before, in seconds.
+    pub predicted_seconds: Option<f64>,
+    /// What had changed by then, in bytes: whole objects, so at most.
+    pub changed_bytes: Option<u64>,
+    /// What was written to the targets, in bytes.
+    pub written_bytes: u64,
+    /// How long the writers were frozen, in seconds, if they were.
+    pub frozen_seconds: Option<f64>,
 }
 
 /// A committed point.

@@ -7,7 +7,7 @@ use jiff::Timestamp;
 
 use super::group::{GroupPoint, GroupReport, Seen};
 use super::predict::{CostModel, SlowMean, convergence};
-use super::status::{Activity, CycleStatus, ErrorStatus, PointStatus, Sample, ServerStatus, VolumeStatus};
+use super::status::{Activity, CycleStatus, ErrorStatus, LastCycle, PointStatus, Sample, ServerStatus, VolumeStatus};
 use crate::plan::{Server, Volume};
 use crate::replicate::{Progress, SyncReport};
 
@@ -29,6 +29,7 @@ pub(super) struct ServerTrack {
     throughput: SlowMean,
     model: CostModel,
     last_error: Option<ErrorStatus>,
+    last_cycle: Option<LastCycle>,
     history: VecDeque<Sample>,
     volumes: Vec<VolumeTrack>,
 }
@@ -65,6 +66,7 @@ impl ServerTrack {
             throughput: SlowMean::default(),
             model: CostModel::default(),
             last_error: None,
+            last_cycle: None,
             history: VecDeque::new(),
             volumes: server.volumes.iter().map(|_| VolumeTrack::default()).collect(),
         }
@@ -117,6 +119,14 @@ impl ServerTrack {
     /// All volumes have a new point.
     pub(super) fn committed(&mut self, report: &GroupReport) {
         let changed = self.looked.and_then(|(_, changed)| changed);
+        self.last_cycle = Some(LastCycle {
+            snapshot: report.point.snapshot.clone(),
+            seconds: report.took.as_secs_f64(),
+            predicted_seconds: changed.and_then(|changed| self.model.predict(changed)),
+            changed_bytes: changed,
+            written_bytes: report.volumes.iter().map(|volume| volume.moved.bytes_written).sum(),
+            frozen_seconds: report.frozen_for.map(|time| time.as_secs_f64()),
+        });
         // A first copy, or one that a look could not measure, says nothing about a small delta.
         if let Some(changed) = changed.filter(|_| !report.finished_first) {
             self.model.observe(changed, report.took.as_secs_f64());
@@ -247,6 +257,7 @@ impl ServerTrack {
             convergence: convergence(&self.model, self.change_rate.get(), lag, target_lag, throttled),
             next_at: next_at.map(|at| at.to_string()),
             last_error: self.last_error.clone(),
+            last_cycle: self.last_cycle.clone(),
             volumes: server
                 .volumes
                 .iter()

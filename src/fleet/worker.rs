@@ -20,6 +20,7 @@ use super::scheduler::{Demand, Millis, Outcome, Phase};
 use super::shared::{Command, Core, Fleet, Shared, Verb};
 use super::status::EventKind;
 use super::tracker::ServerTrack;
+use crate::pipeline::Budget;
 use crate::plan::{Plan, Server};
 use crate::replicate::CycleError;
 
@@ -336,6 +337,9 @@ impl Worker {
         }
         let limits = core.plan.limits;
         core.scheduler.set_limits(limits);
+        if core.memory.total() != limits.memory {
+            core.memory = Budget::new(limits.memory);
+        }
         let gone = gone.len();
         drop(core);
         self.shared.forget_all_images();

@@ -154,6 +154,7 @@ pub(in crate::observe) fn server(name: &str) -> ServerStatus {
         convergence: Convergence::InStep,
         next_at: Some("2026-01-02T03:05:00Z".into()),
         last_error: None,
+        last_cycle: None,
         volumes: vec![volume(name)],
     }
 }
