@@ -12,7 +12,7 @@ use crate::image::{self, ChangedObjects, ImageIdentity, Snapshot, SnapshotSuppor
 use crate::pipeline::Budget;
 
 const IMAGES: usize = 16;
-const IMAGE_SIZE: u64 = 16 << 20;
+const IMAGE_SIZE: u64 = 6 << 20;
 const SHARED: u64 = 8 << 20;
 
 /// What all images together have in memory: what was begun to be read, less what was written.
@@ -106,10 +106,10 @@ async fn sixteen_cycles_at_a_time_stay_within_one_budget_and_all_come_to_an_end(
         let layout = Layout { object_size: 1 << 20, stripe_unit: 1 << 20, stripe_count: 1 };
         let source = MemoryImage::new(&format!("source-{index}"), IMAGE_SIZE, layout);
         // No block is all zeroes, so that what is read is written. The last image has many small extents.
-        let step = if index == IMAGES - 1 { 72 * 4096 } else { IMAGE_SIZE as usize };
-        let content: Vec<u8> = (0..IMAGE_SIZE).map(|at| (at % 251) as u8 | 1).collect();
+        let (step, gap) = if index == IMAGES - 1 { (72 * 4096, 4096) } else { (IMAGE_SIZE as usize, 0) };
+        let content: Vec<u8> = (1..=64).collect::<Vec<u8>>().repeat(IMAGE_SIZE as usize / 64);
         for (part, data) in content.chunks(step).enumerate() {
-            source.write_as_server((part * step) as u64, &data[..data.len() / 8192 * 4096]);
+            source.write_as_server((part * step) as u64, &data[..data.len() - gap]);
         }
         let observed = Observed(source.clone(), memory.clone());
         tasks.spawn(async move {
