@@ -80,6 +80,11 @@ impl Image {
     /// What differs between the snapshot `since` and the point that the handle is set to, at most `bound` extents.
     /// Blocks. Parents are looked at.
     pub(crate) fn diff(&self, what: &DiffRange<'_>, bound: usize) -> Result<Collected> {
+        self.collect(what, true, bound)
+    }
+
+    /// As [`Image::diff`]; without `parents` what a clone only sees in its parent isn't there.
+    pub(super) fn collect(&self, what: &DiffRange<'_>, parents: bool, bound: usize) -> Result<Collected> {
         let since = what.since.map(c_string).transpose()?;
         let since = since.as_ref().map_or(ptr::null(), |name| name.as_ptr());
         let mut collector = Collector { extents: Vec::new(), bound, failed: None };
@@ -91,7 +96,7 @@ impl Image {
                 since,
                 what.within.offset(),
                 what.within.length(),
-                1,
+                u8::from(parents),
                 u8::from(what.whole_object),
                 collect,
                 ptr::from_mut(&mut collector).cast(),

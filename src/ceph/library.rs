@@ -136,6 +136,11 @@ table! {
     rbd_get_parent: fn(Handle, *mut LinkedImageSpecC, *mut SnapSpecC) -> c_int;
     rbd_linked_image_spec_cleanup: fn(*mut LinkedImageSpecC);
     rbd_snap_spec_cleanup: fn(*mut SnapSpecC);
+    rbd_list_children3: fn(Handle, *mut LinkedImageSpecC, *mut usize) -> c_int;
+    rbd_linked_image_spec_list_cleanup: fn(*mut LinkedImageSpecC, usize);
+    rbd_snap_is_protected: fn(Handle, *const c_char, *mut c_int) -> c_int;
+    rbd_snap_unprotect: fn(Handle, *const c_char) -> c_int;
+    rbd_flatten_with_progress: fn(Handle, Progress, *mut c_void) -> c_int;
     rbd_resize2: fn(Handle, u64, bool, Progress, *mut c_void) -> c_int;
     rbd_snap_list: fn(Handle, *mut SnapInfoC, *mut c_int) -> c_int;
     rbd_snap_list_end: fn(*mut SnapInfoC);

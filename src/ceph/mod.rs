@@ -28,11 +28,13 @@ mod exit;
 mod image;
 mod library;
 mod locks;
+mod relations;
 
 pub(crate) use cluster::{Cluster, ConnectOptions, Pool};
 pub(crate) use diff::{Collected, DiffRange};
 pub(crate) use image::{CreateSpec, Features, INVALID_FLAGS, Image, OpenMode, SnapInfo, Watcher, create_image};
 pub(crate) use locks::Locker;
+pub(crate) use relations::{LinkedImage, ParentLink};
 
 /// What Ceph, or the way to it, reports.
 #[derive(Debug, thiserror::Error)]

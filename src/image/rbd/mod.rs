@@ -37,12 +37,18 @@ use crate::ceph::{self, CephError, Cluster, ConnectOptions, CreateSpec, Features
 mod changes;
 mod errors;
 mod lease;
+mod relations;
 mod source;
 mod target;
+mod tree;
 mod view;
 
 use errors::Failure;
 use lease::Held;
+pub use relations::{
+    FlattenBound, FlattenCost, FlattenProgress, Flattened, RbdLink, RbdParentLink, RbdRelations, RbdSnapshot,
+};
+pub use tree::{ImageTree, SnapshotTree, TREE_DEPTH_MAX};
 
 /// How to reach a cluster.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -290,14 +296,14 @@ impl RbdImage {
     ///
     /// [`ErrorKind::NotFound`] when the pool, the namespace or the image is not there.
     pub async fn open_source(connector: &Connector, pool: &str, namespace: Option<&str>, image: &str) -> Result<Self> {
-        Self::open(connector, Place::new(pool, namespace, image), false).await
+        Self::open(connector, Place::new(pool, namespace, image), None, false).await
     }
 
     /// Opens an image to write to. Nothing is locked before the lease is taken.
     ///
     /// [`ErrorKind::NotFound`] when the pool, the namespace or the image is not there.
     pub async fn open_target(connector: &Connector, pool: &str, namespace: Option<&str>, image: &str) -> Result<Self> {
-        Self::open(connector, Place::new(pool, namespace, image), true).await
+        Self::open(connector, Place::new(pool, namespace, image), None, true).await
     }
 
     /// Whether there is an image of that name. [`ErrorKind::NotFound`] when the pool or the namespace isn't there.
@@ -349,11 +355,15 @@ impl RbdImage {
             .map_err(|error| connector.failure(&place).of(operation, error))
     }
 
-    async fn open(connector: &Connector, place: Place, to_write: bool) -> Result<Self> {
+    /// Opens an image by its id, if that is known, and by its name otherwise.
+    async fn open(connector: &Connector, place: Place, id: Option<String>, to_write: bool) -> Result<Self> {
         let pool = connector.pool(&place).await?;
         let (opened, name) = (Arc::clone(&pool), place.image.clone());
         let facts = ceph::blocking("rbd_open_read_only", connector.io_timeout, move || {
-            let image = Image::open(&opened, &name, OpenMode::ReadOnly)?;
+            let image = match id {
+                Some(id) => Image::open_by_id(&opened, &id, OpenMode::ReadOnly)?,
+                None => Image::open(&opened, &name, OpenMode::ReadOnly)?,
+            };
             Ok((image.id()?, image.layout()?, image.features()?, image.flags()?))
         });
         let (id, (object_size, stripe_unit, stripe_count), features, flags) = facts.await.map_err(|error| {
