@@ -1,12 +1,13 @@
 //! The raw flags, as clap reads them. What they mean together is [`super::config`]'s matter.
 
 use std::ffi::OsString;
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use super::exit;
-use super::values::{SnapshotName, parse_ceph_user, parse_demo_size, parse_memory, parse_object_size};
+use super::values::{SnapshotName, parse_ceph_user, parse_demo_size, parse_memory, parse_object_size, parse_rate};
 use crate::batch::CompressionChoice;
 use crate::image::ImageSpec;
 
@@ -112,6 +113,21 @@ pub(super) enum CommandArgs {
     /// SIGHUP reads the plan again, SIGTERM and Ctrl-C stop at the next checkpoint. Several processes, on several hosts,
     /// may run the same plan.
     Replicate(ReplicateArgs),
+    /// Show what an RBD image is bound to: parents, snapshots, clones, and what must go before it can
+    ///
+    /// For each clone it says what flattening it would copy, at most.
+    Deps(DepsArgs),
+    /// Cut a clone loose from its parent, or with --children all clones from IMAGE
+    ///
+    /// Copies into the clone what it still shares with its parent, and changes nothing else. Can be stopped at any
+    /// time; the next run goes on with what is left. Where another client owns the clone's exclusive lock, that client
+    /// does the work: then no rate is kept, and stopping poolshift does not stop it.
+    Flatten(FlattenArgs),
+    /// Remove the snapshots that poolshift made for a plan's volumes and nothing needs any more
+    ///
+    /// Lists them; removes them with --yes. A snapshot that only has a name like poolshift's, and is known to no target of
+    /// the plan, is listed as unknown: another replication may have made it.
+    Gc(GcArgs),
     /// Show the whole story on files: no Ceph, no root, a few seconds
     Demo(DemoArgs),
     /// Write a completion script for a shell to standard output
@@ -340,6 +356,59 @@ pub(super) struct ReplicateArgs {
     /// Where the HTTP API listens, ADDRESS:PORT, or off [default: what the plan says]
     #[arg(long, value_name = "ADDRESS")]
     pub(super) listen: Option<String>,
+}
+
+#[derive(Args, Debug)]
+pub(super) struct DepsArgs {
+    /// The RBD image
+    pub(super) image: ImageSpec,
+    /// Print the tree as one JSON value
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(super) struct FlattenArgs {
+    /// The clone; with --children, the image that clones were made of
+    pub(super) image: ImageSpec,
+    /// Flatten all clones of IMAGE's snapshots, and theirs, the deepest first
+    #[arg(long)]
+    pub(super) children: bool,
+    /// Only the clones of this snapshot
+    #[arg(long, value_name = "NAME", requires = "children")]
+    pub(super) snapshot: Option<SnapshotName>,
+    /// How many bytes a second may be copied, such as 50M [default: no limit]
+    #[arg(long, value_name = "BYTES", value_parser = parse_rate)]
+    pub(super) rate: Option<NonZeroU64>,
+    /// Print what would be flattened and how much that would copy; change nothing
+    #[arg(long)]
+    pub(super) dry_run: bool,
+    /// Taken for scripts that always give it: flattening asks for no consent
+    #[arg(long, hide = true)]
+    pub(super) yes: bool,
+    /// Print the report as one JSON value
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(super) struct GcArgs {
+    /// The plan file
+    pub(super) plan: PathBuf,
+    /// List only; this is also what happens without --yes
+    #[arg(long, conflicts_with = "yes")]
+    pub(super) dry_run: bool,
+    /// Remove them
+    #[arg(long)]
+    pub(super) yes: bool,
+    /// With --yes: remove the unknown ones as well, whoever made them
+    #[arg(long)]
+    pub(super) unknown: bool,
+    /// Print the report as one JSON value
+    #[arg(long)]
+    pub(super) json: bool,
+    #[command(flatten)]
+    pub(super) state: StateArgs,
 }
 
 #[derive(Args, Debug)]

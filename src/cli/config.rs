@@ -2,12 +2,14 @@
 
 use std::fmt;
 use std::net::SocketAddr;
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::args::{
-    Arguments, CommandArgs, CreateArgs, DemoArgs, DiffArgs, ExportDiffArgs, GlobalArgs, ImageFeature, ImportDiffArgs,
-    InspectArgs, LogFormat, MergeDiffArgs, ReceiveArgs, ReplicateArgs, SendArgs, StatusArgs, SyncArgs, VerifyArgs,
+    Arguments, CommandArgs, CreateArgs, DemoArgs, DepsArgs, DiffArgs, ExportDiffArgs, FlattenArgs, GcArgs, GlobalArgs,
+    ImageFeature, ImportDiffArgs, InspectArgs, LogFormat, MergeDiffArgs, ReceiveArgs, ReplicateArgs, SendArgs,
+    StatusArgs, SyncArgs, VerifyArgs,
 };
 use super::values::SnapshotName;
 use crate::batch::CompressionChoice;
@@ -84,6 +86,12 @@ pub enum Command {
     Status(Status),
     /// `poolshift replicate`
     Replicate(Replicate),
+    /// `poolshift deps`
+    Deps(Deps),
+    /// `poolshift flatten`
+    Flatten(Flatten),
+    /// `poolshift gc`
+    Gc(Gc),
     /// `poolshift demo`
     Demo(Demo),
     /// `poolshift completions`
@@ -274,6 +282,41 @@ pub struct Replicate {
     pub listen: Option<Option<SocketAddr>>,
 }
 
+/// See `poolshift deps --help`.
+#[derive(Clone, Debug)]
+#[allow(missing_docs)]
+pub struct Deps {
+    /// On RBD.
+    pub image: ImageSpec,
+    pub json: bool,
+}
+
+/// See `poolshift flatten --help`.
+#[derive(Clone, Debug)]
+#[allow(missing_docs)]
+pub struct Flatten {
+    /// On RBD.
+    pub image: ImageSpec,
+    pub children: bool,
+    pub snapshot: Option<SnapshotName>,
+    /// Bytes a second.
+    pub rate: Option<NonZeroU64>,
+    pub dry_run: bool,
+    pub json: bool,
+}
+
+/// See `poolshift gc --help`.
+#[derive(Clone, Debug)]
+#[allow(missing_docs)]
+pub struct Gc {
+    pub plan: PathBuf,
+    /// Whether anything is removed.
+    pub remove: bool,
+    pub unknown: bool,
+    pub json: bool,
+    pub state_dir: Option<PathBuf>,
+}
+
 /// See `poolshift demo --help`.
 #[derive(Clone, Debug)]
 #[allow(missing_docs)]
@@ -365,6 +408,14 @@ impl TryFrom<CommandArgs> for Command {
             CommandArgs::Replicate(ReplicateArgs { plan, listen }) => {
                 Self::Replicate(Replicate { plan, listen: listen.as_deref().map(parse_listen).transpose()? })
             }
+            CommandArgs::Deps(DepsArgs { image, json }) => {
+                on_rbd(&image)?;
+                Self::Deps(Deps { image, json })
+            }
+            CommandArgs::Flatten(args) => Self::Flatten(flatten(args)?),
+            CommandArgs::Gc(GcArgs { plan, dry_run: _, yes, unknown, json, state }) => {
+                Self::Gc(Gc { plan, remove: yes, unknown, json, state_dir: state.state_dir })
+            }
             CommandArgs::Demo(DemoArgs { dir, size }) => Self::Demo(Demo { dir, size }),
             CommandArgs::Completions(args) => Self::Completions(args.shell),
         })
@@ -420,6 +471,20 @@ fn merge_diff(args: MergeDiffArgs) -> Result<MergeDiff, UsageError> {
         return Err(UsageError(format!("OUT can't be one of the diffs to merge: {output}")));
     }
     Ok(MergeDiff { first, second, output })
+}
+
+fn flatten(args: FlattenArgs) -> Result<Flatten, UsageError> {
+    let FlattenArgs { image, children, snapshot, rate, dry_run, yes: _, json } = args;
+    on_rbd(&image)?;
+    Ok(Flatten { image, children, snapshot, rate, dry_run, json })
+}
+
+/// Clones are a thing of RBD, and of whole images.
+fn on_rbd(image: &ImageSpec) -> Result<(), UsageError> {
+    if !matches!(image, ImageSpec::Rbd { .. }) {
+        return Err(UsageError(format!("only images on RBD have clones: {image} is a file")));
+    }
+    no_snapshot("IMAGE", image)
 }
 
 fn create(target: &ImageSpec, args: CreateArgs) -> Result<Create, UsageError> {

@@ -68,6 +68,14 @@ pub(super) async fn source(context: &Context<'_>, spec: &ImageSpec) -> anyhow::R
     }
 }
 
+/// Opens an image whose clones are to be looked at, in the source's cluster. Command lines with files are refused before.
+pub(super) async fn rbd(context: &Context<'_>, spec: &ImageSpec) -> anyhow::Result<Arc<RbdImage>> {
+    match source(context, spec).await? {
+        Source::Rbd(image) => Ok(image),
+        Source::File(_) => Err(UsageError(format!("only images on RBD have clones: {spec} is a file")).into()),
+    }
+}
+
 /// Opens a target for reading only.
 pub(super) async fn target_to_read(
     context: &Context<'_>,

@@ -14,11 +14,14 @@ use tokio_util::sync::CancellationToken;
 mod args;
 pub mod config;
 mod demo;
+mod deps;
 mod diff;
 mod error;
 pub mod exit;
 mod export_diff;
+mod flatten;
 mod fleet;
+mod gc;
 mod images;
 mod import_diff;
 mod inspect;
@@ -114,6 +117,9 @@ async fn dispatch(context: &Context<'_>) -> anyhow::Result<Exit> {
         Command::Send(settings) => send::run(context, settings).await,
         Command::Receive(settings) => receive::run(context, settings).await,
         Command::Replicate(settings) => replicate::run(context, settings).await,
+        Command::Deps(settings) => deps::run(context, settings).await,
+        Command::Flatten(settings) => flatten::run(context, settings).await,
+        Command::Gc(settings) => gc::run(context, settings).await,
         Command::Demo(settings) => demo::run(context, settings).await,
         Command::Completions(shell) => completions(*shell),
     }

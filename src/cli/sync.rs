@@ -43,6 +43,8 @@ pub(super) async fn cycle(context: &Context<'_>, sync: &Sync) -> anyhow::Result<
     let options = SyncOptions {
         request: request(sync),
         keep: sync.keep as usize,
+        keep_for: None,
+        protect: Vec::new(),
         compression: sync.compress.resolve(false),
         limits: Limits { bytes: sync.memory, ..Limits::default() },
         ..SyncOptions::default()

@@ -1,6 +1,7 @@
 //! Values of the command line which are more than text: checked once, here, and trusted from then on.
 
 use std::fmt;
+use std::num::NonZeroU64;
 use std::str::FromStr;
 
 use crate::plan::values::parse_size;
@@ -54,6 +55,12 @@ impl FromStr for SnapshotName {
             None => Ok(Self(text.to_owned())),
         }
     }
+}
+
+/// Parses a rate in bytes a second: a size, and not 0.
+pub fn parse_rate(text: &str) -> Result<NonZeroU64, String> {
+    NonZeroU64::new(parse_size(text)?)
+        .ok_or_else(|| "a rate of 0 would never end; leave it out for no limit".to_owned())
 }
 
 /// Parses the budget of bytes in flight: 16 MiB to 1 GiB.

@@ -292,6 +292,8 @@ impl Group<'_> {
         SyncOptions {
             request: Request { name: Some(name.to_owned()), automatic: true, ..Request::default() },
             keep,
+            keep_for: self.options.retention.keep_for,
+            protect: Vec::new(),
             compression: Compression::None,
             limits: self.options.limits.clone(),
             snapshotter: None,
@@ -379,8 +381,12 @@ impl Group<'_> {
         if self.members.len() == 1 {
             return;
         }
-        let keep = self.options.retention.keep;
-        let pruned = self.members.iter().map(|member| replicate::prune_held(&member.source, &member.target, keep));
+        let Retention { keep, keep_for } = self.options.retention;
+        let prune = |member: &Member| {
+            let member = member.clone();
+            async move { replicate::prune_held(&member.source, &member.target, keep, keep_for).await }
+        };
+        let pruned = self.members.iter().map(prune);
         for (member, outcome) in self.members.iter().zip(join_all(pruned).await) {
             match outcome {
                 Ok(pruned) => {

@@ -1,6 +1,7 @@
 //! The driver of a cycle: carries out what [`lineage`] decides.
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio_util::sync::CancellationToken;
@@ -15,6 +16,7 @@ use crate::transport;
 use super::error::{Conflict, ConflictKind, CycleError, Result};
 use super::lineage::{self, Decision, Facts, Request, decide};
 use super::report::{Clock, Stages, SyncReport};
+use super::retention::Keep;
 use super::side::{TargetSide, interrupted, load_state, no_such_base, point_still_there, still_there, with_lease};
 use super::state::{Commit, InFlight, Origin, Retired, Side, TargetState};
 
@@ -28,6 +30,10 @@ pub struct SyncOptions {
     pub request: Request,
     /// How many automatic snapshots stay on both sides; at least the base does.
     pub keep: usize,
+    /// Those younger than this stay as well.
+    pub keep_for: Option<Duration>,
+    /// And those of these names, whatever their age: a group of volumes needs them.
+    pub protect: Vec<String>,
     /// Whether batches are compressed on their way.
     pub compression: Compression,
     /// What may be in flight.
@@ -41,6 +47,8 @@ impl Default for SyncOptions {
         Self {
             request: Request::default(),
             keep: 1,
+            keep_for: None,
+            protect: Vec::new(),
             compression: Compression::None,
             limits: Limits::default(),
             snapshotter: None,
@@ -187,7 +195,7 @@ pub fn name_of_now() -> String {
     format!("{NAME_PREFIX}{}", jiff::Timestamp::now().strftime("%Y%m%dT%H%M%S.%3fZ"))
 }
 
-/// Whether a name is of poolshift's own scheme.
+/// Whether a name is of poolshift's own scheme. That is no proof that poolshift gave it.
 pub fn is_automatic(name: &str) -> bool {
     let Some(rest) = name.strip_prefix(NAME_PREFIX) else { return false };
     let (stamp, count) = rest.split_once('-').unwrap_or((rest, "1"));
@@ -228,9 +236,11 @@ impl<'a> Cycle<'a> {
         };
         let stages = Stages { look_seconds: clock.lap(), ..Stages::default() };
         let state = state_to_begin_with(&facts, source.as_ref());
+        let (younger_than, protected) = (options.keep_for, options.protect.clone());
+        let keep = Keep { newest: options.keep, younger_than, protected };
         let mut cycle = Cycle {
             source,
-            side: TargetSide { target, state, keep: options.keep, limits: options.limits.clone(), cancel },
+            side: TargetSide { target, state, keep, limits: options.limits.clone(), cancel },
             options,
             progress,
             clock,
@@ -455,6 +465,17 @@ fn state_to_begin_with(facts: &Facts, source: &dyn SourceImage) -> TargetState {
         state.commits = commits;
         let own = gone.iter().filter(|commit| commit.automatic);
         state.retired.extend(own.map(|commit| Retired::of(Side::Source, commit.source_id, &commit.name)));
+    }
+    // What was given up and has appeared since.
+    let (given_up, commits) = (std::mem::take(&mut state.given_up), &state.commits);
+    for name in given_up {
+        match facts.source_snapshots.iter().find(|have| have.name == name) {
+            Some(late) if !commits.iter().any(|commit| commit.source_id == late.id) => {
+                state.retired.push(Retired::of(Side::Source, late.id, &late.name));
+            }
+            Some(_) => {}
+            None => state.given_up.push(name),
+        }
     }
     state
 }

@@ -20,6 +20,11 @@
 //! What is to be done is decided by [`lineage::decide`], a pure function of what is found on both sides; [`sync()`]
 //! carries it out. The steps on the target are the same for [`receive()`] and stand in one place, `side.rs`.
 //!
+//! Every snapshot that poolshift makes is known by the state at any crash: by its name from step 1, by its id from step 3,
+//! as a commit from step 10, as retired until it has been removed; [`orphans`] builds on that. What a target loses sight
+//! of, and what is then only *unknown* there: the source's snapshots when the target starts over with another source
+//! (`--full`), or is fed by [`receive()`] from then on, which has no source at hand to remove anything from.
+//!
 //! What others do meanwhile is looked for where it can be seen: a snapshot that is removed while it is read (RBD then
 //! gives zeroes and no error), a target snapshot of the name in flight, a HEAD that was written behind an intent that
 //! was never begun, or outside the objects of an interrupted delta. A write of somebody else to the target *within* the
@@ -29,9 +34,11 @@ mod cycle;
 mod dry_run;
 mod error;
 mod export;
+mod gc;
 mod import;
 pub mod lineage;
 mod look;
+pub mod orphans;
 mod receive;
 mod report;
 mod retention;
@@ -48,6 +55,7 @@ pub use cycle::{NAME_PREFIX, Progress, Snapshotter, SyncOptions, is_automatic, n
 pub use dry_run::{DryRun, dry_run};
 pub use error::{Conflict, ConflictKind, CycleError, Result};
 pub use export::{ExportReport, export_diff};
+pub use gc::{GcReport, find_orphans, gc, survey};
 pub use import::{ImportOptions, ImportReport, import_diff};
 pub use look::{Look, changed_since, look};
 pub use receive::{ReceiveOptions, ReceiveReport, receive};

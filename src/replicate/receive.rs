@@ -16,6 +16,7 @@ use super::cycle::{Progress, is_automatic};
 use super::error::{Conflict, ConflictKind, CycleError, Result};
 use super::lineage::{self, Acceptance, Facts, Offer};
 use super::report::Pruned;
+use super::retention::Keep;
 use super::side::{TargetSide, interrupted, load_state, with_lease};
 use super::state::{InFlight, Origin, TargetState};
 
@@ -68,7 +69,8 @@ pub async fn receive<R: AsyncRead + Unpin + Send + 'static>(
         let acceptance =
             lineage::accept(&facts, &offer).map_err(|kind| refused(kind, &hello, target.as_ref(), &facts))?;
         let state = facts.state.clone().unwrap_or_else(|| TargetState::new(&hello.source, &hello.location));
-        let side = TargetSide { target: &target, state, keep: options.keep, limits: options.limits.clone(), cancel };
+        let keep = Keep::newest(options.keep);
+        let side = TargetSide { target: &target, state, keep, limits: options.limits.clone(), cancel };
         let mut receiver = Receiver { side, hello: &hello, progress };
         receiver.carry_out(acceptance, stream).await
     })

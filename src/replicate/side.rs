@@ -10,6 +10,7 @@ use crate::pipeline::{Applied, Checkpoint, Limits};
 
 use super::error::{Conflict, ConflictKind, CycleError, Result};
 use super::report::Pruned;
+use super::retention::Keep;
 use super::state::{Commit, InFlight, Origin, Retired, Side, StateError, TargetState};
 use super::{retention, rewind};
 
@@ -20,7 +21,7 @@ const STATE_ROOM: usize = 48 << 10;
 pub(super) struct TargetSide<'a> {
     pub(super) target: &'a Arc<dyn TargetImage>,
     pub(super) state: TargetState,
-    pub(super) keep: usize,
+    pub(super) keep: Keep,
     pub(super) limits: Limits,
     pub(super) cancel: &'a CancellationToken,
 }
@@ -42,12 +43,22 @@ impl TargetSide<'_> {
     }
 
     /// Step 1: a new intent replaces what was in flight. What that leaves behind is retired: the source snapshot, if it
-    /// was poolshift's own and no longer has a use, and a target snapshot that was found wrong.
+    /// was poolshift's own and no longer has a use, and a target snapshot that was found wrong. Where the source snapshot
+    /// was still to be made and isn't there, it may appear yet, from a request that timed out: its name is remembered.
     pub(super) async fn begin(&mut self, in_flight: &InFlight, source_snapshots: &[Snapshot]) -> Result<()> {
         if let Some(lost) = self.state.in_flight.take() {
-            let found = source_snapshots.iter().find(|have| have.name == lost.name);
-            let given_up = found.filter(|_| lost.automatic && lost.name != in_flight.name);
-            self.state.retired.extend(given_up.map(|found| Retired::of(Side::Source, found.id, &found.name)));
+            let is_it = |have: &&Snapshot| {
+                have.name == lost.name && lost.snapshot.as_ref().is_none_or(|snapshot| snapshot.id == have.id)
+            };
+            let found = source_snapshots.iter().find(is_it);
+            if lost.automatic && lost.name != in_flight.name {
+                match (found, &lost.snapshot) {
+                    (Some(found), _) => self.state.retired.push(Retired::of(Side::Source, found.id, &found.name)),
+                    (None, None) => self.state.give_up(&lost.name),
+                    // It was there, and has been removed.
+                    (None, Some(_)) => {}
+                }
+            }
             self.state.retired.extend(lost.withdraw.map(|id| Retired::of(Side::Target, id, &lost.name)));
         }
         self.store_in_flight(in_flight).await
@@ -119,7 +130,7 @@ impl TargetSide<'_> {
         self.state.commits.push(commit.clone());
         self.state.in_flight = None;
         if is_base {
-            retention::retire(&mut self.state, self.keep);
+            retention::retire(&mut self.state, &self.keep, jiff::Timestamp::now());
         }
         self.make_room()?;
         self.store().await?;
@@ -130,7 +141,10 @@ impl TargetSide<'_> {
     /// they are; only that they are equal is not known any more. poolshift's own are retired.
     fn make_room(&mut self) -> Result<()> {
         while self.state.commits.len() > 1 && self.render(&self.state)?.len() > STATE_ROOM {
-            let oldest = self.state.commits.remove(0);
+            // Never the newest one, the base; what others need only when nothing else is left.
+            let older = &self.state.commits[..self.state.commits.len() - 1];
+            let first = older.iter().position(|commit| !self.keep.is_protected(commit)).unwrap_or(0);
+            let oldest = self.state.commits.remove(first);
             if oldest.automatic {
                 self.state.retired.push(Retired::of(Side::Source, oldest.source_id, &oldest.name));
                 self.state.retired.push(Retired::of(Side::Target, oldest.target_id, &oldest.name));

@@ -28,7 +28,15 @@ pub struct TargetState {
     /// Snapshots of poolshift's own making that no commit needs any more, to be removed when there is time.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub retired: Vec<Retired>,
+    /// Names that poolshift meant to give to snapshots of the source, and gave up before it saw them. One that is found
+    /// later is poolshift's: the creation was under way, and nobody waited for it any more. Oldest first, at most
+    /// [`GIVEN_UP_MAX`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub given_up: Vec<String>,
 }
+
+/// How many names are remembered of snapshots that were given up.
+pub const GIVEN_UP_MAX: usize = 64;
 
 /// A snapshot that is on both sides and the same, byte for byte.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -166,6 +174,7 @@ impl TargetState {
             commits: Vec::new(),
             in_flight: None,
             retired: Vec::new(),
+            given_up: Vec::new(),
         }
     }
 
@@ -183,6 +192,14 @@ impl TargetState {
     /// The state as it is stored.
     pub fn render(&self) -> Result<String, StateError> {
         Ok(serde_json::to_string(self)?)
+    }
+
+    /// Remembers the name of a source snapshot that was about to be made and that nobody waits for any more.
+    pub fn give_up(&mut self, name: &str) {
+        self.given_up.retain(|given_up| given_up != name);
+        self.given_up.push(name.to_owned());
+        let surplus = self.given_up.len().saturating_sub(GIVEN_UP_MAX);
+        self.given_up.drain(..surplus);
     }
 
     /// The commit that HEAD is at when nothing is in flight.

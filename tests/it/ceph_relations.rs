@@ -14,6 +14,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::support::{CephEnv, ceph};
 
+mod commands;
+mod gc;
+
 const MIB: u64 = 1 << 20;
 
 /// Images of one test, all named alike, removed with their clones at the end.

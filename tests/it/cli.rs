@@ -17,6 +17,9 @@ const COMMANDS: &[&str] = &[
     "receive",
     "inspect",
     "status",
+    "deps",
+    "flatten",
+    "gc",
     "demo",
     "completions",
 ];

@@ -127,6 +127,8 @@ pub struct RbdRelations {
     pub parent: Option<RbdParentLink>,
     /// What flattening it would cost; `None` if it is no clone.
     pub flatten: Option<FlattenCost>,
+    /// Whether flattening reaches its snapshots.
+    pub deep_flatten: bool,
     /// All its snapshots, by ascending id.
     pub snapshots: Vec<RbdSnapshot>,
 }
@@ -413,6 +415,7 @@ fn relations(inner: &Inner, steps: &AtomicU64) -> ceph::Result<RbdRelations> {
     Ok(RbdRelations {
         size,
         own_bytes: own.as_deref().map(total_length),
+        deep_flatten: inner.features.has(Features::DEEP_FLATTEN),
         flatten: overlap.map(|overlap| flatten_cost(overlap, own.as_deref())),
         parent: parent.map(|ParentLink { image, snapshot, overlap, .. }| RbdParentLink {
             image: RbdLink::of(image),

@@ -3,6 +3,7 @@
 mod budget;
 mod exchange;
 mod files;
+mod orphans;
 mod strangers;
 
 use std::collections::BTreeMap;

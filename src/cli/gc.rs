@@ -1,0 +1,114 @@
+//! `poolshift gc`: removes what poolshift made for a plan's volumes and nothing needs any more.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::config::{CephAccess, Config, Gc};
+use super::exit::Exit;
+use super::output::{self, Facts};
+use super::{Context, Interrupted, images};
+use crate::image::{SourceImage, TargetImage};
+use crate::plan::{ClusterAccess, Plan};
+use crate::replicate::orphans::{Orphan, Why};
+use crate::replicate::state::Side;
+use crate::replicate::{self, GcReport};
+
+/// Runs the command.
+pub(super) async fn run(context: &Context<'_>, settings: &Gc) -> anyhow::Result<Exit> {
+    let plan = load(&settings.plan)?;
+    let config = Config {
+        source_ceph: access(&plan.source_cluster, &context.config.source_ceph),
+        target_ceph: access(&plan.target_cluster, &context.config.target_ceph),
+        ..context.config.clone()
+    };
+    let (terminal, cancel) = (context.terminal.clone(), context.cancel.clone());
+    let context = Context { config: &config, terminal, cancel };
+    let pairs = open(&context, settings, &plan).await?;
+    let known = replicate::survey(&pairs).await?;
+    let mut reports = Vec::new();
+    for (source, target) in &pairs {
+        if context.cancel.is_cancelled() {
+            return Err(Interrupted.into());
+        }
+        reports.push(match settings.remove {
+            true => replicate::gc(source, target, &known, settings.unknown).await?,
+            false => replicate::find_orphans(source.as_ref(), target.as_ref(), &known).await?,
+        });
+    }
+    if settings.json {
+        output::json(&reports)?;
+    } else {
+        show(&reports, settings)?;
+    }
+    let left = reports.iter().any(|report| !report.removed.left.is_empty());
+    Ok(if left { Exit::Failed } else { Exit::Success })
+}
+
+/// Reads the plan.
+fn load(path: &Path) -> anyhow::Result<Plan> {
+    // The one call that waits for the plan's parser: `Ok(Plan::load(path)?)`.
+    let missing = crate::image::ErrorKind::Unsupported;
+    let error = crate::image::ImageError::new(missing, path.display().to_string(), "read the plan");
+    Err(error.detail("this build has no parser for plans").into())
+}
+
+/// What the plan says wins over the command line and the environment.
+fn access(plan: &ClusterAccess, given: &CephAccess) -> CephAccess {
+    CephAccess {
+        conf: plan.conf.clone().or_else(|| given.conf.clone()),
+        user: plan.user.clone().or_else(|| given.user.clone()),
+    }
+}
+
+type Pair = (Arc<dyn SourceImage>, Arc<dyn TargetImage>);
+
+/// Opens both sides of every volume. One that has no target yet has nothing that poolshift made.
+async fn open(context: &Context<'_>, settings: &Gc, plan: &Plan) -> anyhow::Result<Vec<Pair>> {
+    let mut pairs = Vec::new();
+    for volume in plan.servers.iter().flat_map(|server| &server.volumes) {
+        let source = images::source(context, &volume.source).await?;
+        let Some(target) = images::target(context, &volume.target, settings.state_dir.as_deref()).await? else {
+            tracing::warn!("{} does not exist yet: volume {} is passed over", volume.target, volume.name);
+            continue;
+        };
+        images::refuse_same(&source, target.as_ref())?;
+        pairs.push((source.image(), target));
+    }
+    Ok(pairs)
+}
+
+fn show(reports: &[GcReport], settings: &Gc) -> anyhow::Result<()> {
+    let mut facts = Facts::default();
+    let (mut proven, mut unknown) = (0, 0);
+    for report in reports {
+        for orphan in &report.orphans {
+            let Orphan { side, id, name, why } = orphan;
+            let image = if *side == Side::Source { &report.source } else { &report.target };
+            let why = match why {
+                Why::Retired => "no longer needed",
+                Why::GivenUp => "begun and given up",
+                Why::Unknown => "unknown: looks like poolshift's, known to no target in this plan",
+            };
+            *if orphan.why.is_proven() { &mut proven } else { &mut unknown } += 1;
+            facts.add("orphan", format!("{image}@{name} (id {id}), {why}"));
+        }
+        for name in &report.removed.source {
+            facts.add("removed", format!("{}@{name}", report.source));
+        }
+        for name in &report.removed.target {
+            facts.add("removed", format!("{}@{name}", report.target));
+        }
+        for left in &report.removed.left {
+            facts.add("not removed", left);
+        }
+    }
+    let next = match (settings.remove, proven, unknown) {
+        (_, 0, 0) => "nothing to remove",
+        (false, 0, _) => "nothing that is poolshift's for sure; unknown ones go with --yes --unknown only",
+        (false, ..) => "run again with --yes to remove them; unknown ones go with --unknown as well only",
+        (true, _, unknown) if unknown > 0 && !settings.unknown => "unknown ones were left alone: see --unknown",
+        (true, ..) => "done",
+    };
+    facts.add("result", next);
+    facts.print()
+}
