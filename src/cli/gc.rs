@@ -1,28 +1,23 @@
 //! `poolshift gc`: removes what poolshift made for a plan's volumes and nothing needs any more.
 
-use std::path::Path;
 use std::sync::Arc;
 
-use super::config::{CephAccess, Config, Gc};
+use super::config::Gc;
 use super::exit::Exit;
+use super::fleet::PlanImages;
 use super::output::{self, Facts};
 use super::{Context, Interrupted, images};
 use crate::image::{SourceImage, TargetImage};
-use crate::plan::{ClusterAccess, Plan};
+use crate::plan::Plan;
 use crate::replicate::orphans::{Orphan, Why};
 use crate::replicate::state::Side;
 use crate::replicate::{self, GcReport};
 
 /// Runs the command.
 pub(super) async fn run(context: &Context<'_>, settings: &Gc) -> anyhow::Result<Exit> {
-    let plan = load(&settings.plan)?;
-    let config = Config {
-        source_ceph: access(&plan.source_cluster, &context.config.source_ceph),
-        target_ceph: access(&plan.target_cluster, &context.config.target_ceph),
-        ..context.config.clone()
-    };
-    let (terminal, cancel) = (context.terminal.clone(), context.cancel.clone());
-    let context = Context { config: &config, terminal, cancel };
+    let plan = Plan::load(&settings.plan)?;
+    let plan_images = PlanImages::new(context, &plan);
+    let context = plan_images.context();
     let pairs = open(&context, settings, &plan).await?;
     let known = replicate::survey(&pairs).await?;
     let mut reports = Vec::new();
@@ -42,22 +37,6 @@ pub(super) async fn run(context: &Context<'_>, settings: &Gc) -> anyhow::Result<
     }
     let left = reports.iter().any(|report| !report.removed.left.is_empty());
     Ok(if left { Exit::Failed } else { Exit::Success })
-}
-
-/// Reads the plan.
-fn load(path: &Path) -> anyhow::Result<Plan> {
-    // The one call that waits for the plan's parser: `Ok(Plan::load(path)?)`.
-    let missing = crate::image::ErrorKind::Unsupported;
-    let error = crate::image::ImageError::new(missing, path.display().to_string(), "read the plan");
-    Err(error.detail("this build has no parser for plans").into())
-}
-
-/// What the plan says wins over the command line and the environment.
-fn access(plan: &ClusterAccess, given: &CephAccess) -> CephAccess {
-    CephAccess {
-        conf: plan.conf.clone().or_else(|| given.conf.clone()),
-        user: plan.user.clone().or_else(|| given.user.clone()),
-    }
 }
 
 type Pair = (Arc<dyn SourceImage>, Arc<dyn TargetImage>);
