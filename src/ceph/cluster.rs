@@ -46,7 +46,7 @@ fn c_path(path: &Path) -> Result<CString> {
 /// A connection, shared by every image that is reached through it.
 #[derive(Debug)]
 pub(crate) struct Cluster {
-    raw: Raw,
+    pub(super) raw: Raw,
     fsid: String,
     instance_id: u64,
     fenced: AtomicBool,

@@ -34,6 +34,14 @@ pub(super) struct ImageInfoC {
     pub(super) parent_name: [c_char; 96],
 }
 
+/// `rbd_image_spec_t`
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct ImageSpecC {
+    pub(super) id: *mut c_char,
+    pub(super) name: *mut c_char,
+}
+
 /// `rbd_image_watcher_t`
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -109,6 +117,9 @@ table! {
     rados_ioctx_set_namespace: fn(Handle, *const c_char);
     rados_ioctx_get_id: fn(Handle) -> i64;
     rados_set_pool_full_try: fn(Handle);
+    rados_mon_command: fn(Handle, *mut *const c_char, usize, *const c_char, usize, *mut *mut c_char, *mut usize,
+        *mut *mut c_char, *mut usize) -> c_int;
+    rados_buffer_free: fn(*mut c_char);
 }
 
 table! {
@@ -119,6 +130,8 @@ table! {
     rbd_image_options_set_uint64: fn(Handle, c_int, u64) -> c_int;
     rbd_image_options_set_string: fn(Handle, c_int, *const c_char) -> c_int;
     rbd_create4: fn(Handle, *const c_char, u64, Handle) -> c_int;
+    rbd_list2: fn(Handle, *mut ImageSpecC, *mut usize) -> c_int;
+    rbd_image_spec_list_cleanup: fn(*mut ImageSpecC, usize);
     rbd_namespace_exists: fn(Handle, *const c_char, *mut bool) -> c_int;
     rbd_open: fn(Handle, *const c_char, *mut Handle, *const c_char) -> c_int;
     rbd_open_by_id: fn(Handle, *const c_char, *mut Handle, *const c_char) -> c_int;

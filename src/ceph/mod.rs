@@ -28,6 +28,7 @@ mod exit;
 mod image;
 mod library;
 mod locks;
+mod pool_list;
 mod relations;
 
 pub(crate) use cluster::{Cluster, ConnectOptions, Pool};

@@ -7,7 +7,9 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use super::exit;
-use super::values::{SnapshotName, parse_ceph_user, parse_demo_size, parse_memory, parse_object_size, parse_rate};
+use super::values::{
+    PoolName, SnapshotName, parse_ceph_user, parse_demo_size, parse_memory, parse_object_size, parse_rate,
+};
 use crate::batch::CompressionChoice;
 use crate::image::ImageSpec;
 
@@ -128,6 +130,16 @@ pub(super) enum CommandArgs {
     /// Lists them; removes them with --yes. A snapshot that only has a name like poolshift's, and is known to no target of
     /// the plan, is listed as unknown: another replication may have made it.
     Gc(GcArgs),
+    /// Write a first plan file from the images of a pool
+    ///
+    /// Every image becomes a volume of its own, the largest first. Images that poolshift can't replicate are named in
+    /// comments.
+    Plan(PlanArgs),
+    /// Hold a plan file against the clusters; change nothing
+    ///
+    /// Looks at every source and target, says what is wrong with them and what to do about it, and how long the first
+    /// copies may take. Exits with 1 if there are errors.
+    Check(CheckArgs),
     /// Show the whole story on files: no Ceph, no root, a few seconds
     Demo(DemoArgs),
     /// Write a completion script for a shell to standard output
@@ -409,6 +421,34 @@ pub(super) struct GcArgs {
     pub(super) json: bool,
     #[command(flatten)]
     pub(super) state: StateArgs,
+}
+
+#[derive(Args, Debug)]
+pub(super) struct PlanArgs {
+    /// The pool to empty, rbd:POOL[/NAMESPACE]
+    #[arg(long, value_name = "POOL")]
+    pub(super) from_pool: PoolName,
+    /// The pool to fill, rbd:POOL[/NAMESPACE]
+    #[arg(long, value_name = "POOL")]
+    pub(super) to_pool: PoolName,
+    /// Only images whose names fit, with * and ?
+    #[arg(long = "match", value_name = "GLOB")]
+    pub(super) pattern: Option<String>,
+    /// Where to: a file that does not exist yet, or - for standard output
+    #[arg(short, long, value_name = "FILE", default_value = "-")]
+    pub(super) output: PathBuf,
+}
+
+#[derive(Args, Debug)]
+pub(super) struct CheckArgs {
+    /// The plan file
+    pub(super) plan: PathBuf,
+    /// Read nothing to find out how fast the source is
+    #[arg(long)]
+    pub(super) no_measure: bool,
+    /// Print the result as one JSON value
+    #[arg(long)]
+    pub(super) json: bool,
 }
 
 #[derive(Args, Debug)]

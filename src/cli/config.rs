@@ -7,11 +7,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::args::{
-    Arguments, CommandArgs, CreateArgs, DemoArgs, DepsArgs, DiffArgs, ExportDiffArgs, FlattenArgs, GcArgs, GlobalArgs,
-    ImageFeature, ImportDiffArgs, InspectArgs, LogFormat, MergeDiffArgs, ReceiveArgs, ReplicateArgs, SendArgs,
-    StatusArgs, SyncArgs, VerifyArgs,
+    Arguments, CheckArgs, CommandArgs, CreateArgs, DemoArgs, DepsArgs, DiffArgs, ExportDiffArgs, FlattenArgs, GcArgs,
+    GlobalArgs, ImageFeature, ImportDiffArgs, InspectArgs, LogFormat, MergeDiffArgs, PlanArgs, ReceiveArgs,
+    ReplicateArgs, SendArgs, StatusArgs, SyncArgs, VerifyArgs,
 };
-use super::values::SnapshotName;
+use super::values::{PoolName, SnapshotName};
 use crate::batch::CompressionChoice;
 use crate::image::ImageSpec;
 
@@ -92,6 +92,10 @@ pub enum Command {
     Flatten(Flatten),
     /// `poolshift gc`
     Gc(Gc),
+    /// `poolshift plan`
+    Plan(Plan),
+    /// `poolshift check`
+    Check(Check),
     /// `poolshift demo`
     Demo(Demo),
     /// `poolshift completions`
@@ -317,6 +321,25 @@ pub struct Gc {
     pub state_dir: Option<PathBuf>,
 }
 
+/// See `poolshift plan --help`.
+#[derive(Clone, Debug)]
+#[allow(missing_docs)]
+pub struct Plan {
+    pub from_pool: PoolName,
+    pub to_pool: PoolName,
+    pub pattern: Option<String>,
+    pub output: Stream,
+}
+
+/// See `poolshift check --help`.
+#[derive(Clone, Debug)]
+#[allow(missing_docs)]
+pub struct Check {
+    pub plan: PathBuf,
+    pub measure: bool,
+    pub json: bool,
+}
+
 /// See `poolshift demo --help`.
 #[derive(Clone, Debug)]
 #[allow(missing_docs)]
@@ -415,6 +438,12 @@ impl TryFrom<CommandArgs> for Command {
             CommandArgs::Flatten(args) => Self::Flatten(flatten(args)?),
             CommandArgs::Gc(GcArgs { plan, dry_run: _, yes, unknown, json, state }) => {
                 Self::Gc(Gc { plan, remove: yes, unknown, json, state_dir: state.state_dir })
+            }
+            CommandArgs::Plan(PlanArgs { from_pool, to_pool, pattern, output }) => {
+                Self::Plan(Plan { from_pool, to_pool, pattern, output: output.into() })
+            }
+            CommandArgs::Check(CheckArgs { plan, no_measure, json }) => {
+                Self::Check(Check { plan, measure: !no_measure, json })
             }
             CommandArgs::Demo(DemoArgs { dir, size }) => Self::Demo(Demo { dir, size }),
             CommandArgs::Completions(args) => Self::Completions(args.shell),

@@ -8,6 +8,7 @@ use super::config::UsageError;
 use crate::delta::stream::{DiffError, DiffFault, MergeError};
 use crate::image::{ErrorKind, ImageError};
 use crate::pipeline::PipelineError;
+use crate::plan::PlanError;
 use crate::replicate::CycleError;
 use crate::wire::{InspectError, WireError, WireFault};
 
@@ -18,7 +19,7 @@ pub enum Exit {
     Success,
     /// Failed for a reason that has no code of its own; the same again would fail again.
     Failed,
-    /// The command line makes no sense.
+    /// The command line, or the plan, makes no sense.
     Usage,
     /// `verify` found differences.
     Different,
@@ -46,7 +47,7 @@ pub enum Exit {
 pub const TABLE: &[(Exit, u8, &str)] = &[
     (Exit::Success, 0, "done"),
     (Exit::Failed, 1, "failed; the same again would fail again"),
-    (Exit::Usage, 2, "the command line makes no sense"),
+    (Exit::Usage, 2, "the command line or the plan makes no sense"),
     (Exit::Different, 3, "verify found differences"),
     (Exit::Conflict, 4, "source and target have no common, undisturbed past: needs a decision"),
     (Exit::NotFound, 5, "an image, pool, snapshot or file is not there"),
@@ -124,6 +125,12 @@ fn known(error: &(dyn std::error::Error + 'static)) -> Option<Exit> {
             InspectError::Io(error) => of_io(error).unwrap_or(Exit::Temporary),
             InspectError::UnknownFormat { .. } | InspectError::Batch { .. } => Exit::Damaged,
             InspectError::Interrupted(_) => Exit::Failed,
+        });
+    }
+    if let Some(error) = error.downcast_ref::<PlanError>() {
+        return Some(match error {
+            PlanError::Read { source, .. } => of_io(source).unwrap_or(Exit::Failed),
+            PlanError::TooLarge { .. } | PlanError::Invalid { .. } => Exit::Usage,
         });
     }
     if let Some(error) = error.downcast_ref::<io::Error>() {

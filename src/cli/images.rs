@@ -208,7 +208,8 @@ pub(super) fn refuse_same(source: &Source, target: &dyn TargetImage) -> Result<(
     Ok(())
 }
 
-async fn connect(context: &Context<'_>, access: &CephAccess) -> Result<Connector, ImageError> {
+/// Connects to a cluster, or shares the connection that is there.
+pub(super) async fn connect(context: &Context<'_>, access: &CephAccess) -> Result<Connector, ImageError> {
     let options =
         RbdOptions { conf: access.conf.clone(), user: access.user.clone(), io_timeout: context.config.io_timeout };
     Connector::connect(&options).await

@@ -12,6 +12,7 @@ use clap::{CommandFactory as _, Parser as _};
 use tokio_util::sync::CancellationToken;
 
 mod args;
+mod check;
 pub mod config;
 mod demo;
 mod deps;
@@ -27,6 +28,7 @@ mod import_diff;
 mod inspect;
 mod merge_diff;
 mod output;
+mod plan;
 mod progress;
 mod receive;
 mod replicate;
@@ -120,6 +122,8 @@ async fn dispatch(context: &Context<'_>) -> anyhow::Result<Exit> {
         Command::Deps(settings) => deps::run(context, settings).await,
         Command::Flatten(settings) => flatten::run(context, settings).await,
         Command::Gc(settings) => gc::run(context, settings).await,
+        Command::Plan(settings) => plan::run(context, settings).await,
+        Command::Check(settings) => check::run(context, settings).await,
         Command::Demo(settings) => demo::run(context, settings).await,
         Command::Completions(shell) => completions(*shell),
     }

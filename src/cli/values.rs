@@ -87,6 +87,64 @@ pub fn parse_demo_size(text: &str) -> Result<u64, String> {
     }
 }
 
+/// Where RBD images are: a pool, and perhaps a namespace in it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PoolName {
+    /// The pool.
+    pub pool: String,
+    /// The namespace; `None` for the default one.
+    pub namespace: Option<String>,
+}
+
+impl FromStr for PoolName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parts: Vec<&str> = text.strip_prefix("rbd:").unwrap_or(text).split('/').collect();
+        let (pool, namespace) = match parts[..] {
+            [pool] => (pool, None),
+            [pool, namespace] => (pool, Some(namespace)),
+            _ => return Err("write rbd:POOL or rbd:POOL/NAMESPACE".into()),
+        };
+        if parts.iter().any(|part| part.is_empty() || part.contains(|c: char| c.is_control() || c == '@' || c == ':')) {
+            return Err("write rbd:POOL or rbd:POOL/NAMESPACE".into());
+        }
+        Ok(Self { pool: pool.to_owned(), namespace: namespace.map(str::to_owned) })
+    }
+}
+
+impl fmt::Display for PoolName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "rbd:{}", self.pool)?;
+        self.namespace.as_ref().map_or(Ok(()), |namespace| write!(f, "/{namespace}"))
+    }
+}
+
+/// Whether a name fits a pattern in which `*` stands for any characters and `?` for one. In time that grows with the
+/// product of both lengths, whatever they are.
+pub fn matches_glob(pattern: &str, name: &str) -> bool {
+    let pattern: Vec<char> = pattern.chars().collect();
+    // Which beginnings of the pattern fit what was seen of the name so far.
+    let mut fits = vec![false; pattern.len() + 1];
+    fits[0] = true;
+    for (at, &c) in pattern.iter().enumerate() {
+        fits[at + 1] = fits[at] && c == '*';
+    }
+    for character in name.chars() {
+        let mut before = std::mem::replace(&mut fits[0], false);
+        for (at, &c) in pattern.iter().enumerate() {
+            let fitted = fits[at + 1];
+            fits[at + 1] = match c {
+                '*' => fits[at] || fitted,
+                '?' => before,
+                c => before && c == character,
+            };
+            before = fitted;
+        }
+    }
+    fits[pattern.len()]
+}
+
 /// Parses a Ceph user: `name` or `client.name`; the result is the name alone.
 pub fn parse_ceph_user(text: &str) -> Result<String, String> {
     let name = text.strip_prefix("client.").unwrap_or(text);
@@ -136,6 +194,36 @@ mod tests {
         assert_eq!(parse_ceph_user("poolshift").as_deref(), Ok("poolshift"));
         assert_eq!(parse_ceph_user("").as_deref(), Ok(""));
         assert!(parse_ceph_user("client.").is_err() && parse_ceph_user("a b").is_err());
+    }
+
+    #[test]
+    fn pools_are_named_with_or_without_their_scheme() {
+        for (text, shown) in [("sata", "rbd:sata"), ("rbd:sata", "rbd:sata"), ("rbd:sata/tenant", "rbd:sata/tenant")] {
+            assert_eq!(text.parse::<PoolName>().unwrap().to_string(), shown);
+        }
+        for text in ["", "rbd:", "a/b/c", "a/", "/a", "file:/a", "a@b"] {
+            assert!(text.parse::<PoolName>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn globs_match_whole_names() {
+        for (pattern, name, fits) in [
+            ("*", "", true),
+            ("", "", true),
+            ("", "a", false),
+            ("volume-*", "volume-1", true),
+            ("volume-*", "my-volume-1", false),
+            ("*-root", "web-1-root", true),
+            ("w?b", "web", true),
+            ("w?b", "wb", false),
+            ("*a*b", "xaybzb", true),
+            ("*a*b", "xaybz", false),
+            ("ä?", "äö", true),
+        ] {
+            assert_eq!(matches_glob(pattern, name), fits, "{pattern} {name}");
+        }
+        assert!(!matches_glob(&"*a".repeat(1000), &"a".repeat(999)));
     }
 
     #[test]

@@ -37,6 +37,7 @@ use crate::ceph::{self, CephError, Cluster, ConnectOptions, CreateSpec, Features
 mod changes;
 mod errors;
 mod lease;
+mod pool_list;
 mod relations;
 mod source;
 mod target;
@@ -45,6 +46,8 @@ mod view;
 
 use errors::Failure;
 use lease::Held;
+
+pub use pool_list::{PoolImage, PoolSpace};
 pub use relations::{
     FlattenBound, FlattenCost, FlattenProgress, Flattened, RbdLink, RbdParentLink, RbdRelations, RbdSnapshot,
 };
@@ -145,7 +148,7 @@ pub async fn wait_until_closed(limit: Duration) -> bool {
     ceph::blocking("rbd_close", patience, move || Ok(ceph::wait_until_closed(limit))).await.unwrap_or(false)
 }
 
-/// Where an image is, by names.
+/// Where an image is, by names; with an empty one, where images are.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Place {
     pool: String,
@@ -171,7 +174,10 @@ impl Place {
 
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.parent(), self.image)
+        match self.image.as_str() {
+            "" => f.write_str(&self.parent()),
+            image => write!(f, "{}/{image}", self.parent()),
+        }
     }
 }
 

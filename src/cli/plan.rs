@@ -1,0 +1,296 @@
+//! `poolshift plan`: a first plan file, from the images of a pool.
+
+use std::collections::HashSet;
+use std::fmt::Write as _;
+use std::path::Path;
+
+use futures::stream::{self, StreamExt as _};
+use tokio::io::AsyncWriteExt as _;
+
+use super::config::{CephAccess, Plan as Settings, Stream, UsageError};
+use super::exit::Exit;
+use super::streams::Output;
+use super::values::{PoolName, human_bytes, matches_glob};
+use super::{Context, Interrupted, images, output};
+use crate::delta::{self, Method};
+use crate::image::rbd::{Connector, PoolImage, RbdImage};
+use crate::image::{ErrorKind, ImageError, ImageSpec, Point, SourceImage as _};
+use crate::plan::{Plan, VOLUMES_MAX};
+
+/// How many images are looked at at a time.
+const AT_A_TIME: usize = 8;
+
+/// The longest name of a volume that is made of an image's name, in characters; a number may follow.
+const NAME_LENGTH: usize = 100;
+
+/// Runs the command.
+pub(super) async fn run(context: &Context<'_>, settings: &Settings) -> anyhow::Result<Exit> {
+    let config = context.config;
+    if settings.from_pool == settings.to_pool && config.source_ceph.conf == config.target_ceph.conf {
+        let text = format!("--from-pool and --to-pool are the same: {}", settings.from_pool);
+        return Err(UsageError(text).into());
+    }
+    // Before anything is asked: a name that is taken is found at once.
+    let mut file = match &settings.output {
+        Stream::Standard => None,
+        file => Some(Output::new(file)?),
+    };
+    let (volumes, skipped) = tokio::select! {
+        found = find(context, settings) => found?,
+        () = context.cancel.cancelled() => return Err(Interrupted.into()),
+    };
+    let text = write(settings, (&config.source_ceph, &config.target_ceph), &volumes, &skipped)?;
+    // What is written is what `check` and the fleet will take.
+    Plan::parse(&text, Path::new(&settings.output.to_string()))?;
+    match &mut file {
+        None => output::bytes(text.as_bytes())?,
+        Some(file) => file.writer().write_all(text.as_bytes()).await?,
+    }
+    if let Some(file) = file {
+        file.finish().await?;
+        context.terminal.note(&format!("{} volumes; next: poolshift check {}", volumes.len(), settings.output));
+    }
+    Ok(Exit::Success)
+}
+
+/// An image that goes into the plan.
+struct Found {
+    image: String,
+    /// Bytes.
+    size: u64,
+    /// The bytes of all objects that there are; `None` where the object map doesn't tell.
+    used: Option<u64>,
+}
+
+/// The images that fit, largest first, and those that are left out, with the reason.
+async fn find(context: &Context<'_>, settings: &Settings) -> anyhow::Result<(Vec<Found>, Vec<(String, String)>)> {
+    let connector = images::connect(context, &context.config.source_ceph).await?;
+    let PoolName { pool, namespace } = &settings.from_pool;
+    let mut listed = connector.images(pool, namespace.as_deref()).await?;
+    listed.retain(|image| settings.pattern.as_ref().is_none_or(|pattern| matches_glob(pattern, &image.name)));
+    if listed.len() > VOLUMES_MAX {
+        let text = format!("{} images are more than a plan's {VOLUMES_MAX}: choose with --match", listed.len());
+        return Err(UsageError(text).into());
+    }
+    let looks = listed.into_iter().map(|listed| async {
+        let name = listed.name.clone();
+        (name, look(&connector, &settings.from_pool, listed).await)
+    });
+    let mut looks = stream::iter(looks).buffered(AT_A_TIME);
+    let (mut found, mut skipped) = (Vec::new(), Vec::new());
+    while let Some((name, outcome)) = looks.next().await {
+        match outcome {
+            Ok(Ok(image)) => found.push(image),
+            Ok(Err(reason)) => skipped.push((name, reason)),
+            Err(error) if error.kind == ErrorKind::NotFound => skipped.push((name, "it was just removed".into())),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    if found.is_empty() {
+        let what = settings.pattern.as_ref().map_or_else(String::new, |pattern| format!(" that fit {pattern:?}"));
+        let mut error = ImageError::new(ErrorKind::NotFound, settings.from_pool.to_string(), "make a plan")
+            .detail(format!("it has no images{what}"));
+        if let Some((name, reason)) = skipped.first() {
+            error = error.detail(format!("{} images can't be replicated; {name:?}: {reason}", skipped.len()));
+        }
+        return Err(error.into());
+    }
+    found.sort_by(|one, other| other.size.cmp(&one.size).then_with(|| one.image.cmp(&other.image)));
+    Ok((found, skipped))
+}
+
+/// Looks at an image; says why it can't be in a plan.
+async fn look(connector: &Connector, from: &PoolName, listed: PoolImage) -> Result<Result<Found, String>, ImageError> {
+    let name = listed.name;
+    let spec = spec(from, &name);
+    if name.contains(char::is_control) || spec.to_string().parse() != Ok(spec) {
+        return Ok(Err("its name has a character in it that poolshift can't write".into()));
+    }
+    if listed.id.is_none() {
+        return Ok(Err("it is of format 1: make one of format 2 of it with rbd deep cp".into()));
+    }
+    let image = RbdImage::open_source(connector, &from.pool, from.namespace.as_deref(), &name).await?;
+    if let Some(obstacle) = image.obstacle() {
+        return Ok(Err(obstacle.into()));
+    }
+    let view = image.view(&Point::Head).await?;
+    let plan = delta::plan(view.as_ref(), None).await?;
+    let used = (plan.method == Method::TwoLevel).then(|| plan.covered());
+    Ok(Ok(Found { image: name, size: view.size(), used }))
+}
+
+fn spec(pool: &PoolName, image: &str) -> ImageSpec {
+    let PoolName { pool, namespace } = pool.clone();
+    ImageSpec::Rbd { pool, namespace, image: image.to_owned(), snapshot: None }
+}
+
+/// A TOML string.
+fn quoted(text: &str) -> String {
+    toml::Value::String(text.to_owned()).to_string()
+}
+
+/// The plan's text.
+fn write(
+    settings: &Settings,
+    clusters: (&CephAccess, &CephAccess),
+    volumes: &[Found],
+    skipped: &[(String, String)],
+) -> anyhow::Result<String> {
+    let Settings { from_pool, to_pool, output, .. } = settings;
+    let size: u64 = volumes.iter().fold(0, |sum, volume| sum.saturating_add(volume.size));
+    let used = volumes.iter().try_fold(0u64, |sum, volume| sum.checked_add(volume.used?));
+    let used = used.map_or_else(String::new, |used| format!(", at most {} of it used", human_bytes(used)));
+    let file = match output {
+        Stream::Standard => "FILE".into(),
+        Stream::File(path) => path.display().to_string().replace(char::is_control, "\u{fffd}"),
+    };
+    let mut text = format!(
+        "# From {from_pool} to {to_pool}: {} volumes, {} provisioned{used}, the largest first.\n\
+         # Change what you like, then hold it against the clusters: poolshift check {file}\n",
+        volumes.len(),
+        human_bytes(size),
+    );
+    for (key, access) in [("source", clusters.0), ("target", clusters.1)] {
+        cluster(&mut text, key, access)?;
+    }
+    text.push_str(&HEAD.replace("{pool}", &quoted(&from_pool.pool)));
+    if let Some(first) = volumes.first() {
+        let sides = [from_pool, to_pool].map(|pool| quoted(&spec(pool, &first.image).to_string()));
+        text.push_str(&SERVER.replace("{source}", &sides[0]).replace("{target}", &sides[1]));
+    }
+    let mut names = HashSet::new();
+    for volume in volumes {
+        let used = volume
+            .used
+            .map_or("how much is used is not known".into(), |used| format!("at most {} used", human_bytes(used)));
+        let (source, target) = (spec(from_pool, &volume.image), spec(to_pool, &volume.image));
+        let name = name(&volume.image, &mut names);
+        write!(text, "\n[[volume]]  # {}, {used}\nname = {}\n", human_bytes(volume.size), quoted(&name))?;
+        write!(text, "source = {}\ntarget = {}\n", quoted(&source.to_string()), quoted(&target.to_string()))?;
+    }
+    if !skipped.is_empty() {
+        text.push_str("\n# Left out:\n");
+    }
+    for (name, reason) in skipped {
+        writeln!(text, "# {name:?}: {reason}")?;
+    }
+    Ok(text)
+}
+
+/// The way to a cluster, as the command line gave it.
+fn cluster(text: &mut String, key: &str, access: &CephAccess) -> anyhow::Result<()> {
+    let conf = access.conf.as_ref().map(std::path::absolute).transpose()?;
+    if conf.is_none() && access.user.is_none() {
+        return Ok(());
+    }
+    write!(text, "\n[{key}]\n")?;
+    if let Some(conf) = conf {
+        let conf = conf.to_str().ok_or_else(|| UsageError(format!("{conf:?} is no UTF-8, as a plan must be")))?;
+        writeln!(text, "conf = {}", quoted(conf))?;
+    }
+    if let Some(user) = &access.user {
+        writeln!(text, "user = {}", quoted(user))?;
+    }
+    Ok(())
+}
+
+/// A volume's name, made of the image's, unlike all others.
+fn name(image: &str, taken: &mut HashSet<String>) -> String {
+    let allowed = |c: char| if c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_') { c } else { '-' };
+    let mut stem: String = image.chars().take(NAME_LENGTH).map(allowed).collect();
+    if !stem.starts_with(|c: char| c.is_ascii_alphanumeric()) {
+        stem.insert(0, 'v');
+    }
+    let mut name = stem.clone();
+    let mut number = 1;
+    while !taken.insert(name.clone()) {
+        number += 1;
+        name = format!("{stem}-{number}");
+    }
+    name
+}
+
+const HEAD: &str = r#"
+[defaults]
+interval = "5m"        # from the start of one cycle to the start of the next
+idle_interval = "30m"  # to this the pace slows while nothing changes
+target_lag = "15m"     # the age of the newest point above which a volume counts as lagging
+keep = 1               # points that stay on the target, beside the base
+
+[limits]
+volumes = 8            # at a time
+first_syncs = 4        # of these, those that are copied for the first time
+volumes_per_pool = 8   # of one source pool
+memory = "256M"        # bytes in flight, in all
+
+# What the pool may be asked for:
+#
+# [[throttle]]
+# pool = {pool}
+# bytes_per_second = "200M"
+# operations_per_second = 2000
+# latency_limit = "80ms"
+# windows = [{ during = "22:00-06:00", bytes_per_second = "unlimited", operations_per_second = "unlimited" }]
+"#;
+
+const SERVER: &str = r#"
+# The disks of one server belong together, so that they share every point in time. Move them from below into:
+#
+# [[server]]
+# name = "web-1"
+# quiesce = { virsh = { domain = "web-1", limit = "10s" } }
+#
+# [[server.volume]]
+# name = "web-1-root"
+# source = {source}
+# target = {target}
+# boot = true
+"#;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settings(from: &str, to: &str) -> Settings {
+        let (from_pool, to_pool) = (from.parse().unwrap(), to.parse().unwrap());
+        Settings { from_pool, to_pool, pattern: None, output: Stream::Standard }
+    }
+
+    fn uncommented(text: &str, from: &str) -> String {
+        let (_, behind) = text.split_once(from).unwrap();
+        let block = behind.split("\n\n").next().unwrap();
+        block.lines().map(|line| line.trim_start_matches('#').trim()).collect::<Vec<_>>().join("\n")
+    }
+
+    #[test]
+    fn what_is_written_is_a_plan() {
+        let found = |image: &str, size, used| Found { image: image.into(), size, used };
+        let volumes = [
+            found("web 1\"root", 40 << 30, Some(12 << 20)),
+            found("web-1-root", 8 << 20, None),
+            found("web-1\u{e4}root", 8 << 20, Some(0)),
+            found("_x", 0, Some(0)),
+        ];
+        let skipped = [("old\n[x]".to_owned(), "it is of format 1".to_owned())];
+        let access = CephAccess { conf: Some("/etc/ceph/a b.conf".into()), user: Some("poolshift".into()) };
+        let clusters = (&access, &CephAccess::default());
+        let text = write(&settings("sata/tenant", "sas"), clusters, &volumes, &skipped).unwrap();
+        let plan = Plan::parse(&text, Path::new("plan.toml")).unwrap_or_else(|error| panic!("{error}\n{text}"));
+        let names: Vec<_> = plan.servers.iter().map(|server| server.name.as_str()).collect();
+        assert_eq!(names, ["web-1-root", "web-1-root-2", "web-1-root-3", "v_x"]);
+        let [_, volume, ..] = &plan.servers[..] else { panic!() };
+        let volume = &volume.volumes[0];
+        let sides = (volume.source.to_string(), volume.target.to_string());
+        assert_eq!(sides, ("rbd:sata/tenant/web-1-root".into(), "rbd:sas/web-1-root".into()));
+        assert_eq!(plan.source_cluster.conf.as_deref(), Some(Path::new("/etc/ceph/a b.conf")));
+        // What is commented out is right as well, once it isn't.
+        let throttle = uncommented(&text, "# What the pool may be asked for:\n");
+        let server = uncommented(&text, "Move them from below into:\n");
+        let plan = Plan::parse(&format!("{throttle}\n{server}"), Path::new("plan.toml")).unwrap();
+        assert_eq!((plan.throttles.len(), plan.servers[0].volumes.len()), (1, 1));
+        insta::assert_snapshot!(text.split("\n\n").next().unwrap(), @r#"
+        # From rbd:sata/tenant to rbd:sas: 4 volumes, 40.0 GiB provisioned, the largest first.
+        # Change what you like, then hold it against the clusters: poolshift check FILE
+        "#);
+    }
+}
