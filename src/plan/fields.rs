@@ -48,15 +48,15 @@ impl<'t> Report<'t> {
     /// The line and the character of a byte, both from 1.
     fn place(&self, offset: usize) -> (usize, usize) {
         let offset = offset.min(self.text.len());
-        let line = self.lines.partition_point(|&start| start <= offset);
+        let line = self.line(offset);
         let start = self.lines[line - 1];
         let column = self.text[start..].char_indices().take_while(|(at, _)| start + at < offset).count();
         (line, column + 1)
     }
 
-    /// The line of a byte, from 1.
+    /// The line of a byte, from 1. Asked for every volume: it must not walk along the line, which may be the whole file.
     pub(super) fn line(&self, offset: usize) -> usize {
-        self.place(offset).0
+        self.lines.partition_point(|&start| start <= offset)
     }
 
     /// All is well, or the error.

@@ -75,7 +75,7 @@ pub fn duration_text(duration: Duration) -> String {
 /// A size as [`parse_size`] takes it, exactly: `64M`, `1536K`, `1000`.
 pub fn size_text(bytes: u64) -> String {
     let units = [("T", 40), ("G", 30), ("M", 20), ("K", 10)];
-    let fitting = units.iter().find(|(_, shift)| bytes > 0 && bytes % (1u64 << shift) == 0);
+    let fitting = units.iter().find(|(_, shift)| bytes > 0 && bytes.is_multiple_of(1u64 << shift));
     fitting.map_or_else(|| bytes.to_string(), |(unit, shift)| format!("{}{unit}", bytes >> shift))
 }
 

@@ -20,6 +20,8 @@ const COMMANDS: &[&str] = &[
     "deps",
     "flatten",
     "gc",
+    "plan",
+    "check",
     "demo",
     "completions",
 ];

@@ -6,6 +6,7 @@ mod ceph_crash;
 mod ceph_faults;
 mod ceph_interop;
 mod ceph_model;
+mod ceph_plan;
 mod ceph_relations;
 mod cli;
 mod files;

@@ -216,6 +216,14 @@ fn large_files_are_not_looked_at() {
 }
 
 #[test]
+fn the_largest_plan_is_read_in_one_line_as_well() {
+    let volume = |n| format!("{{name=\"v{n}\",source=\"rbd:sata/v{n}\",target=\"rbd:sas/v{n}\"}}");
+    let text = format!("volume=[{}]", (0..VOLUMES_MAX).map(volume).collect::<Vec<_>>().join(","));
+    assert!(text.len() < FILE_MAX);
+    assert_eq!(parse(&text).unwrap().servers.len(), VOLUMES_MAX);
+}
+
+#[test]
 fn a_file_is_read_and_its_errors_name_it() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("plan.toml");

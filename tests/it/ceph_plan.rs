@@ -1,0 +1,166 @@
+//! `plan` and `check` on a real cluster.
+
+use std::path::Path;
+use std::process::Command;
+
+use poolshift::image::rbd::CreateOptions;
+use poolshift::plan::Plan;
+use serde_json::Value;
+
+use crate::librbd::{Disk, Librbd, MIB, connect, name};
+use crate::support::{CephEnv, Run, ceph, ceph_dev_folder, poolshift};
+
+fn run(env: &CephEnv, words: &[&str]) -> Run {
+    let conf = env.conf.to_str().expect("the path is text");
+    poolshift(["--ceph-conf", conf, "--ceph-user", env.user.as_str()].iter().chain(words))
+}
+
+fn rbd(env: &CephEnv, words: &[&str]) {
+    let mut command = Command::new("rbd");
+    command.env_remove("CEPH_ARGS").arg("-c").arg(&env.conf).args(["--id", &env.user]).args(words);
+    let output = command.output().expect("rbd runs");
+    assert!(output.status.success(), "rbd {words:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// The report of `check`, which must end with this exit code.
+fn check(env: &CephEnv, plan: &Path, code: i32) -> Value {
+    let run = run(env, &["check", "--json", plan.to_str().expect("the path is text")]).expect_code(code);
+    serde_json::from_str(&run.stdout).expect("one JSON value")
+}
+
+/// What the report says of a volume: its verdict, its target's state, and all findings.
+fn told(report: &Value, name: &str) -> (String, String, String) {
+    let volumes = report["volumes"].as_array().expect("a list");
+    let volume = volumes.iter().find(|volume| volume["name"] == name).expect("the volume is in the report");
+    let text = |value: &Value| value.as_str().unwrap_or("-").to_owned();
+    let findings = volume["findings"].as_array().expect("a list").iter().map(|finding| text(&finding["text"]));
+    (text(&volume["verdict"]), text(&volume["target_state"]), findings.collect::<Vec<_>>().join("\n"))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pool_becomes_a_plan_that_is_right() {
+    let Some(env) = ceph() else { return };
+    let base = name("plan");
+    let [small, large, trash] = ["small", "large", "trash"].map(|tag| format!("{base}-{tag}"));
+    let mut disk = Disk::create(&env, &format!("sata/{small}"), 1, &CreateOptions::new(8 * MIB)).await;
+    disk.write_noise(5 * MIB, MIB).await;
+    disk.librbd.create(&format!("sata/{large}"), &CreateOptions::new(64 * MIB)).await;
+    disk.librbd.create(&format!("sata/{trash}"), &CreateOptions::new(MIB)).await;
+    rbd(&env, &["trash", "mv", &format!("sata/{trash}")]);
+
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("plan.toml");
+    let (file, pattern) = (path.to_str().unwrap(), format!("{base}-*"));
+    let words = ["plan", "--from-pool", "rbd:sata", "--to-pool", "sas", "--match", &pattern, "-o", file];
+    run(&env, &words).expect_code(0);
+    let again = run(&env, &words).expect_code(1);
+    assert!(again.stderr.contains("File exists"), "{}", again.stderr);
+
+    let plan = Plan::load(&path).unwrap();
+    assert_eq!(plan.source_cluster.conf.as_deref(), Some(env.conf.as_path()));
+    let sides: Vec<_> = plan.volumes().map(|(_, volume)| format!("{} {}", volume.source, volume.target)).collect();
+    assert_eq!(sides, [&large, &small].map(|image| format!("rbd:sata/{image} rbd:sas/{image}")));
+    let text = std::fs::read_to_string(&path).unwrap();
+    assert!(text.contains("[[volume]]  # 8.0 MiB, at most 4.0 MiB used"), "{text}");
+    // The same on standard output, but for the file's name.
+    let shown = run(&env, &words[..words.len() - 2]).expect_code(0).stdout;
+    assert_eq!(shown.replace("poolshift check FILE", &format!("poolshift check {file}")), text);
+
+    let report = check(&env, &path, 0);
+    assert_eq!((report["verdict"].as_str(), report["errors"].as_u64()), (Some("ok"), Some(0)), "{report:#}");
+    let (verdict, state, findings) = told(&report, &small);
+    assert_eq!((verdict.as_str(), state.as_str()), ("ok", "absent"));
+    assert!(findings.starts_with("in use by client."), "{findings}");
+    let rate = &report["rates"][0];
+    assert_eq!((rate["pool"].as_str(), rate["first_copy_bytes"].as_u64()), (Some("sata"), Some(4 * MIB)));
+    assert!(rate["measured"].as_u64().is_some_and(|measured| measured > 0), "{rate:#}");
+    // Nothing has been made.
+    assert!(connect(&env).await.images("sas", None).await.unwrap().iter().all(|image| image.name != small));
+
+    run(&env, &["sync", &format!("rbd:sata/{small}"), &format!("rbd:sas/{small}")]).expect_code(0);
+    disk.write_noise(0, MIB).await;
+    let (verdict, state, _) = told(&check(&env, &path, 0), &small);
+    assert_eq!((verdict.as_str(), state.as_str()), ("ok", "behind"));
+    let table = run(&env, &["check", "--no-measure", file]).expect_code(0).stdout;
+    assert!(table.contains("target behind") && table.contains("2 volumes: 0 errors, 0 warnings"), "{table}");
+
+    let listed = Command::new("rbd")
+        .env_remove("CEPH_ARGS")
+        .arg("-c")
+        .arg(&env.conf)
+        .args(["--id", &env.user])
+        .args(["trash", "ls", "sata"])
+        .output()
+        .unwrap()
+        .stdout;
+    let listed = String::from_utf8(listed).unwrap();
+    let id = listed.lines().find_map(|line| line.strip_suffix(trash.as_str())).expect("it is in the trash").trim();
+    rbd(&env, &["trash", "rm", &format!("sata/{id}")]);
+    let images = [format!("sata/{small}"), format!("sata/{large}"), format!("sas/{small}")];
+    disk.librbd.remove(&images.each_ref().map(String::as_str)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plan_is_told_what_is_wrong_with_it() {
+    let Some(env) = ceph() else { return };
+    let base = name("check");
+    let mut librbd = Librbd::start(&env);
+    let at = |pool: &str, tag: &str| format!("{pool}/{base}-{tag}");
+    librbd.create(&at("sata", "foreign"), &CreateOptions::new(8 * MIB)).await;
+    librbd.create(&at("sas", "foreign"), &CreateOptions::new(8 * MIB)).await;
+    librbd.try_call(&format!("write {} 0", at("sas", "foreign")), b"somebody else's").await.unwrap();
+    // Large objects, so that it is quickly removed again.
+    let huge =
+        CreateOptions { features: 1, object_size: 32 * MIB, stripe_unit: 32 * MIB, ..CreateOptions::new(20 << 30) };
+    librbd.create(&at("sata", "huge"), &huge).await;
+
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("plan.toml");
+    let mut text = String::from("[[throttle]]\npool = \"no-such-pool\"\nbytes_per_second = \"1M\"\n");
+    for (tag, pool) in [("foreign", "sas"), ("huge", "sas"), ("missing", "sas-2")] {
+        let (source, target) = (at("sata", tag), at(pool, tag));
+        text.push_str(&format!(
+            "[[volume]]\nname = \"{tag}\"\nsource = \"rbd:{source}\"\ntarget = \"rbd:{target}\"\nbytes_per_second = \
+             \"1M\"\n"
+        ));
+    }
+    std::fs::write(&path, &text).unwrap();
+    let report = check(&env, &path, 1);
+    let (verdict, state, findings) = told(&report, "foreign");
+    assert_eq!((verdict.as_str(), state.as_str()), ("error", "conflict"));
+    assert!(findings.contains("poolshift did not make it; give an empty or new target"), "{findings}");
+    let (verdict, state, findings) = told(&report, "huge");
+    assert_eq!((verdict.as_str(), state.as_str()), ("warning", "absent"));
+    assert!(findings.contains("has no object map with fast-diff"), "{findings}");
+    assert!(findings.contains("how much of it is allocated is not known"), "{findings}");
+    assert_eq!(report["volumes"][1]["first_copy_seconds"].as_u64(), Some(20 << 10), "at 1 MiB a second");
+    let (verdict, _, findings) = told(&report, "missing");
+    assert_eq!(verdict, "error");
+    assert!(findings.contains("list the images: rbd ls sata") && findings.contains("no pool \"sas-2\""), "{findings}");
+    let pools = report["pools"].to_string();
+    assert!(pools.contains("throttle no-such-pool") && pools.contains("max_avail of `ceph df`"), "{pools}");
+    // Its OSDs have 12 GiB each.
+    if ceph_dev_folder(&env).is_some() {
+        assert!(pools.contains("too much; add OSDs, or move fewer volumes"), "{pools}");
+    }
+
+    std::fs::write(&path, text.replace("name = ", "nam = ")).unwrap();
+    let refused = run(&env, &["check", path.to_str().unwrap()]).expect_code(2);
+    assert!(refused.stdout.is_empty() && refused.stderr.contains("volume.nam: there is no such key"), "{refused:?}");
+    run(&env, &["check", "/no/such/plan.toml"]).expect_code(5);
+    let images = [at("sata", "foreign"), at("sas", "foreign"), at("sata", "huge")];
+    librbd.remove(&images.each_ref().map(String::as_str)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pools_that_make_no_plan_are_refused() {
+    let Some(env) = ceph() else { return };
+    let same = run(&env, &["plan", "--from-pool", "sata", "--to-pool", "rbd:sata"]).expect_code(2);
+    assert!(same.stderr.contains("are the same: rbd:sata"), "{}", same.stderr);
+    let none = run(&env, &["plan", "--from-pool", "sata", "--to-pool", "sas", "--match", "no-such-*"]).expect_code(5);
+    assert!(none.stderr.contains("it has no images that fit"), "{}", none.stderr);
+    let missing = run(&env, &["plan", "--from-pool", "no-such-pool", "--to-pool", "sas"]).expect_code(5);
+    assert!(missing.stderr.contains("hint: list the pools: ceph osd lspools"), "{}", missing.stderr);
+    let namespace = run(&env, &["plan", "--from-pool", "sata/none", "--to-pool", "sas"]).expect_code(5);
+    assert!(namespace.stderr.contains("rbd namespace create sata/none"), "{}", namespace.stderr);
+}
