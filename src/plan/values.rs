@@ -100,7 +100,7 @@ pub(super) fn parse_window(text: &str) -> Result<(u16, u16), String> {
     Ok((from, until))
 }
 
-/// A part of the day as [`parse_window`] takes it.
+/// A part of the day as a plan has it, `22:00-06:00`; minutes since midnight.
 pub fn window_text(from_minute: u16, until_minute: u16) -> String {
     let time = |minute: u16| format!("{:02}:{:02}", minute / 60, minute % 60);
     format!("{}-{}", time(from_minute), time(until_minute))
