@@ -1,10 +1,14 @@
 //! The pipeline: extents → reads → batches → writes, all at the same time, with bounded bytes and requests in flight.
 //!
 //! ```text
-//! extents ─▶ units ─▶ [budget] ─▶ read (tokio) ─▶ cut, checksum (rayon) ─▶ transport ─▶ verify (rayon) ─▶ write (tokio)
-//!                        ▲                                                                                  │
-//!                        └──────────────────────── permits come back ───────────────────────────────────────┘
+//! extents ─▶ units ─▶ [budget] ─▶ read, cut, checksum ─▶ transport ─▶ verify, write
+//!                        ▲                                                   │
+//!                        └───────────────── permits come back ───────────────┘
 //! ```
+//!
+//! Cutting and checking happen on the async workers, next to the read and the write, where the bytes are still in the
+//! processor's cache: a piece of 4 MiB takes some tenths of a millisecond, as librbd's own copies of it do. What takes
+//! longer, compression and comparison by digests, is on the rayon pool.
 //!
 //! The extents of one delta are disjoint, so batches are applied in any order; only [`apply`]'s checkpoints look at the
 //! order, because what a checkpoint says is "everything below this offset is done and flushed".
