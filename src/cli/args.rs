@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use super::exit;
+use super::fleet_args::{ActArgs, StatusArgs, ThrottleArgs};
 use super::values::{
     PoolName, SnapshotName, parse_ceph_user, parse_demo_size, parse_memory, parse_object_size, parse_rate,
 };
@@ -108,13 +109,32 @@ pub(super) enum CommandArgs {
     Receive(ReceiveArgs),
     /// Say what is in a stream of either format, and check every checksum
     Inspect(InspectArgs),
-    /// Say how far TARGET is behind SOURCE, and who works on it
+    /// Say how far TARGET is behind SOURCE, or how all servers of a plan are
+    ///
+    /// For a plan, its daemon is asked; where none runs, the images are, which know no rates and no predictions.
     Status(StatusArgs),
     /// Keep the volumes of PLAN in step, for weeks: the daemon
     ///
     /// SIGHUP reads the plan again, SIGTERM and Ctrl-C stop at the next checkpoint. Several processes, on several hosts,
     /// may run the same plan.
     Replicate(ReplicateArgs),
+    /// Stop the cycles of a server, or of all, until they are resumed
+    #[command(
+        override_usage = "poolshift pause [OPTIONS] <PLAN> <NAME>\n       poolshift pause [OPTIONS] <PLAN> --all"
+    )]
+    Pause(ActArgs),
+    /// Undo `pause`, and try again what is held
+    #[command(
+        override_usage = "poolshift resume [OPTIONS] <PLAN> <NAME>\n       poolshift resume [OPTIONS] <PLAN> --all"
+    )]
+    Resume(ActArgs),
+    /// Make a cycle due at once
+    #[command(
+        override_usage = "poolshift sync-now [OPTIONS] <PLAN> <NAME>\n       poolshift sync-now [OPTIONS] <PLAN> --all"
+    )]
+    SyncNow(ActArgs),
+    /// Limit what a source pool is asked for, until the daemon reads its plan again
+    Throttle(ThrottleArgs),
     /// Show what an RBD image is bound to: parents, snapshots, clones, and what must go before it can
     ///
     /// For each clone it says what flattening it would copy, at most.
@@ -346,19 +366,6 @@ pub(super) struct InspectArgs {
     /// Print the result as one JSON value
     #[arg(long)]
     pub(super) json: bool,
-}
-
-#[derive(Args, Debug)]
-pub(super) struct StatusArgs {
-    /// The image that is read
-    pub(super) source: ImageSpec,
-    /// The image that is written
-    pub(super) target: ImageSpec,
-    /// Print the result as one JSON value
-    #[arg(long)]
-    pub(super) json: bool,
-    #[command(flatten)]
-    pub(super) state: StateArgs,
 }
 
 #[derive(Args, Debug)]

@@ -9,11 +9,13 @@ use std::time::Duration;
 use super::args::{
     Arguments, CheckArgs, CommandArgs, CreateArgs, DemoArgs, DepsArgs, DiffArgs, ExportDiffArgs, FlattenArgs, GcArgs,
     GlobalArgs, ImageFeature, ImportDiffArgs, InspectArgs, LogFormat, MergeDiffArgs, PlanArgs, ReceiveArgs,
-    ReplicateArgs, SendArgs, StatusArgs, SyncArgs, VerifyArgs,
+    ReplicateArgs, SendArgs, SyncArgs, VerifyArgs,
 };
+pub use super::fleet_args::{Act, FleetStatus, Throttle};
 use super::values::{PoolName, SnapshotName};
 use crate::batch::CompressionChoice;
 use crate::image::ImageSpec;
+use crate::observe::client::Action;
 
 /// A command line which can be read but makes no sense. Exit code 2.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -84,8 +86,14 @@ pub enum Command {
     Inspect(Inspect),
     /// `poolshift status`
     Status(Status),
+    /// `poolshift status` of a plan
+    FleetStatus(FleetStatus),
     /// `poolshift replicate`
     Replicate(Replicate),
+    /// `poolshift pause`, `resume` and `sync-now`
+    Act(Act),
+    /// `poolshift throttle`
+    Throttle(Throttle),
     /// `poolshift deps`
     Deps(Deps),
     /// `poolshift flatten`
@@ -423,11 +431,11 @@ impl TryFrom<CommandArgs> for Command {
                 })
             }
             CommandArgs::Inspect(InspectArgs { file, json }) => Self::Inspect(Inspect { input: file.into(), json }),
-            CommandArgs::Status(StatusArgs { source, target, json, state }) => {
-                no_snapshot("SOURCE", &source)?;
-                no_snapshot("TARGET", &target)?;
-                Self::Status(Status { source, target, json, state_dir: state.state_dir })
-            }
+            CommandArgs::Status(args) => args.validated()?,
+            CommandArgs::Pause(args) => args.validated(Action::Pause),
+            CommandArgs::Resume(args) => args.validated(Action::Resume),
+            CommandArgs::SyncNow(args) => args.validated(Action::SyncNow),
+            CommandArgs::Throttle(args) => args.validated(),
             CommandArgs::Replicate(ReplicateArgs { plan, listen }) => {
                 Self::Replicate(Replicate { plan, listen: listen.as_deref().map(parse_listen).transpose()? })
             }
@@ -542,7 +550,7 @@ fn name_of(feature: ImageFeature) -> String {
     feature.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
 }
 
-fn no_snapshot(what: &str, spec: &ImageSpec) -> Result<(), UsageError> {
+pub(super) fn no_snapshot(what: &str, spec: &ImageSpec) -> Result<(), UsageError> {
     match spec.snapshot() {
         Some(snapshot) => Err(UsageError(format!("{what} is an image, not a snapshot: drop @{snapshot}"))),
         None => Ok(()),

@@ -4,7 +4,9 @@ use std::error::Error;
 use std::io::Write;
 
 use super::args::LogFormat;
+use super::daemon::DaemonError;
 use super::exit::{self, Exit};
+use crate::observe::client::ClientError;
 use crate::replicate::CycleError;
 
 /// Shows an error on standard error; returns the exit it stands for.
@@ -63,9 +65,17 @@ fn plain(error: &(dyn Error + 'static)) -> String {
 
 /// The outermost advice in the chain.
 fn hint(error: &anyhow::Error) -> Option<String> {
-    error.chain().find_map(|cause| match cause.downcast_ref() {
-        Some(CycleError::Conflict(conflict)) => Some(conflict.kind.hint().to_owned()),
-        _ => exit::image_error(cause)?.hint.clone(),
+    error.chain().find_map(|cause| {
+        if let Some(CycleError::Conflict(conflict)) = cause.downcast_ref() {
+            return Some(conflict.kind.hint().to_owned());
+        }
+        if let Some(error) = cause.downcast_ref::<ClientError>() {
+            return error.hint();
+        }
+        if let Some(error) = cause.downcast_ref::<DaemonError>() {
+            return Some(error.hint());
+        }
+        exit::image_error(cause)?.hint.clone()
     })
 }
 

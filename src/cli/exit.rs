@@ -7,6 +7,7 @@ use super::Interrupted;
 use super::config::UsageError;
 use crate::delta::stream::{DiffError, DiffFault, MergeError};
 use crate::image::{ErrorKind, ImageError};
+use crate::observe::client::ClientError;
 use crate::pipeline::PipelineError;
 use crate::plan::PlanError;
 use crate::replicate::CycleError;
@@ -133,6 +134,9 @@ fn known(error: &(dyn std::error::Error + 'static)) -> Option<Exit> {
             PlanError::TooLarge { .. } | PlanError::Invalid { .. } => Exit::Usage,
         });
     }
+    if let Some(error) = error.downcast_ref::<ClientError>() {
+        return Some(of_client(error));
+    }
     if let Some(error) = error.downcast_ref::<io::Error>() {
         return of_io(error);
     }
@@ -182,6 +186,19 @@ fn of_diff(error: &DiffError) -> Exit {
     match &error.fault {
         DiffFault::Io { source, .. } => of_io(source).unwrap_or(Exit::Temporary),
         _ => Exit::Damaged,
+    }
+}
+
+fn of_client(error: &ClientError) -> Exit {
+    match error {
+        ClientError::Refused { status: 404, .. } => Exit::NotFound,
+        ClientError::Refused { status: 503, .. } | ClientError::TimedOut { .. } | ClientError::Http { .. } => {
+            Exit::Temporary
+        }
+        ClientError::NoDaemon { .. }
+        | ClientError::Refused { .. }
+        | ClientError::TooLarge { .. }
+        | ClientError::Strange { .. } => Exit::Failed,
     }
 }
 

@@ -11,9 +11,11 @@ use std::time::Duration;
 use clap::{CommandFactory as _, Parser as _};
 use tokio_util::sync::CancellationToken;
 
+mod act;
 mod args;
 mod check;
 pub mod config;
+mod daemon;
 mod demo;
 mod deps;
 mod diff;
@@ -22,6 +24,8 @@ pub mod exit;
 mod export_diff;
 mod flatten;
 mod fleet;
+mod fleet_args;
+mod fleet_status;
 mod gc;
 mod images;
 mod import_diff;
@@ -93,7 +97,7 @@ pub fn run(config: &Config) -> anyhow::Result<Exit> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let outcome = runtime.block_on(async {
         let cancel = CancellationToken::new();
-        tokio::spawn(cancel_on_signal(cancel.clone(), terminal.clone()));
+        tokio::spawn(cancel_on_signal(cancel.clone(), terminal.clone(), stopping(&config.command)));
         let outcome = dispatch(&Context { config, terminal, cancel }).await;
         // A handle that isn't closed leaves a watch behind, and for 30 s nobody could remove the image.
         if !crate::image::rbd::wait_until_closed(CLOSE_PATIENCE).await {
@@ -118,6 +122,9 @@ async fn dispatch(context: &Context<'_>) -> anyhow::Result<Exit> {
         Command::MergeDiff(settings) => merge_diff::run(context, settings).await,
         Command::Send(settings) => send::run(context, settings).await,
         Command::Receive(settings) => receive::run(context, settings).await,
+        Command::FleetStatus(settings) => fleet_status::run(context, settings).await,
+        Command::Act(settings) => act::run(settings).await,
+        Command::Throttle(settings) => act::throttle(settings).await,
         Command::Replicate(settings) => replicate::run(context, settings).await,
         Command::Deps(settings) => deps::run(context, settings).await,
         Command::Flatten(settings) => flatten::run(context, settings).await,
@@ -129,9 +136,17 @@ async fn dispatch(context: &Context<'_>) -> anyhow::Result<Exit> {
     }
 }
 
+/// What a person is told who asks for a clean stop; nothing where that takes no time.
+fn stopping(command: &Command) -> Option<&'static str> {
+    match command {
+        Command::FleetStatus(_) | Command::Act(_) | Command::Throttle(_) => None,
+        _ => Some("stopping at the next checkpoint; once more to stop at once"),
+    }
+}
+
 /// The first signal asks for a clean stop, the second one ends the process: what it leaves is what a crash leaves, and
 /// the next run deals with it.
-async fn cancel_on_signal(cancel: CancellationToken, terminal: Terminal) {
+async fn cancel_on_signal(cancel: CancellationToken, terminal: Terminal, note: Option<&str>) {
     use tokio::signal::unix::{SignalKind, signal};
     let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
     else {
@@ -146,7 +161,9 @@ async fn cancel_on_signal(cancel: CancellationToken, terminal: Terminal) {
     };
     next().await;
     cancel.cancel();
-    terminal.note("stopping at the next checkpoint; once more to stop at once");
+    if let Some(note) = note {
+        terminal.note(note);
+    }
     next().await;
     terminal.clear();
     std::process::exit(Exit::Interrupted.code().into());

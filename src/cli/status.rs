@@ -1,10 +1,11 @@
-//! `poolshift status`: how far a volume is.
+//! `poolshift status SOURCE TARGET`: how far a volume is.
 
 use super::config::Status;
 use super::exit::Exit;
 use super::output::{self, Facts};
 use super::values::human_bytes;
 use super::{Context, images};
+use crate::observe::human::human_duration;
 use crate::replicate;
 
 /// Runs the command.
@@ -57,26 +58,19 @@ fn facts(status: &replicate::Status) -> Facts {
     facts
 }
 
-/// A number of seconds for people: the two largest units.
+/// How long ago something was, for people.
 fn age(seconds: i64) -> String {
-    const UNITS: [(i64, &str); 4] = [(86_400, "d"), (3_600, "h"), (60, "min"), (1, "s")];
-    let mut left = seconds;
-    let mut parts = Vec::new();
-    for (length, unit) in UNITS {
-        if left >= length {
-            parts.push(format!("{} {unit}", left / length));
-            left %= length;
-        }
+    match u64::try_from(seconds) {
+        Ok(seconds @ 1..) => format!("{} ago", human_duration(seconds)),
+        _ => "just now".to_owned(),
     }
-    parts.truncate(2);
-    if parts.is_empty() { "just now".to_owned() } else { format!("{} ago", parts.join(" ")) }
 }
 
 #[cfg(test)]
 mod tests {
     #[test]
     fn ages_are_told_in_their_two_largest_units() {
-        let told = [0, 59, 60, 3_601, 90_061, 86_400].map(super::age);
-        assert_eq!(told, ["just now", "59 s ago", "1 min ago", "1 h 1 s ago", "1 d 1 h ago", "1 d ago"]);
+        let told = [-1, 0, 59, 60, 3_660, 90_061].map(super::age);
+        assert_eq!(told, ["just now", "just now", "59 s ago", "1 min ago", "1 h 1 min ago", "1 d 1 h ago"]);
     }
 }

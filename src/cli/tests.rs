@@ -4,6 +4,8 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use super::config::{CephAccess, Command, Config, StartOver, Stream};
+use crate::fleet::control::Scope;
+use crate::observe::client::Action;
 
 fn parse(line: &str) -> Result<Config, String> {
     let args = std::iter::once("poolshift").chain(line.split_whitespace()).map(OsString::from);
@@ -45,6 +47,40 @@ fn a_dash_is_a_standard_stream() {
 }
 
 #[test]
+fn one_path_is_a_plan_and_two_images_are_a_volume() {
+    for plan in ["plan.toml", "/etc/poolshift/plan", "rbd:odd.toml"] {
+        let Command::FleetStatus(status) = parse(&format!("status {plan} --volumes")).unwrap().command else {
+            panic!("not a plan: {plan}")
+        };
+        assert_eq!((status.plan, status.volumes, status.watch), (PathBuf::from(plan), true, false));
+    }
+    let Command::Status(status) = parse("status file:/a file:/b --json").unwrap().command else { panic!("not images") };
+    assert_eq!((status.source.to_string(), status.json), ("file:/a".into(), true));
+}
+
+#[test]
+fn an_action_is_for_one_or_for_all() {
+    let Command::Act(act) = parse("sync-now plan.toml web-1 --token-file /t").unwrap().command else {
+        panic!("no act")
+    };
+    assert_eq!((act.action, act.scope), (Action::SyncNow, Scope::Named("web-1".into())));
+    assert_eq!(act.token_file, Some(PathBuf::from("/t")));
+    let Command::Act(act) = parse("pause plan.toml --all").unwrap().command else { panic!("no act") };
+    assert_eq!((act.action, act.scope), (Action::Pause, Scope::All));
+}
+
+#[test]
+fn a_throttle_is_set_whole_or_reset() {
+    let rate = |line: &str| match parse(line).unwrap().command {
+        Command::Throttle(throttle) => throttle.rate,
+        _ => panic!("no throttle"),
+    };
+    let set = rate("throttle p.toml sata --bytes-per-second 100M --operations-per-second unlimited").unwrap();
+    assert_eq!((set.bytes_per_second.map(u64::from), set.operations_per_second), (Some(100 << 20), None));
+    assert_eq!(rate("throttle p.toml sata --reset"), None);
+}
+
+#[test]
 fn command_lines_that_make_no_sense_are_refused() {
     for (line, problem) in [
         ("sync rbd:a/x@s rbd:b/x", "--snapshot names it"),
@@ -71,6 +107,17 @@ fn command_lines_that_make_no_sense_are_refused() {
         ("import-diff - rbd:a/x@s", "drop @s"),
         ("receive rbd:a/x@s", "drop @s"),
         ("status rbd:a/x@s rbd:b/x", "drop @s"),
+        ("status rbd:a/x", "needs its TARGET"),
+        ("status rbd:a", "needs its TARGET"),
+        ("status a/x rbd:b/x", "it has no scheme"),
+        ("status plan.toml --state-dir /s", "two images"),
+        ("status rbd:a/x rbd:b/x --watch", "of a plan"),
+        ("status plan.toml --watch --json", "cannot be used with"),
+        ("pause plan.toml", "required arguments were not provided"),
+        ("resume plan.toml web-1 --all", "cannot be used with"),
+        ("throttle plan.toml sata", "required arguments were not provided"),
+        ("throttle plan.toml sata --bytes-per-second 0 --operations-per-second unlimited", "poolshift pause"),
+        ("throttle plan.toml sata --reset --bytes-per-second 1M", "cannot be used with"),
         ("merge-diff - - out", "both be standard input"),
         ("merge-diff a b a", "one of the diffs to merge"),
         ("demo --size 1M", "8M to 64G"),

@@ -145,6 +145,28 @@ pub fn matches_glob(pattern: &str, name: &str) -> bool {
     fits[pattern.len()]
 }
 
+/// A limit of a rate; `None` is `unlimited`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limit(pub Option<NonZeroU64>);
+
+/// Parses a limit of bytes a second: a size that is not 0, or `unlimited`.
+pub fn parse_bytes_limit(text: &str) -> Result<Limit, String> {
+    limit(text, parse_size)
+}
+
+/// Parses a limit of requests a second: a number that is not 0, or `unlimited`.
+pub fn parse_operations_limit(text: &str) -> Result<Limit, String> {
+    limit(text, |text| text.parse().map_err(|_| "write a whole number, or unlimited".to_owned()))
+}
+
+fn limit(text: &str, number: impl Fn(&str) -> Result<u64, String>) -> Result<Limit, String> {
+    if text == "unlimited" {
+        return Ok(Limit(None));
+    }
+    let limit = NonZeroU64::new(number(text)?);
+    limit.map(Some).map(Limit).ok_or_else(|| "0 would stop everything: use poolshift pause for that".to_owned())
+}
+
 /// Parses a Ceph user: `name` or `client.name`; the result is the name alone.
 pub fn parse_ceph_user(text: &str) -> Result<String, String> {
     let name = text.strip_prefix("client.").unwrap_or(text);
@@ -186,6 +208,20 @@ mod tests {
         assert!(
             parse_object_size("3M").is_err() && parse_object_size("64M").is_err() && parse_object_size("2K").is_err()
         );
+    }
+
+    #[test]
+    fn a_limit_is_a_number_or_unlimited() {
+        assert_eq!(parse_bytes_limit("64M"), Ok(Limit(NonZeroU64::new(64 << 20))));
+        assert_eq!(parse_operations_limit("200"), Ok(Limit(NonZeroU64::new(200))));
+        assert_eq!(
+            [parse_bytes_limit("unlimited"), parse_operations_limit("unlimited")],
+            [Ok(Limit(None)), Ok(Limit(None))]
+        );
+        for text in ["0", "", "none", "-1"] {
+            assert!(parse_bytes_limit(text).is_err() && parse_operations_limit(text).is_err(), "{text}");
+        }
+        assert!(parse_operations_limit("1K").is_err());
     }
 
     #[test]

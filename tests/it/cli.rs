@@ -17,6 +17,11 @@ const COMMANDS: &[&str] = &[
     "receive",
     "inspect",
     "status",
+    "replicate",
+    "pause",
+    "resume",
+    "sync-now",
+    "throttle",
     "deps",
     "flatten",
     "gc",
@@ -68,6 +73,15 @@ fn refusals_go_to_standard_error_with_exit_code_2() {
         "sync rbd:sata/vm rbd:sas/vm --compress lz4",
         "sync rbd:sata/vm rbd:sas/vm --memory 1M",
         "verify rbd:sata/vm rbd:sas/vm@a",
+        "status",
+        "status rbd:sata/vm",
+        "status plan.toml --watch --json",
+        "status rbd:sata/vm rbd:sas/vm --volumes",
+        "pause plan.toml",
+        "pause plan.toml web-1 --all",
+        "throttle plan.toml sata --bytes-per-second 0",
+        "throttle plan.toml sata --bytes-per-second 100M",
+        "throttle plan.toml sata --reset --bytes-per-second 100M",
     ] {
         let run = poolshift(line.split_whitespace()).expect_code(2);
         assert_eq!(run.stdout, "", "{line}");

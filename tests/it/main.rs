@@ -10,6 +10,7 @@ mod ceph_plan;
 mod ceph_relations;
 mod cli;
 mod files;
+mod fleet_commands;
 mod librbd;
 mod rbd_commands;
 mod streams;

@@ -163,7 +163,15 @@ impl Run {
 /// The built binary, with an environment that doesn't depend on who runs the tests.
 pub(crate) fn binary() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_poolshift"));
-    for name in ["CEPH_CONF", "CEPH_ARGS", "POOLSHIFT_CEPH_USER", "RUST_LOG", "RUST_BACKTRACE", "CLICOLOR_FORCE"] {
+    for name in [
+        "CEPH_CONF",
+        "CEPH_ARGS",
+        "POOLSHIFT_CEPH_USER",
+        "POOLSHIFT_TOKEN",
+        "RUST_LOG",
+        "RUST_BACKTRACE",
+        "CLICOLOR_FORCE",
+    ] {
         command.env_remove(name);
     }
     // clap wraps help at the width of the terminal; without one, at COLUMNS.

@@ -4,7 +4,7 @@ mod access;
 mod actions;
 mod bounds;
 mod events;
-mod fleet;
+pub(in crate::observe) mod fleet;
 mod reads;
 
 use std::net::SocketAddr;
