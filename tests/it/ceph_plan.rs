@@ -113,6 +113,8 @@ async fn a_plan_is_told_what_is_wrong_with_it() {
     let huge =
         CreateOptions { features: 1, object_size: 32 * MIB, stripe_unit: 32 * MIB, ..CreateOptions::new(20 << 30) };
     librbd.create(&at("sata", "huge"), &huge).await;
+    librbd.call(format!("snap {} base", at("sata", "foreign"))).await;
+    librbd.call(format!("clone {}@base {}", at("sata", "foreign"), at("sata", "clone"))).await;
 
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("plan.toml");
@@ -129,6 +131,8 @@ async fn a_plan_is_told_what_is_wrong_with_it() {
     let (verdict, state, findings) = told(&report, "foreign");
     assert_eq!((verdict.as_str(), state.as_str()), ("error", "conflict"));
     assert!(findings.contains("poolshift did not make it; give an empty or new target"), "{findings}");
+    assert!(findings.contains("clones depend on it (1)"), "{findings}");
+    assert!(findings.contains("snapshots that poolshift did not name stay behind: 1"), "{findings}");
     let (verdict, state, findings) = told(&report, "huge");
     assert_eq!((verdict.as_str(), state.as_str()), ("warning", "absent"));
     assert!(findings.contains("has no object map with fast-diff"), "{findings}");
@@ -148,6 +152,7 @@ async fn a_plan_is_told_what_is_wrong_with_it() {
     let refused = run(&env, &["check", path.to_str().unwrap()]).expect_code(2);
     assert!(refused.stdout.is_empty() && refused.stderr.contains("volume.nam: there is no such key"), "{refused:?}");
     run(&env, &["check", "/no/such/plan.toml"]).expect_code(5);
+    librbd.remove(&[&at("sata", "clone")]).await;
     let images = [at("sata", "foreign"), at("sas", "foreign"), at("sata", "huge")];
     librbd.remove(&images.each_ref().map(String::as_str)).await;
 }

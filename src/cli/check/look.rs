@@ -26,7 +26,7 @@ pub(super) struct Looked {
     pub(super) snapshots: Option<usize>,
     /// Whose clone it is.
     pub(super) parent: Option<String>,
-    /// How many clones of its snapshots there are, where that is looked for.
+    /// How many clones of its snapshots there are; `None` where that can't be told.
     pub(super) dependents: Option<usize>,
     /// Who has it open for writing.
     pub(super) writers: Vec<String>,
@@ -91,11 +91,11 @@ async fn look_at_source(source: &Source, looked: &mut Looked, findings: &mut Vec
     let snapshots = image.snapshots().await?;
     let foreign = snapshots.iter().filter(|snapshot| !snapshot.name.starts_with(replicate::NAME_PREFIX)).count();
     if foreign > 0 {
-        let text = format!("it has {foreign} snapshots that poolshift did not name: they stay behind");
+        let text = format!("snapshots that poolshift did not name stay behind: {foreign}");
         findings.push(Finding::new(Verdict::Ok, text));
     }
     looked.snapshots = Some(snapshots.len());
-    looked.dependents = dependents(source).await?;
+    dependents(source, looked, findings).await;
     let view = image.view(&Point::Head).await?;
     looked.size = Some(view.size());
     let plan = delta::plan(view.as_ref(), None).await?;
@@ -142,10 +142,25 @@ async fn look_at_rbd(rbd: &RbdImage, looked: &mut Looked, findings: &mut Vec<Fin
     Ok(())
 }
 
-/// How many clones of the source's snapshots there are, which keep the old pool from being emptied: `None`, nobody
-/// looks. What lists the clones of an image belongs here.
-async fn dependents(_source: &Source) -> Result<Option<usize>, ImageError> {
-    Ok(None)
+/// Counts the clones of the source's snapshots, which keep the old pool from being emptied.
+async fn dependents(source: &Source, looked: &mut Looked, findings: &mut Vec<Finding>) {
+    let Source::Rbd(rbd) = source else { return };
+    match rbd.relations().await {
+        Ok(relations) => {
+            let clones: usize = relations.snapshots.iter().map(|snapshot| snapshot.clones.len()).sum();
+            looked.dependents = Some(clones);
+            if clones > 0 {
+                let text = format!(
+                    "clones depend on it ({clones}), and it can't be removed before they are flattened; see poolshift deps \
+                     {}",
+                    rbd.location(),
+                );
+                findings.push(Finding::new(Verdict::Warning, text));
+            }
+        }
+        // They may be in pools that the user has no business in.
+        Err(error) => findings.push(Finding::new(Verdict::Warning, format!("its clones are not known: {error}"))),
+    }
 }
 
 async fn look_at_both(
