@@ -1,17 +1,14 @@
 //! `poolshift gc`: removes what poolshift made for a plan's volumes and nothing needs any more.
 
-use std::sync::Arc;
-
 use super::config::Gc;
 use super::exit::Exit;
 use super::fleet::PlanImages;
 use super::output::{self, Facts};
 use super::{Context, Interrupted, images};
-use crate::image::{SourceImage, TargetImage};
 use crate::plan::Plan;
 use crate::replicate::orphans::{Orphan, Why};
 use crate::replicate::state::Side;
-use crate::replicate::{self, GcReport};
+use crate::replicate::{self, GcReport, Sides};
 
 /// Runs the command.
 pub(super) async fn run(context: &Context<'_>, settings: &Gc) -> anyhow::Result<Exit> {
@@ -39,10 +36,8 @@ pub(super) async fn run(context: &Context<'_>, settings: &Gc) -> anyhow::Result<
     Ok(if left { Exit::Failed } else { Exit::Success })
 }
 
-type Pair = (Arc<dyn SourceImage>, Arc<dyn TargetImage>);
-
 /// Opens both sides of every volume. One that has no target yet has nothing that poolshift made.
-async fn open(context: &Context<'_>, settings: &Gc, plan: &Plan) -> anyhow::Result<Vec<Pair>> {
+async fn open(context: &Context<'_>, settings: &Gc, plan: &Plan) -> anyhow::Result<Vec<Sides>> {
     let mut pairs = Vec::new();
     for volume in plan.servers.iter().flat_map(|server| &server.volumes) {
         let source = images::source(context, &volume.source).await?;

@@ -12,6 +12,9 @@ use super::side::{load_state, store, with_lease};
 use super::state::{Retired, TargetState};
 use crate::image::{SourceImage, TargetImage};
 
+/// The two sides of a volume.
+pub type Sides = (Arc<dyn SourceImage>, Arc<dyn TargetImage>);
+
 /// What was found on a volume, and what became of it.
 #[derive(Clone, Debug, Serialize)]
 pub struct GcReport {
@@ -27,7 +30,7 @@ pub struct GcReport {
 
 /// Finds out what the states with all targets at hand know: first lists every image's snapshots, then reads the states.
 /// Fails if one can't be read, for it might need what another one would give away.
-pub async fn survey(volumes: &[(Arc<dyn SourceImage>, Arc<dyn TargetImage>)]) -> Result<Known> {
+pub async fn survey(volumes: &[Sides]) -> Result<Known> {
     let mut known = Known::default();
     for (source, target) in volumes {
         let (on_source, on_target) = futures::try_join!(source.snapshots(), target.snapshots())?;

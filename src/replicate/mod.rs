@@ -55,7 +55,7 @@ pub use cycle::{NAME_PREFIX, Progress, Snapshotter, SyncOptions, is_automatic, n
 pub use dry_run::{DryRun, dry_run};
 pub use error::{Conflict, ConflictKind, CycleError, Result};
 pub use export::{ExportReport, export_diff};
-pub use gc::{GcReport, find_orphans, gc, survey};
+pub use gc::{GcReport, Sides, find_orphans, gc, survey};
 pub use import::{ImportOptions, ImportReport, import_diff};
 pub use look::{Look, changed_since, look};
 pub use receive::{ReceiveOptions, ReceiveReport, receive};
