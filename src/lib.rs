@@ -11,7 +11,8 @@
 //! ```
 //!
 //! One walk along that line is a *cycle*: [`replicate::sync()`]. *Replication* repeats cycles while the server goes on
-//! writing, each of which costs what changed since the last one. What the last, short cycle is for is the *cutover*.
+//! writing, each of which costs what changed since the last one: by hand, or for a whole [`fleet`], by a daemon. What the
+//! last, short cycle is for is the *cutover*.
 //!
 //! # The layers, each importing only what stands above it
 //!
@@ -53,6 +54,11 @@
 //!   from it, and so it is never pruned.
 //! - **lease**: the right to write a target, held by one process at a time ([`image::lease`]). Who loses it is *fenced*:
 //!   its late writes never land.
+//! - **plan file**: what goes where, how often, within which limits ([`plan`]); not to be taken for a delta's plan.
+//! - **server**, or **consistency group**: volumes that share every **point**, a moment at which all of them were
+//!   snapshotted ([`fleet::group`]). It is committed when all of them have it on the target, and not before.
+//! - **worker**: a `poolshift replicate` process ([`fleet::Worker`]). Several may run one plan; the leases decide.
+//! - **lag**: the age of the newest committed point, or of the last look that found nothing changed since.
 //! - **rewind**: brings a dirty HEAD of the target back to the base, where the snapshot that was in flight has gone.
 //! - **cutover**: the server stops writing, the last cycle runs and is verified, and the server starts on the target.
 //! - **rehearsal**: a throw-away clone of the target's newest snapshot, to boot and to test before the cutover.
@@ -71,7 +77,8 @@
 //!    rewound first, because a new delta alone would miss a byte that changed in the lost snapshot and back after it.
 //! 4. **Order only where it counts.** The extents of a delta are disjoint and applied in any order; then flush,
 //!    then checkpoint, then the commit, then prune.
-//! 5. **One writer.** Nothing is written without the lease.
+//! 5. **One writer.** Nothing is written without the lease. A server's volumes are worked on with the leases of all of
+//!    them held; there is no other agreement between workers.
 //! 6. **Checksums end to end.** The CRC-32 of a chunk is taken from the reader's buffer and checked right before the
 //!    write, in every transport; `verify` compares BLAKE3 digests of both sides.
 //! 7. **Bounded.** Bytes and requests in flight ([`pipeline::Limits`]), the sizes of frames, names and requests, and
