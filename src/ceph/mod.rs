@@ -28,6 +28,7 @@ mod exit;
 mod image;
 mod library;
 mod locks;
+mod memory;
 mod pool_list;
 mod relations;
 
@@ -35,6 +36,7 @@ pub(crate) use cluster::{Cluster, ConnectOptions, Pool};
 pub(crate) use diff::{Collected, DiffRange};
 pub(crate) use image::{CreateSpec, Features, INVALID_FLAGS, Image, OpenMode, SnapInfo, Watcher, create_image};
 pub(crate) use locks::Locker;
+pub(crate) use memory::{limit_arenas, trim};
 pub(crate) use relations::{LinkedImage, ParentLink};
 
 /// What Ceph, or the way to it, reports.

@@ -54,6 +54,10 @@ fn cycle_error(volume: &Volume, error: anyhow::Error) -> CycleError {
     }
 }
 
+fn was_there(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<ImageError>().is_some_and(|error| error.kind == ErrorKind::AlreadyExists)
+}
+
 #[async_trait]
 impl Opener for PlanImages {
     async fn open(&self, volume: &Volume, to_look: bool) -> Result<Images, CycleError> {
@@ -66,7 +70,16 @@ impl Opener for PlanImages {
             } else {
                 match images::target(&context, &volume.target, no_state_dir).await? {
                     Some(target) => target,
-                    None => images::create(&context, &volume.target, source.model().await?, &Create::default()).await?,
+                    None => {
+                        let model = source.model().await?;
+                        match images::create(&context, &volume.target, model, &Create::default()).await {
+                            // Another worker was faster.
+                            Err(error) if was_there(&error) => {
+                                images::existing_target(&context, &volume.target, no_state_dir).await?
+                            }
+                            created => created?,
+                        }
+                    }
                 }
             };
             images::refuse_same(&source, target.as_ref())?;

@@ -17,22 +17,30 @@ pub(super) async fn run(context: &Context<'_>, settings: &Gc) -> anyhow::Result<
     let context = plan_images.context();
     let pairs = open(&context, settings, &plan).await?;
     let known = replicate::survey(&pairs).await?;
-    let mut reports = Vec::new();
+    let (mut reports, mut failed) = (Vec::new(), Vec::new());
     for (source, target) in &pairs {
         if context.cancel.is_cancelled() {
             return Err(Interrupted.into());
         }
-        reports.push(match settings.remove {
-            true => replicate::gc(source, target, &known, settings.unknown).await?,
-            false => replicate::find_orphans(source.as_ref(), target.as_ref(), &known).await?,
-        });
+        let looked = match settings.remove {
+            true => replicate::gc(source, target, &known, settings.unknown).await,
+            false => replicate::find_orphans(source.as_ref(), target.as_ref(), &known).await,
+        };
+        match looked {
+            Ok(report) => reports.push(report),
+            // One that is being worked on, or broken, keeps the others from nothing.
+            Err(error) => failed.push(format!("{}: {error}", target.location())),
+        }
     }
     if settings.json {
         output::json(&reports)?;
     } else {
         show(&reports, settings)?;
     }
-    let left = reports.iter().any(|report| !report.removed.left.is_empty());
+    for failure in &failed {
+        tracing::warn!("passed over: {failure}");
+    }
+    let left = !failed.is_empty() || reports.iter().any(|report| !report.removed.left.is_empty());
     Ok(if left { Exit::Failed } else { Exit::Success })
 }
 

@@ -175,7 +175,8 @@ pub fn common_point<'a>(looks: impl IntoIterator<Item = &'a Look>) -> Option<Gro
 fn begun(looks: &[Look]) -> Vec<String> {
     let mut names: Vec<&str> = Vec::new();
     for look in looks {
-        let in_flight = look.in_flight.as_ref().filter(|in_flight| in_flight.snapshot.is_some());
+        // What a person named is not the server's, and never becomes poolshift's own to remove.
+        let in_flight = look.in_flight.as_ref().filter(|flight| flight.automatic && flight.snapshot.is_some());
         let newest = look.base().filter(|base| base.automatic).map(|base| base.name.as_str());
         names.extend(in_flight.map(|in_flight| in_flight.name.as_str()).into_iter().chain(newest));
     }
@@ -192,21 +193,31 @@ struct Group<'a> {
     cancel: &'a CancellationToken,
 }
 
-/// Carries one cycle of a server through. `cancel` stops it at a checkpoint of each volume.
-/// `observe` is told what the look has found.
+/// Is told how far a cycle is.
+pub trait Observer: Send + Sync {
+    /// What the look has found.
+    fn seen(&self, _seen: &[Seen]) {}
+
+    /// All leases are held: the work begins.
+    fn leased(&self) {}
+}
+
+/// Carries one cycle of a server through. `cancel` stops it at a checkpoint of each volume, and before the writers are
+/// frozen.
 pub async fn run(
     members: &[Member],
     options: &GroupOptions,
-    observe: &(dyn Fn(&[Seen]) + Send + Sync),
+    observer: &dyn Observer,
     cancel: &CancellationToken,
 ) -> Result<GroupEnd, GroupError> {
     let seen = look(members).await?;
-    observe(&seen);
+    observer.seen(&seen);
     if let Some(end) = nothing_to_do(&seen, options) {
         return Ok(end);
     }
     let group = Group { members, options, cancel };
     group.take_leases().await?;
+    observer.leased();
     let outcome = group.with_leases().await;
     group.give_leases_back().await;
     outcome
@@ -281,11 +292,22 @@ impl Group<'_> {
             }
         }
         for name in &begun {
+            self.refuse_cancelled()?;
             self.finish(name, &looks).await?;
         }
+        self.refuse_cancelled()?;
         let report = self.new_point(!begun.is_empty()).await?;
         self.prune().await;
         Ok(GroupEnd::Committed(Box::new(report)))
+    }
+
+    /// Nothing is begun any more once the job was told to stop.
+    fn refuse_cancelled(&self) -> Result<(), GroupError> {
+        if !self.cancel.is_cancelled() {
+            return Ok(());
+        }
+        let error = CycleError::Interrupted { snapshot: "none".to_owned(), progress_to: 0, size: 0 };
+        Err(GroupError { volume: self.options.server.clone(), error })
     }
 
     fn sync_options(&self, name: &str, keep: usize) -> SyncOptions {
@@ -333,7 +355,11 @@ impl Group<'_> {
         let (begun, at) = (Instant::now(), jiff::Timestamp::now());
         let gate = Gate::new(&self.options.server, &self.options.quiesce, self.members.len());
         let cycle = |member: &Member| {
-            let (member, pass) = (member.clone(), gate.member());
+            let (mut member, pass) = (member.clone(), gate.member());
+            if finished_first {
+                // Its counters are those of what was finished.
+                member.progress = Arc::default();
+            }
             let options = SyncOptions { snapshotter: Some(pass.clone()), ..self.sync_options(&name, self.keep()) };
             async move {
                 let done =

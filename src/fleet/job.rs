@@ -7,6 +7,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::group::{self, GroupEnd, GroupError, GroupOptions, GroupReport, Member};
 use super::shared::{PAUSED, Shared};
+use super::status::EventKind;
 use crate::pipeline::Limits;
 use crate::plan::Server;
 use crate::replicate::{CycleError, Progress};
@@ -29,7 +30,7 @@ const YOUNG: f64 = 0.9;
 pub(super) async fn run(shared: Arc<Shared>, server: Server, forced: bool, cancel: CancellationToken) -> JobEnd {
     let mut members = Vec::new();
     for volume in &server.volumes {
-        match shared.images(volume).await {
+        match shared.images(volume, false).await {
             Ok((source, target)) => {
                 let progress = Arc::new(Progress::default());
                 members.push(Member { name: volume.name.clone(), source, target, progress });
@@ -63,16 +64,36 @@ pub(super) async fn run(shared: Arc<Shared>, server: Server, forced: bool, cance
         not_younger_than: server.pace.interval.mul_f64(YOUNG),
         forced,
     };
-    let observe = |seen: &[group::Seen]| {
-        let mut core = shared.core();
-        core.elsewhere.remove(&server.name);
-        let point = group::common_point(seen.iter().map(|seen| &seen.look));
-        core.scheduler.found(&server.name, point.map(|point| point.at.as_millisecond()));
-        if let Some(track) = core.tracks.get_mut(&server.name) {
-            track.seen(begun, seen);
+    let observer = Observer { shared: &shared, server: &server.name, begun, cancel: &cancel };
+    JobEnd::Group(group::run(&members, &options, &observer, &cancel).await, begun)
+}
+
+/// Takes in how far a job is.
+struct Observer<'a> {
+    shared: &'a Shared,
+    server: &'a str,
+    begun: Timestamp,
+    cancel: &'a CancellationToken,
+}
+
+impl group::Observer for Observer<'_> {
+    fn seen(&self, seen: &[group::Seen]) {
+        // Stopped, it may be a job of the plan before.
+        if self.cancel.is_cancelled() {
+            return;
         }
-    };
-    JobEnd::Group(group::run(&members, &options, &observe, &cancel).await, begun)
+        let mut core = self.shared.core();
+        let point = group::common_point(seen.iter().map(|seen| &seen.look));
+        core.scheduler.found(self.server, point.map(|point| point.at.as_millisecond()));
+        if let Some(track) = core.tracks.get_mut(self.server) {
+            track.seen(self.begun, seen);
+        }
+    }
+
+    fn leased(&self) {
+        self.shared.core().elsewhere.remove(self.server);
+        self.shared.events.tell(EventKind::CycleStarted, Some(self.server), None, "a cycle began".to_owned());
+    }
 }
 
 /// Resumes the servers whose note is gone: whoever resumed them may have asked another worker.
@@ -84,7 +105,7 @@ pub(super) async fn ask_paused(shared: Arc<Shared>) {
     };
     for server in paused {
         let Some(volume) = server.volumes.first() else { continue };
-        let Ok((_, target)) = shared.images(volume).await else { continue };
+        let Ok((_, target)) = shared.images(volume, true).await else { continue };
         // A backend that keeps no notes has not lost one.
         if target.keeps_notes() && matches!(target.load_note().await, Ok(None)) {
             let mut core = shared.core();

@@ -1,9 +1,10 @@
 //! Freezing the writers of a server while its snapshots are made, with a thaw that comes whatever happens.
 //!
 //! Before the freeze a watchdog is started: a shell in a process group of its own that waits on a pipe for the word that
-//! the thaw is done. If the word doesn't come within the limit, or the pipe closes because poolshift is gone, it thaws.
-//! So a frozen server is thawed after an error, a panic, a dropped future and a `kill -9`. A point whose freeze took
-//! longer than its limit is not one: the watchdog may have thawed in its middle.
+//! the thaw is done. If the word doesn't come within the limit, or the pipe closes because poolshift is gone, it thaws,
+//! and again a few times: a freeze that was under way may get through late, and a thaw may fail once. So a frozen server
+//! is thawed after an error, a panic, a dropped future and a `kill -9`. A point whose freeze took longer than its limit is
+//! not one: the watchdog may have thawed in its middle.
 
 use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -13,8 +14,10 @@ use tokio::process::{Child, ChildStdin, Command};
 
 use crate::plan::Quiesce;
 
-/// What the watchdog runs: waits for the word, for at most `$1` seconds, or thaws with the rest of its arguments.
-const WATCHDOG: &str = r#"limit=$1; shift; [ "$(timeout "$limit" head -c 6)" = thawed ] || exec "$@""#;
+/// What the watchdog runs: waits for the word, for at most `$1` seconds, or thaws with the rest of its arguments: at once,
+/// a few times soon after, and when a freeze that began with it must have ended.
+const WATCHDOG: &str = r#"limit=$1; shift; [ "$(timeout "$limit" head -c 6)" = thawed ] && exit
+for wait in 0 1 2 4 8 "$limit"; do sleep "$wait"; "$@"; done"#;
 
 /// A server could not be frozen, or not be thawed in time.
 #[derive(Debug, thiserror::Error)]
@@ -118,8 +121,9 @@ pub async fn freeze(quiesce: &Quiesce, server: &str, point: &str) -> Result<Opti
     match frozen.run("freeze", &freeze).await {
         Ok(()) => Ok(Some(frozen)),
         Err(error) => {
-            // It may have frozen a part. What the thaw says comes second to why it was needed.
-            let _ = frozen.thaw().await;
+            // It may have frozen a part, or be about to: thawed now, and once more by the watchdog, which gets no word.
+            // What the thaw says comes second to why it was needed.
+            let _ = frozen.run("thaw", &frozen.thaw).await;
             Err(error)
         }
     }
@@ -129,10 +133,24 @@ impl Frozen {
     async fn run(&self, what: &'static str, words: &[String]) -> Result<(), QuiesceError> {
         let server = || self.server.clone();
         let start = |error| QuiesceError::Start { what, server: server(), command: words.join(" "), error };
-        let run = command(words, &self.server, &self.point).stdin(Stdio::null()).kill_on_drop(true).output();
-        let output = match tokio::time::timeout(self.limit, run).await {
+        let child = command(words, &self.server, &self.point)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .process_group(0)
+            .kill_on_drop(true)
+            .spawn()
+            .map_err(start)?;
+        let group = child.id().and_then(|pid| rustix::process::Pid::from_raw(i32::try_from(pid).ok()?));
+        let output = match tokio::time::timeout(self.limit, child.wait_with_output()).await {
             Ok(output) => output.map_err(start)?,
-            Err(_) => return Err(QuiesceError::TooLong { server: server(), limit: self.limit }),
+            Err(_) => {
+                // With all that it has started: what is left of a freeze must not freeze any more.
+                if let Some(group) = group {
+                    let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
+                }
+                return Err(QuiesceError::TooLong { server: server(), limit: self.limit });
+            }
         };
         if output.status.success() {
             return Ok(());
@@ -221,7 +239,7 @@ mod tests {
         let quiesce = hooks(folder.path(), "echo no agent >&2; exit 3", Duration::from_secs(20));
         let error = freeze(&quiesce, "web", "p1").await.unwrap_err();
         assert!(error.to_string().contains("no agent"), "{error}");
-        assert_eq!(log(folder.path()), "freeze web p1\nthaw\n");
+        assert!(log(folder.path()).starts_with("freeze web p1\nthaw\n"));
         let quiesce = hooks(folder.path(), "sleep 60", Duration::from_millis(100));
         assert!(matches!(freeze(&quiesce, "web", "p2").await, Err(QuiesceError::TooLong { .. })));
     }

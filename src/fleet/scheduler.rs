@@ -9,7 +9,8 @@
 //!   [`FleetLimits::first_syncs`] places, never all: what is small always finds a place that no long job can take.
 //! - Among those that are due, the one with the most lag for what the plan wants comes first. Lag grows while a job
 //!   waits, so that none waits for ever.
-//! - One that needs several places and has waited for longer than its interval keeps smaller ones from slipping past it.
+//! - One that needs several places and has waited for longer than its interval keeps smaller ones from slipping past it. A
+//!   server of more volumes than there are places for takes those there are.
 //! - After a failure that may pass by itself: back-off, doubled each time, with jitter. After any other the server is
 //!   held until a person resumes it. Never a tight loop: between two starts of a job lies [`PAUSE_LEAST`].
 
@@ -196,7 +197,9 @@ impl Scheduler {
     /// What is known of a job from the images, before its first cycle.
     pub fn found(&mut self, name: &str, point: Option<Millis>) {
         if let Some(job) = self.jobs.get_mut(name) {
-            (job.has_point, job.long) = (point.is_some(), point.is_none());
+            if job.has_point != point.is_some() {
+                (job.has_point, job.long) = (point.is_some(), point.is_none());
+            }
             job.newest = point.unwrap_or(job.newest);
         }
     }
@@ -243,24 +246,12 @@ impl Scheduler {
     }
 
     fn free(&self) -> Free {
-        let long_limit = self.long_limit();
-        let mut free = Free { all: self.limits.volumes, long: long_limit, pools: HashMap::new() };
+        let long = long_limit(&self.limits);
+        let mut free = Free { all: self.limits.volumes, long, pools: HashMap::new() };
         for job in self.jobs.values().filter(|job| matches!(job.phase, Phase::Running { .. })) {
-            free.all = free.all.saturating_sub(job.demand.volumes());
-            if job.long {
-                free.long = free.long.saturating_sub(job.demand.volumes());
-            }
-            for (pool, count) in &job.demand.pools {
-                let left = free.pools.entry(pool.clone()).or_insert(self.limits.volumes_per_pool);
-                *left = left.saturating_sub(*count);
-            }
+            free.give(&job.demand, job.long, &self.limits);
         }
         free
-    }
-
-    /// How many places long jobs share: never all, where there is more than one.
-    fn long_limit(&self) -> usize {
-        self.limits.first_syncs.min(self.limits.volumes.saturating_sub(1)).max(1)
     }
 
     /// A job that was started has ended.
@@ -367,32 +358,49 @@ enum Lack {
     Pool(Option<String>),
 }
 
+/// How many places long jobs share: never all, where there is more than one.
+fn long_limit(limits: &FleetLimits) -> usize {
+    limits.first_syncs.min(limits.volumes.saturating_sub(1)).max(1)
+}
+
+/// How many of `all` places a job takes that has `volumes`: no more than long jobs may have or, for another one, than they
+/// leave, or it would wait for ever.
+fn places(volumes: usize, all: usize, long: bool, limits: &FleetLimits) -> usize {
+    let for_long = long_limit(limits).min(all.saturating_sub(1)).max(1);
+    volumes.min(if long { for_long } else { all.saturating_sub(for_long).max(1) })
+}
+
 impl Free {
-    /// Takes the places of a job. One that needs more than there ever are takes all of them.
+    /// Takes the places of a job, if they are free.
     fn take(&mut self, demand: &Demand, long: bool, limits: &FleetLimits) -> Result<(), Lack> {
-        let volumes = demand.volumes();
-        let long_limit = limits.first_syncs.min(limits.volumes.saturating_sub(1)).max(1);
-        if volumes.min(limits.volumes) > self.all || long && volumes.min(long_limit) > self.long {
+        let wanted = places(demand.volumes(), limits.volumes, long, limits);
+        if wanted > self.all || long && wanted > self.long {
             return Err(Lack::Places);
         }
+        let all = limits.volumes_per_pool;
         for (pool, count) in &demand.pools {
-            let left = *self.pools.entry(pool.clone()).or_insert(limits.volumes_per_pool);
+            let left = *self.pools.entry(pool.clone()).or_insert(all);
             // A place of each pool is kept from long jobs, like the places of the process.
-            let keep = usize::from(long && limits.volumes_per_pool > 1);
-            if (*count).min(limits.volumes_per_pool - keep) + keep > left {
+            let keep = usize::from(long && all > 1);
+            if places(*count, all, long, limits) + keep > left {
                 return Err(Lack::Pool(pool.clone()));
             }
         }
-        self.all = self.all.saturating_sub(volumes);
+        self.give(demand, long, limits);
+        Ok(())
+    }
+
+    /// What a job has is not free.
+    fn give(&mut self, demand: &Demand, long: bool, limits: &FleetLimits) {
+        let given = places(demand.volumes(), limits.volumes, long, limits);
+        self.all = self.all.saturating_sub(given);
         if long {
-            self.long = self.long.saturating_sub(volumes);
+            self.long = self.long.saturating_sub(given);
         }
         for (pool, count) in &demand.pools {
-            if let Some(left) = self.pools.get_mut(pool) {
-                *left = left.saturating_sub(*count);
-            }
+            let left = self.pools.entry(pool.clone()).or_insert(limits.volumes_per_pool);
+            *left = left.saturating_sub(places(*count, limits.volumes_per_pool, long, limits));
         }
-        Ok(())
     }
 }
 

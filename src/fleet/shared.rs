@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
+use futures::stream::{self, StreamExt};
 use jiff::Timestamp;
 use tokio::sync::{broadcast, mpsc, oneshot};
 
@@ -15,7 +16,7 @@ use super::status::{Activity, Event, EventKind, FleetStatus, Origin, Sample, Wor
 use super::throttles::Throttles;
 use super::tracker::ServerTrack;
 use super::worker::{demand, is_running, now_millis};
-use crate::image::{SourceImage, TargetImage};
+use crate::image::{ErrorKind, SourceImage, TargetImage};
 use crate::pipeline::Budget;
 use crate::plan::{Plan, Server, Volume};
 use crate::replicate::CycleError;
@@ -120,12 +121,12 @@ impl Shared {
     }
 
     /// The images of a volume, opened at its first cycle and kept until one fails: an idle server costs no open.
-    pub(super) async fn images(&self, volume: &Volume) -> Result<Images, CycleError> {
+    pub(super) async fn images(&self, volume: &Volume, to_look: bool) -> Result<Images, CycleError> {
         let known = self.images.lock().unwrap_or_else(PoisonError::into_inner).get(&volume.name).cloned();
         if let Some(images) = known {
             return Ok(images);
         }
-        let (source, target) = self.opener.open(volume, false).await?;
+        let (source, target) = self.opener.open(volume, to_look).await?;
         let images = (self.throttles.throttled(volume, source), target);
         let mut known = self.images.lock().unwrap_or_else(PoisonError::into_inner);
         known.insert(volume.name.clone(), images.clone());
@@ -155,7 +156,11 @@ impl Shared {
             let next_at = matches!(view.phase, Phase::Waiting).then(|| Timestamp::from_millisecond(view.due).ok());
             let activity = activity(&core, server);
             let throttled = server.volumes.iter().find_map(|volume| self.throttles.limit_of(volume));
-            Some(track.status(server, activity, next_at.flatten(), throttled.as_deref(), now))
+            let mut status = track.status(server, activity, next_at.flatten(), throttled.as_deref(), now);
+            if let Some(holder) = core.elsewhere.get(&server.name) {
+                status.volumes.iter_mut().for_each(|volume| volume.lease = Some(holder.clone()));
+            }
+            Some(status)
         });
         FleetStatus {
             plan: core.plan.path.display().to_string(),
@@ -201,22 +206,38 @@ impl Shared {
         wait.await.map_err(|_| gone())?
     }
 
-    /// Leaves a note with the first volume of each server, where every worker finds it.
+    /// Leaves a note with the first volume of each server, where every worker finds it. Tries all of them, whatever
+    /// becomes of one.
     async fn note(&self, servers: &[Server], note: Option<&str>) -> Result<(), ActionError> {
+        let mut stores = Vec::new();
         for server in servers {
             let Some(volume) = server.volumes.first() else { continue };
-            let not_stored = |error: String| ActionError::NotStored(format!("{}: {error}", server.name));
-            let (_, target) = match self.images(volume).await {
-                Ok(images) => images,
-                Err(error) => return Err(not_stored(error.to_string())),
-            };
-            match target.store_note(note).await {
-                // Files are worked on by one worker; it remembers for as long as it runs.
-                Err(error) if error.kind == crate::image::ErrorKind::Unsupported => {}
-                stored => stored.map_err(|error| not_stored(error.to_string()))?,
-            }
+            stores.push(async move {
+                let stored = self.note_one(volume, note).await;
+                stored.err().map(|error| format!("{}: {error}", server.name))
+            });
         }
-        Ok(())
+        let stored: Vec<Option<String>> = stream::iter(stores).buffer_unordered(NOTES_AT_A_TIME).collect().await;
+        let failed: Vec<String> = stored.into_iter().flatten().collect();
+        if failed.is_empty() {
+            return Ok(());
+        }
+        let what = "done here, but other workers may not learn of it, and neither may this one after a restart";
+        Err(ActionError::NotStored(format!("{what}: {}", failed.join("; "))))
+    }
+
+    async fn note_one(&self, volume: &Volume, note: Option<&str>) -> Result<(), CycleError> {
+        let target = match self.images(volume, true).await {
+            Ok((_, target)) => target,
+            // Nothing to note it with, and nothing that another worker could go on with but a first copy.
+            Err(CycleError::Image(error)) if error.kind == ErrorKind::NotFound && note.is_none() => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        match target.store_note(note).await {
+            // Files are worked on by one worker; it remembers for as long as it runs.
+            Err(error) if error.kind == ErrorKind::Unsupported => Ok(()),
+            stored => Ok(stored?),
+        }
     }
 }
 
@@ -224,6 +245,7 @@ impl Shared {
 fn activity(core: &Core, server: &Server) -> Activity {
     let Some(view) = core.scheduler.view(&server.name) else { return Activity::Unknown };
     match view.phase {
+        phase if is_running(phase) && core.elsewhere.contains_key(&server.name) => Activity::Elsewhere,
         phase if is_running(phase) && view.has_point => Activity::Syncing,
         phase if is_running(phase) => Activity::FirstSync,
         Phase::Held => Activity::Held,
@@ -245,6 +267,9 @@ fn resident_bytes() -> u64 {
 /// A running fleet, for those who watch and control it.
 #[derive(Clone)]
 pub struct Fleet(pub(super) Arc<Shared>);
+
+/// How many notes are stored at a time.
+const NOTES_AT_A_TIME: usize = 8;
 
 /// The note of a server that is paused. Any note that starts like this pauses it.
 pub(super) const PAUSED: &str = "paused";
@@ -269,8 +294,10 @@ impl FleetControl for Fleet {
 
     async fn pause(&self, scope: &Scope) -> Result<Vec<String>, ActionError> {
         let servers = self.0.servers(scope)?;
+        // Here first, at once: whoever pauses a fleet may have no time for a cluster that does not answer.
+        let done = self.0.act(Verb::Pause, servers.clone()).await?;
         self.0.note(&servers, Some(&format!("{PAUSED} by a person at {}", Timestamp::now()))).await?;
-        self.0.act(Verb::Pause, servers).await
+        Ok(done)
     }
 
     async fn resume(&self, scope: &Scope) -> Result<Vec<String>, ActionError> {

@@ -82,7 +82,7 @@ pub struct ServerStatus {
     pub activity: Activity,
     /// The newest point that all its volumes have on the target.
     pub point: Option<PointStatus>,
-    /// The age of that point, in seconds.
+    /// The age of that point or, where nothing has changed since, of the last look that saw so; in seconds.
     pub lag_seconds: Option<f64>,
     /// The lag that the plan wants, in seconds.
     pub target_lag_seconds: f64,
@@ -179,7 +179,7 @@ pub struct VolumeStatus {
     pub size: Option<u64>,
     /// The newest snapshot on both sides, from which the next delta starts.
     pub base: Option<PointStatus>,
-    /// The age of that snapshot, in seconds.
+    /// As [`ServerStatus::lag_seconds`], for that snapshot.
     pub lag_seconds: Option<f64>,
     /// What has changed since, in bytes: whole objects, so at most.
     pub changed_bytes: Option<u64>,

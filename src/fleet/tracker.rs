@@ -96,15 +96,17 @@ impl ServerTrack {
             let base = seen.look.base();
             volume.base = base.map(|base| PointStatus { snapshot: base.name.clone(), at: base.at.clone() });
             volume.base_at = base.and_then(|base| base.at.parse().ok());
-            if let (Some(changed), Some(at)) = (seen.changed, volume.base_at) {
-                let span = seconds_between(at, now).max(0.5);
+            let since = volume.base_at.map(|at| self.unchanged_at.map_or(at, |unchanged| unchanged.max(at)));
+            if let (Some(changed), Some(since)) = (seen.changed, since) {
+                let span = seconds_between(since, now).max(0.5);
                 volume.change_rate.observe(changed as f64 / span, share(span).max(0.2));
             }
             total = total.zip(seen.changed).map(|(total, changed)| total.saturating_add(changed));
         }
         self.looked = Some((now, total));
         if let (Some(total), Some(point)) = (total, &self.point) {
-            let span = seconds_between(point.at, now).max(0.5);
+            let since = self.unchanged_at.map_or(point.at, |unchanged| unchanged.max(point.at));
+            let span = seconds_between(since, now).max(0.5);
             self.change_rate.observe(total as f64 / span, share(span).max(0.2));
         }
     }
@@ -133,15 +135,16 @@ impl ServerTrack {
         }
         let transfer = report.volumes.iter().map(|volume| volume.stages.transfer_seconds).fold(0.0, f64::max);
         let moved: u64 = report.volumes.iter().map(moved).sum();
-        if transfer > 0.0 && moved > 0 {
+        // What was finished first counts in what was moved, and not in the time.
+        if transfer > 0.0 && moved > 0 && !report.finished_first {
             self.throughput.observe(moved as f64 / transfer, 0.3);
         }
-        for (volume, report) in self.volumes.iter_mut().zip(&report.volumes) {
-            let seconds = report.stages.transfer_seconds;
-            if seconds > 0.0 && moved_any(report) {
-                volume.throughput.observe(self::moved(report) as f64 / seconds, 0.3);
+        for (volume, volume_report) in self.volumes.iter_mut().zip(&report.volumes) {
+            let seconds = volume_report.stages.transfer_seconds;
+            if seconds > 0.0 && self::moved(volume_report) > 0 && !report.finished_first {
+                volume.throughput.observe(self::moved(volume_report) as f64 / seconds, 0.3);
             }
-            volume.size = Some(report.size);
+            volume.size = Some(volume_report.size);
         }
         let point = report.point.clone();
         for volume in &mut self.volumes {
@@ -262,7 +265,12 @@ impl ServerTrack {
                 .volumes
                 .iter()
                 .zip(&self.volumes)
-                .map(|(planned, track)| track.status(planned, activity, self.last_error.as_ref(), now))
+                .map(|(planned, track)| {
+                    let mut volume = track.status(planned, activity, self.last_error.as_ref());
+                    let at = track.base_at.map(|at| self.unchanged_at.map_or(at, |unchanged| unchanged.max(at)));
+                    volume.lag_seconds = at.map(|at| seconds_between(at, now));
+                    volume
+                })
                 .collect(),
         }
     }
@@ -273,22 +281,12 @@ fn moved(report: &SyncReport) -> u64 {
     report.moved.bytes_written + report.moved.bytes_zeroed
 }
 
-fn moved_any(report: &SyncReport) -> bool {
-    moved(report) > 0
-}
-
 pub(super) fn point_status(point: &GroupPoint) -> PointStatus {
     PointStatus { snapshot: point.snapshot.clone(), at: point.at.to_string() }
 }
 
 impl VolumeTrack {
-    fn status(
-        &self,
-        planned: &Volume,
-        activity: Activity,
-        error: Option<&ErrorStatus>,
-        now: Timestamp,
-    ) -> VolumeStatus {
+    fn status(&self, planned: &Volume, activity: Activity, error: Option<&ErrorStatus>) -> VolumeStatus {
         VolumeStatus {
             name: planned.name.clone(),
             source: planned.source.to_string(),
@@ -297,7 +295,7 @@ impl VolumeTrack {
             activity,
             size: self.size,
             base: self.base.clone(),
-            lag_seconds: self.base_at.map(|at| seconds_between(at, now)),
+            lag_seconds: None,
             changed_bytes: self.changed,
             change_rate: self.change_rate.get(),
             throughput: self.throughput.get(),

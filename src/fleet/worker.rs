@@ -20,6 +20,7 @@ use super::scheduler::{Demand, Millis, Outcome, Phase};
 use super::shared::{Command, Core, Fleet, Shared, Verb};
 use super::status::EventKind;
 use super::tracker::ServerTrack;
+use crate::image::{LeaseOwner, rbd};
 use crate::pipeline::Budget;
 use crate::plan::{Plan, Server};
 use crate::replicate::CycleError;
@@ -55,6 +56,8 @@ pub(super) fn demand(server: &Server) -> Demand {
 struct Running {
     cancel: CancellationToken,
     task: Id,
+    /// The plan has changed under it: how it ends says nothing about what is planned now.
+    stale: bool,
 }
 
 /// The worker. [`Worker::run`] is its life.
@@ -70,6 +73,9 @@ pub struct Worker {
     elsewhere: HashSet<String>,
     sampled: tokio::time::Instant,
     paused_asked: tokio::time::Instant,
+    asking: Option<tokio::task::JoinHandle<()>>,
+    /// Jobs have ended since memory was given back.
+    memory_used: bool,
 }
 
 impl Worker {
@@ -88,7 +94,10 @@ impl Worker {
             elsewhere: HashSet::new(),
             sampled: now,
             paused_asked: now,
+            asking: None,
+            memory_used: false,
         };
+        rbd::prepare_for_many();
         (worker, Fleet(shared))
     }
 
@@ -150,13 +159,19 @@ impl Worker {
     fn start_due(&mut self) {
         let due = self.shared.core().scheduler.start_due(now_millis());
         for name in due {
+            if self.running.contains_key(&name) {
+                // A job of the plan before has not ended yet; two of one server are never at work.
+                let again = Outcome::Elsewhere { point: None, again: now_millis() + ELSEWHERE_AGAIN };
+                self.shared.core().scheduler.finish(&name, now_millis(), again);
+                continue;
+            }
             let found = self.shared.core().plan.servers.iter().find(|server| server.name == name).cloned();
             let Some(server) = found else { continue };
             let cancel = CancellationToken::new();
             let forced = self.forced.remove(&name);
             let task = self.jobs.spawn(job::run(self.shared.clone(), server, forced, cancel.clone())).id();
             self.names.insert(task, name.clone());
-            self.running.insert(name, Running { cancel, task });
+            self.running.insert(name, Running { cancel, task, stale: false });
         }
     }
 
@@ -168,12 +183,21 @@ impl Worker {
         }
         if now - self.sampled >= SAMPLE_EVERY {
             self.sampled = now;
+            // On a busy fleet the jobs never end all at once.
+            tokio::spawn(rbd::release_memory());
+            self.memory_used = false;
             let at = Timestamp::now();
             self.shared.core().tracks.values_mut().for_each(|track| track.sample(at));
         }
-        if now - self.paused_asked >= PAUSED_EVERY {
+        if self.memory_used && self.jobs.is_empty() {
+            self.memory_used = false;
+            tokio::spawn(rbd::release_memory());
+        }
+        // On a cluster that does not answer, one question waits, and no more.
+        let asked = self.asking.as_ref().is_none_or(tokio::task::JoinHandle::is_finished);
+        if asked && now - self.paused_asked >= PAUSED_EVERY {
             self.paused_asked = now;
-            tokio::spawn(job::ask_paused(self.shared.clone()));
+            self.asking = Some(tokio::spawn(job::ask_paused(self.shared.clone())));
         }
     }
 
@@ -183,10 +207,15 @@ impl Worker {
             Err(error) => (error.id(), Err(error)),
         };
         let Some(name) = self.names.remove(&task) else { return };
-        if self.running.get(&name).is_some_and(|running| running.task == task) {
-            self.running.remove(&name);
+        let stale = match self.running.get(&name) {
+            Some(running) if running.task == task => self.running.remove(&name).is_some_and(|running| running.stale),
+            _ => true,
+        };
+        if stale {
+            return;
         }
         let end = end.unwrap_or_else(|error| JobEnd::Defect(error.to_string()));
+        self.memory_used |= !matches!(end, JobEnd::Group(Ok(GroupEnd::Unchanged { .. } | GroupEnd::Recent { .. }), _));
         let outcome = self.judge(&name, end);
         let mut core = self.shared.core();
         if let Some(track) = core.tracks.get_mut(&name) {
@@ -199,6 +228,7 @@ impl Worker {
     fn judge(&mut self, name: &str, end: JobEnd) -> Outcome {
         let now = Timestamp::now();
         let was_elsewhere = self.elsewhere.remove(name);
+        self.shared.core().elsewhere.remove(name);
         match end {
             JobEnd::Group(Ok(GroupEnd::Unchanged { point }), looked) => {
                 self.shared.with_track(name, |track| track.unchanged(looked));
@@ -248,7 +278,8 @@ impl Worker {
         if let CycleError::Interrupted { .. } = error.error {
             return Outcome::Interrupted;
         }
-        if let Some(holder) = error.error.holder() {
+        // Whatever else has the target open will not give it back by itself: that is an error like others.
+        if let Some(holder) = error.error.holder().filter(|holder| LeaseOwner::is_description(holder)) {
             tracing::debug!(server = name, holder, "another worker has it");
             self.elsewhere.insert(name.to_owned());
             self.shared.core().elsewhere.insert(name.to_owned(), holder.to_owned());
@@ -320,9 +351,14 @@ impl Worker {
             changed += 1;
             if before.is_none_or(|before| before.volumes != server.volumes) {
                 core.tracks.insert(server.name.clone(), ServerTrack::new(server));
-                self.stop_job(&server.name);
+                core.scheduler.remove(&server.name);
+                stop_job(&mut self.running, &server.name);
             }
             core.scheduler.insert(&server.name, demand(server), server.paused, now);
+            if core.scheduler.view(&server.name).is_some_and(|view| view.phase == Phase::Held) {
+                // Whoever changed it may have mended it.
+                core.scheduler.resume(&server.name, now);
+            }
             match (before.is_some_and(|before| before.paused), server.paused) {
                 (false, true) => core.scheduler.pause(&server.name),
                 (true, false) => core.scheduler.resume(&server.name, now),
@@ -333,7 +369,7 @@ impl Worker {
         for server in &gone {
             core.scheduler.remove(&server.name);
             core.tracks.remove(&server.name);
-            self.stop_job(&server.name);
+            stop_job(&mut self.running, &server.name);
         }
         let limits = core.plan.limits;
         core.scheduler.set_limits(limits);
@@ -341,6 +377,11 @@ impl Worker {
             core.memory = Budget::new(limits.memory);
         }
         let gone = gone.len();
+        let clusters = |plan: &Plan| (plan.source_cluster.clone(), plan.target_cluster.clone(), plan.api.clone());
+        if clusters(&old) != clusters(&core.plan) {
+            let text = "[source], [target] and [api] of the new plan count from the next start".to_owned();
+            self.tell(EventKind::PlanReloaded, None, text);
+        }
         drop(core);
         self.shared.forget_all_images();
         let plan = self.shared.core().plan.clone();
@@ -352,14 +393,16 @@ impl Worker {
         );
     }
 
-    fn stop_job(&self, name: &str) {
-        if let Some(running) = self.running.get(name) {
-            running.cancel.cancel();
-        }
-    }
-
     fn tell(&self, kind: EventKind, server: Option<&str>, message: String) {
         self.shared.events.tell(kind, server, None, message);
+    }
+}
+
+/// Stops a job at its next checkpoint; how it ends does not count any more.
+fn stop_job(running: &mut HashMap<String, Running>, name: &str) {
+    if let Some(running) = running.get_mut(name) {
+        running.stale = true;
+        running.cancel.cancel();
     }
 }
 

@@ -48,6 +48,12 @@ impl LeaseOwner {
         })
     }
 
+    /// Whether a text is how one of these is shown: then the holder is a poolshift, which gives a lease back when it is
+    /// done.
+    pub fn is_description(text: &str) -> bool {
+        text.starts_with("process ")
+    }
+
     /// Whether the holder is certainly dead: it ran on this host in this boot and in these namespaces, and no such
     /// process is left. Any doubt is `false`.
     pub fn is_known_dead(&self) -> bool {

@@ -285,12 +285,15 @@ impl<'a> Cycle<'a> {
     /// Step 1: the intent.
     async fn begin(&mut self, facts: &Facts, from: Origin, rewind: bool) -> Result<InFlight> {
         let name = self.options.request.name.clone();
-        let automatic = name.is_none() || self.options.request.automatic;
+        // A name of another scheme is somebody's own, whatever the caller says: its snapshot is not poolshift's to remove.
+        let own_name = |name: &String| self.options.request.automatic && is_automatic(name);
+        let automatic = name.as_ref().is_none_or(own_name);
         let name = name.unwrap_or_else(|| automatic_name(facts));
         let there = facts.source_snapshots.iter().find(|have| have.name == name).cloned();
         let snapshot = there.filter(|_| facts.source_support == SnapshotSupport::Kept);
         let dirty = self.side.state.is_dirty();
-        let in_flight = InFlight { rewind, ..InFlight::new(name, snapshot, automatic, from, dirty) };
+        let in_step = self.options.snapshotter.is_some();
+        let in_flight = InFlight { rewind, in_step, ..InFlight::new(name, snapshot, automatic, from, dirty) };
         self.side.begin(&in_flight, &facts.source_snapshots).await?;
         Ok(in_flight)
     }

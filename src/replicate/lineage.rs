@@ -156,7 +156,8 @@ fn go_on(
     }
     let there = match &in_flight.snapshot {
         Some(snapshot) => holds(&facts.source_snapshots, snapshot.id, &snapshot.name),
-        None => facts.source_snapshots.iter().any(|have| have.name == in_flight.name),
+        // One that was to be made in step with others is no point if nobody noted its id: it may have been made late.
+        None => !in_flight.in_step && facts.source_snapshots.iter().any(|have| have.name == in_flight.name),
     };
     let can_finish = there && base_is_there(facts, state, in_flight);
     if !in_flight.dirty {

@@ -97,7 +97,15 @@ pub(super) async fn prune(
     source: Option<&Arc<dyn SourceImage>>,
     target: &Arc<dyn TargetImage>,
 ) -> Pruned {
-    let retired = std::mem::take(&mut state.retired);
+    // A snapshot that was given up and then found and committed after all is in use again.
+    let in_use = |retired: &Retired| {
+        state.commits.iter().any(|commit| match retired.side {
+            Side::Source => commit.source_id == retired.id,
+            Side::Target => commit.target_id == retired.id,
+        })
+    };
+    let retired: Vec<Retired> = state.retired.iter().filter(|retired| !in_use(retired)).cloned().collect();
+    state.retired.clear();
     let removals = retired.into_iter().map(|snapshot| async move {
         let outcome = match (snapshot.side, source) {
             (Side::Source, Some(source)) => remove(source.as_ref(), &snapshot).await,

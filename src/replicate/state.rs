@@ -68,6 +68,9 @@ pub struct InFlight {
     pub automatic: bool,
     /// What the delta starts from.
     pub from: Origin,
+    /// Its snapshot is made at one moment with those of other volumes, so that without an id it counts for nothing.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub in_step: bool,
     /// HEAD holds something else than `from` says, and must be brought back to the base before anything is applied.
     #[serde(default)]
     pub rewind: bool,
@@ -100,6 +103,7 @@ impl InFlight {
             at,
             automatic,
             from,
+            in_step: false,
             rewind: false,
             dirty,
             withdraw: None,

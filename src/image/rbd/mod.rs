@@ -148,6 +148,22 @@ pub async fn wait_until_closed(limit: Duration) -> bool {
     ceph::blocking("rbd_close", patience, move || Ok(ceph::wait_until_closed(limit))).await.unwrap_or(false)
 }
 
+/// For a process that works on many images for a long time: keeps the C library from growing with its threads. To be
+/// called once, early.
+pub fn prepare_for_many() {
+    ceph::limit_arenas();
+}
+
+/// Gives memory back to the system that a burst of work has left behind.
+pub async fn release_memory() {
+    let trim = || {
+        ceph::trim();
+        Ok(())
+    };
+    // It can't fail; where it takes long nobody waits for it.
+    let _ = ceph::blocking("malloc_trim", Duration::from_secs(10), trim).await;
+}
+
 /// Where an image is, by names; with an empty one, where images are.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Place {
