@@ -9,7 +9,7 @@
 //!   [`FleetLimits::first_syncs`] places, never all: what is small always finds a place that no long job can take.
 //! - Among those that are due, the one with the most lag for what the plan wants comes first. Lag grows while a job
 //!   waits, so that none waits for ever.
-//! - One that needs several places and has waited for longer than its interval keeps smaller ones from slipping past it. A
+//! - One that needs several places, of any kind, and has waited for longer than its interval keeps smaller ones from slipping past it. A
 //!   server of more volumes than there are places for takes those there are.
 //! - After a failure that may pass by itself: back-off, doubled each time, with jitter. After any other the server is
 //!   held until a person resumes it. Never a tight loop: between two starts of a job lies [`PAUSE_LEAST`].
@@ -140,7 +140,13 @@ pub struct Scheduler {
 struct Free {
     all: usize,
     long: usize,
-    pools: HashMap<Option<String>, usize>,
+    pools: HashMap<Option<String>, FreeInPool>,
+}
+
+/// The places of one source pool that are free.
+struct FreeInPool {
+    all: usize,
+    long: usize,
 }
 
 fn millis(duration: std::time::Duration) -> Millis {
@@ -234,7 +240,8 @@ impl Scheduler {
                     job.again = false;
                     started.push(name);
                 }
-                Err(_) if job.long => long_kept = true,
+                // First copies wait for first copies, and for nobody else's turn.
+                Err(Lack::Long) => long_kept = true,
                 Err(_) if now - job.due <= job.interval => {}
                 Err(Lack::Places) => all_kept = true,
                 Err(Lack::Pool(pool)) => {
@@ -354,6 +361,8 @@ fn urgency(job: &Job, now: Millis) -> f64 {
 
 /// What a job does not find.
 enum Lack {
+    /// The places that long jobs share.
+    Long,
     Places,
     Pool(Option<String>),
 }
@@ -374,17 +383,22 @@ impl Free {
     /// Takes the places of a job, if they are free.
     fn take(&mut self, demand: &Demand, long: bool, limits: &FleetLimits) -> Result<(), Lack> {
         let wanted = places(demand.volumes(), limits.volumes, long, limits);
-        if wanted > self.all || long && wanted > self.long {
-            return Err(Lack::Places);
+        if long && wanted > self.long {
+            return Err(Lack::Long);
         }
         let all = limits.volumes_per_pool;
         for (pool, count) in &demand.pools {
-            let left = *self.pools.entry(pool.clone()).or_insert(all);
+            let (wanted, free) = (places(*count, all, long, limits), self.pool(pool, limits));
             // A place of each pool is kept from long jobs, like the places of the process.
-            let keep = usize::from(long && all > 1);
-            if places(*count, all, long, limits) + keep > left {
+            if long && wanted > free.long {
+                return Err(Lack::Long);
+            }
+            if wanted > free.all {
                 return Err(Lack::Pool(pool.clone()));
             }
+        }
+        if wanted > self.all {
+            return Err(Lack::Places);
         }
         self.give(demand, long, limits);
         Ok(())
@@ -398,9 +412,19 @@ impl Free {
             self.long = self.long.saturating_sub(given);
         }
         for (pool, count) in &demand.pools {
-            let left = self.pools.entry(pool.clone()).or_insert(limits.volumes_per_pool);
-            *left = left.saturating_sub(places(*count, limits.volumes_per_pool, long, limits));
+            let given = places(*count, limits.volumes_per_pool, long, limits);
+            let free = self.pool(pool, limits);
+            free.all = free.all.saturating_sub(given);
+            if long {
+                free.long = free.long.saturating_sub(given);
+            }
         }
+    }
+
+    fn pool(&mut self, pool: &Option<String>, limits: &FleetLimits) -> &mut FreeInPool {
+        let all = limits.volumes_per_pool;
+        let long = long_limit(limits).min(all.saturating_sub(1)).max(1);
+        self.pools.entry(pool.clone()).or_insert(FreeInPool { all, long })
     }
 }
 

@@ -112,6 +112,34 @@ fn a_server_wider_than_what_first_copies_leave_is_not_kept_by_them() {
 }
 
 #[test]
+fn first_copies_get_their_turn_among_servers_that_are_always_due() {
+    // As many volumes each as leave no place over, all of one pool, whose cycles take as long as their interval.
+    for width in [1, 3] {
+        let mut scheduler = Scheduler::new(limits(12, 6), 1);
+        for index in 0..16 {
+            scheduler.insert(&format!("s{index:02}"), demand(if index < 12 { width } else { 3 }), false, 0);
+        }
+        for index in 0..12 {
+            scheduler.found(&format!("s{index:02}"), Some(0));
+        }
+        let (mut now, mut first) = (0, BTreeSet::new());
+        while now < 4 * HOUR {
+            let started = scheduler.start_due(now);
+            first.extend(started.into_iter().filter(|name| name.as_str() >= "s12"));
+            now += 10_000;
+            for index in 0..16 {
+                let (name, stagger) = (format!("s{index:02}"), index as Millis * 10_000);
+                let phase = scheduler.view(&name).unwrap().phase;
+                if matches!(phase, Phase::Running { since } if now - since >= 5 * MINUTE + stagger) {
+                    scheduler.finish(&name, now, Outcome::Committed { point: now, next_seconds: None });
+                }
+            }
+        }
+        assert_eq!(first.len(), 4, "servers of {width} volumes keep all places");
+    }
+}
+
+#[test]
 fn a_long_delta_stays_long_while_it_runs() {
     let mut scheduler = scheduler(&["a"], 8, 4);
     scheduler.found("a", Some(0));

@@ -234,6 +234,7 @@ fn server(
         let (span, key) = (section.span.clone(), section.name_of("volume"));
         report.add(&span, &key, "the server has no volume", "add a [[server.volume]], or remove the server");
     }
+    refuse_shared_files(&section, &volumes, &quiesce, report);
     section.finish(report);
     Some((at, Server { name: name?, volumes, pace: settings.pace(), retention: settings.retention, quiesce, paused }))
 }
@@ -250,9 +251,21 @@ fn single(
     let (settings, paused, quiesce) = server_settings(&mut section, inherited, report);
     let volume = volume(&mut section, name.clone(), names, report);
     let boot = section.value("boot").and_then(|value| value.flag(report));
+    let volumes: Vec<Volume> =
+        volume.into_iter().map(|volume| Volume { boot: boot.unwrap_or(false), ..volume }).collect();
+    refuse_shared_files(&section, &volumes, &quiesce, report);
     section.finish(report);
-    let volumes = volume.into_iter().map(|volume| Volume { boot: boot.unwrap_or(false), ..volume }).collect();
     Some((at, Server { name: name?, volumes, pace: settings.pace(), retention: settings.retention, quiesce, paused }))
+}
+
+/// A file has no snapshots: no point can be made of it together with other disks, or while a server is frozen.
+fn refuse_shared_files(section: &Section<'_>, volumes: &[Volume], quiesce: &Quiesce, report: &mut Report<'_>) {
+    let file = volumes.iter().find(|volume| matches!(volume.source, ImageSpec::File { .. }));
+    let Some(file) = file.filter(|_| volumes.len() > 1 || *quiesce != Quiesce::None) else { return };
+    let (span, key) = (section.span.clone(), section.name_of("source"));
+    let problem =
+        format!("{} is a file, has no snapshots, and can share no point with other disks or a freeze", file.source);
+    report.add(&span, &key, problem, "make it a [[volume]] by itself, without quiesce");
 }
 
 fn server_settings(

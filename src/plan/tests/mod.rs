@@ -238,3 +238,13 @@ fn a_file_is_read_and_its_errors_name_it() {
     std::fs::write(&path, vec![b'#'; FILE_MAX + 1]).unwrap();
     assert!(matches!(Plan::load(&path), Err(PlanError::TooLarge { .. })));
 }
+
+#[test]
+fn a_file_shares_no_point_with_other_disks() {
+    let two = "[[server]]\nname = \"s\"\n[[server.volume]]\nname = \"a\"\nsource = \"file:/a\"\ntarget = \"rbd:sas/a\"\n\
+               [[server.volume]]\nname = \"b\"\nsource = \"rbd:sata/b\"\ntarget = \"rbd:sas/b\"\n";
+    assert!(refusal(two).contains("file:/a is a file, has no snapshots"), "{}", refusal(two));
+    let frozen = "[[volume]]\nname = \"a\"\nsource = \"file:/a\"\ntarget = \"file:/b\"\n\
+                  quiesce = { virsh = { domain = \"a\", limit = \"5s\" } }\n";
+    assert!(refusal(frozen).contains("without quiesce"), "{}", refusal(frozen));
+}
