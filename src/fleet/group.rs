@@ -134,20 +134,18 @@ pub async fn look(members: &[Member]) -> Result<Vec<Seen>, GroupError> {
         async move {
             let fail = |error| GroupError::of(&member, error);
             let look = replicate::look(member.source.as_ref(), member.target.as_ref()).await.map_err(fail)?;
-            let (changed, size) = match look.base() {
-                Some(base) => match replicate::changed_since(&member.source, base).await {
-                    Ok(found) => found,
-                    // The base has gone, or another cycle has just replaced it: the cycle finds out.
-                    Err(CycleError::Image(error)) if error.kind == ErrorKind::NotFound => {
-                        let size = member.source.size().await.map_err(|error| GroupError::of(&member, error))?;
-                        (None, size)
-                    }
-                    Err(error) => return Err(GroupError::of(&member, error)),
-                },
-                None => {
-                    let size = member.source.size().await.map_err(|error| GroupError::of(&member, error))?;
-                    (None, size)
+            let found = match look.base() {
+                Some(base) => replicate::changed_since(member.source.as_ref(), base).await.map(Some),
+                None => Ok(None),
+            };
+            let (changed, size) = match found {
+                Ok(Some(changed)) => (changed.bytes, changed.size),
+                // The base has gone, or another cycle has just replaced it: the cycle finds out.
+                Err(CycleError::Image(error)) if error.kind != ErrorKind::NotFound => return Err(fail(error.into())),
+                Ok(None) | Err(CycleError::Image(_)) => {
+                    (None, member.source.size().await.map_err(|error| fail(error.into()))?)
                 }
+                Err(error) => return Err(fail(error)),
             };
             Ok(Seen { look, changed, size })
         }

@@ -1,7 +1,5 @@
 //! A cheap look at a volume, for whoever watches many of them: what is committed, and how much has changed since.
 
-use std::sync::Arc;
-
 use futures::TryStreamExt;
 
 use super::error::Result;
@@ -33,29 +31,36 @@ pub async fn look(source: &dyn SourceImage, target: &dyn TargetImage) -> Result<
     Ok(state.map(|state| Look { commits: state.commits, in_flight: state.in_flight }).unwrap_or_default())
 }
 
-/// How many bytes of the source may have changed since `base` (whole objects, so at most), and the source's size now.
-/// `None` where nothing tells that without reading; 0 only if nothing has changed at all.
-pub async fn changed_since(source: &Arc<dyn SourceImage>, base: &Commit) -> Result<(Option<u64>, u64)> {
+/// What has changed on a source since a commit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Changed {
+    /// Bytes: whole objects, so at most; 0 only if nothing has changed at all. `None` where nothing tells without reading.
+    pub bytes: Option<u64>,
+    /// The source's size now, in bytes.
+    pub size: u64,
+    /// How it was found; `None` for a source without snapshots.
+    pub method: Option<Method>,
+}
+
+/// Finds out what has changed on the source since `base`.
+pub async fn changed_since(source: &dyn SourceImage, base: &Commit) -> Result<Changed> {
     if source.snapshot_support() == SnapshotSupport::HeadOnly {
-        return Ok((None, source.size().await?));
+        return Ok(Changed { bytes: None, size: source.size().await?, method: None });
     }
     let head = source.view(&Point::Head).await?;
     let size = head.size();
     let plan = delta::plan(head.as_ref(), Some(&base.on_source())).await?;
+    let found = |bytes| Changed { bytes, size, method: Some(plan.method.clone()) };
     if plan.method != Method::TwoLevel {
-        return Ok((None, size));
-    }
-    let covered = plan.covered();
-    if covered == 0 {
-        // A size of its own is a change, though no object is.
-        return Ok((Some(u64::from(size != base.size)), size));
+        return Ok(found(None));
     }
     // The object map names unchanged objects as well where older snapshots are kept: look until one has changed.
     let mut extents = delta::extents(head, &plan, source.layout(), 0);
     while let Some(window) = extents.try_next().await? {
         if !window.is_empty() {
-            return Ok((Some(covered), size));
+            return Ok(found(Some(plan.covered())));
         }
     }
-    Ok((Some(u64::from(size != base.size)), size))
+    // A size of its own is a change, though no object is.
+    Ok(found(Some(u64::from(size != base.size))))
 }

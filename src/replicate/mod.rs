@@ -57,7 +57,7 @@ pub use error::{Conflict, ConflictKind, CycleError, Result};
 pub use export::{ExportReport, export_diff};
 pub use gc::{GcReport, Sides, find_orphans, gc, survey};
 pub use import::{ImportOptions, ImportReport, import_diff};
-pub use look::{Look, changed_since, look};
+pub use look::{Changed, Look, changed_since, look};
 pub use receive::{ReceiveOptions, ReceiveReport, receive};
 pub use report::{Pruned, Stages, SyncReport};
 pub use retention::prune_held;

@@ -1,14 +1,14 @@
 //! How far a volume is: read from both sides, without a lease and without writing.
 
-use futures::TryStreamExt;
 use serde::Serialize;
 
-use crate::delta::{self, Method};
-use crate::image::{LeaseOwner, Point, SnapshotSupport, SourceImage, TargetImage};
+use crate::delta::Method;
+use crate::image::{LeaseOwner, SnapshotSupport, SourceImage, TargetImage};
 
 use super::cycle::gather;
 use super::error::Result;
 use super::lineage::{self, Decision, Facts, Request};
+use super::look::changed_since;
 use super::state::{Commit, Origin};
 
 /// How far a volume is.
@@ -96,18 +96,8 @@ pub async fn status(source: &dyn SourceImage, target: &dyn TargetImage) -> Resul
         remarks: source.remarks().into_iter().chain(target.remarks()).collect(),
     };
     if let Some(base) = base.filter(|_| source.snapshot_support() == SnapshotSupport::Kept) {
-        let head = source.view(&Point::Head).await?;
-        let plan = delta::plan(head.as_ref(), Some(&base.on_source())).await?;
-        if plan.method == Method::TwoLevel {
-            // The object map names unchanged objects as well where older snapshots are kept: look until one has changed.
-            let mut extents = delta::extents(head, &plan, source.layout(), 0);
-            let mut changed = false;
-            while let (false, Some(window)) = (changed, extents.try_next().await?) {
-                changed = !window.is_empty();
-            }
-            status.changed_bytes_at_most = Some(if changed { plan.covered() } else { 0 });
-        }
-        status.method = Some(plan.method);
+        let changed = changed_since(source, &base).await?;
+        (status.changed_bytes_at_most, status.method) = (changed.bytes, changed.method);
     }
     status.state = match (&decision, &status) {
         (Err(_), _) => "conflict",
