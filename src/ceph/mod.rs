@@ -29,6 +29,7 @@ mod image;
 mod library;
 mod locks;
 mod memory;
+pub(crate) mod object_map;
 mod pool_list;
 mod relations;
 

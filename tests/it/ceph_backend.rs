@@ -14,6 +14,7 @@ use crate::support::{CephEnv, ceph};
 mod delta;
 mod faults;
 mod lease;
+mod object_map;
 mod rollback;
 
 const MIB: u64 = 1 << 20;

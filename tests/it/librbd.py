@@ -140,6 +140,24 @@ def snapshots(place, users):
         return "\n".join(snapshot["name"] for snapshot in found).encode()
 
 
+def objects(place, since=None):
+    """The whole objects that librbd finds changed up to POOL/[NAMESPACE/]IMAGE[@SNAPSHOT]: a line `OFFSET LENGTH` each."""
+    place, _, snapshot = place.partition("@")
+    ioctx, name = context(place)
+    found = []
+    with rbd.Image(ioctx, name, snapshot or None, read_only=True) as image:
+        image.diff_iterate(0, image.size(), since, lambda *extent: found.append("%d %d" % extent[:2]),
+                           whole_object=True)
+    return "\n".join(found).encode()
+
+
+def spoil(place):
+    """Overwrites the object map of HEAD with something that is none."""
+    ioctx, name = context(place)
+    with rbd.Image(ioctx, name, read_only=True) as image:
+        ioctx.write_full("rbd_object_map." + image.id(), b"\x0e\x00\x00\x00nonsense")
+
+
 def answer(words, payload):
     what, place, *rest = words
     if what == "create":
@@ -180,6 +198,10 @@ def answer(words, payload):
         return snapshots(place, True)
     elif what == "trashed":
         return snapshots(place, False)
+    elif what == "objects":
+        return objects(place, *rest)
+    elif what == "spoil":
+        spoil(place)
     elif what == "throttle":
         with rbd.Image(*context(place)) as image:
             image.config_set("rbd_qos_write_bps_limit", rest[0])

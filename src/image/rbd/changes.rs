@@ -17,12 +17,15 @@
 //! - With striping v2 a whole-object diff reports offsets within the object as if they were the image's (ceph#44483),
 //!   which still lie in the right period; with ranges that begin within an object both kinds of diff have been wrong.
 //!   So everything is asked for, and reported, in whole periods of the layout, and clipped afterwards.
+//! - An object map diff costs CPU for every object of the image. poolshift reads and compares the maps itself, see
+//!   [`object_map`]; librbd is asked where it can't.
 
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
 use super::Inner;
+use super::object_map::{self, Path};
 use crate::ceph::{self, CephError, Collected, DiffRange, Features, Image, OpenMode, SnapInfo};
 use crate::extent::{ByteRange, Extent, normalize, normalize_extents};
 use crate::image::{ChangedObjects, Layout, Point, Snapshot};
@@ -125,18 +128,22 @@ fn attempt(inner: &Inner, point: &Point, since: Option<&Snapshot>, size: u64) ->
             _ => Attempt::Done(unavailable),
         });
     }
+    // The diff starts from the snapshot `since`, and from no other that stands in its place.
+    since.map_or(Ok(()), |since| check_snapshot(&chain, since))?;
     let first = since.map_or(0, |since| chain.partition_point(|snapshot| snapshot.id < since.id));
-    let (older, range) = chain.split_at(first);
+    let (up_to_since, range) = (chain.get(..=first).unwrap_or(&chain), &chain[first..]);
     // The handle stands at a snapshot already when the check has ended with it: turning costs a load of the map.
     if matches!(point, Point::Head) {
         image.set_snapshot(None)?;
     }
     let end = image.size()?;
     let within = size.min(end);
-    let mut changed = whole_objects(&image, since.map(|since| since.name.as_str()), within)?;
+    let head = matches!(point, Point::Head).then_some(end);
+    let mut changed =
+        whole_objects(inner, &image, Path { snapshots: range, from_first: since.is_some(), head }, within)?;
     changed.extend(since.and_then(|since| forgotten(range, since.id, since.size, end)));
     let doubtful = match since {
-        Some(since) if !older.is_empty() => rolled_back(&mut image, older, since)?,
+        Some(since) if first > 0 => rolled_back(inner, &mut image, up_to_since, since)?,
         _ => Vec::new(),
     };
     // With nothing but two snapshots that the caller keeps, nothing can have changed under way.
@@ -155,9 +162,13 @@ fn attempt(inner: &Inner, point: &Point, since: Option<&Snapshot>, size: u64) ->
     Ok(Attempt::Done(Compared::Runs { changed: whole(changed), doubtful: whole(doubtful) }))
 }
 
-/// What the object maps say of the handle's point, up to `end`.
-fn whole_objects(image: &Image, since: Option<&str>, end: u64) -> ceph::Result<Vec<ByteRange>> {
+/// What the object maps say of a path, up to `end`: read here, or else by librbd. The handle stands at the path's end.
+fn whole_objects(inner: &Inner, image: &Image, path: Path<'_>, end: u64) -> ceph::Result<Vec<ByteRange>> {
     let Some(within) = ByteRange::between(0, end) else { return Ok(Vec::new()) };
+    if let Some(found) = object_map::compare(inner, image, path, end, RUNS_MAX) {
+        return Ok(found);
+    }
+    let since = path.snapshots.first().filter(|_| path.from_first).map(|since| since.name.as_str());
     let what = DiffRange { since, within, whole_object: true };
     Ok(match image.diff(&what, RUNS_MAX)? {
         Collected::TooMany => vec![within],
@@ -165,7 +176,7 @@ fn whole_objects(image: &Image, since: Option<&str>, end: u64) -> ceph::Result<V
     })
 }
 
-/// Where an image that was rolled back after `since`, to one of the `older` snapshots, may differ from `since` although
+/// Where an image that was rolled back after `since`, to one of the older snapshots, may differ from `since` although
 /// the object maps from there on say nothing. Turns the handle.
 ///
 /// Such an object is there in both, and has changed between the older snapshot and `since`: it is in the object map
@@ -176,11 +187,17 @@ fn whole_objects(image: &Image, since: Option<&str>, end: u64) -> ceph::Result<V
 /// A rollback to what was the oldest snapshot then needs none of this, even when it has gone: all that it holds is dirty
 /// in its map, also of a clone and after a rebuild (seen with 16.2.15), and so became dirty again. What can't be seen
 /// is a rollback to a later one when it has gone by now, with all that were older: no map, flag or time tells.
-fn rolled_back(image: &mut Image, older: &[SnapInfo], since: &Snapshot) -> ceph::Result<Vec<ByteRange>> {
+fn rolled_back(
+    inner: &Inner,
+    image: &mut Image,
+    up_to_since: &[SnapInfo],
+    since: &Snapshot,
+) -> ceph::Result<Vec<ByteRange>> {
     image.set_snapshot(Some(since.id))?;
-    let oldest = older.first().filter(|oldest| oldest.user);
-    let mut found = whole_objects(image, oldest.map(|oldest| oldest.name.as_str()), since.size)?;
-    found.extend(oldest.and_then(|oldest| forgotten(older, oldest.id, oldest.size, since.size)));
+    let oldest = up_to_since.first().filter(|oldest| oldest.user);
+    let path = Path { snapshots: up_to_since, from_first: oldest.is_some(), head: None };
+    let mut found = whole_objects(inner, image, path, since.size)?;
+    found.extend(oldest.and_then(|oldest| forgotten(up_to_since, oldest.id, oldest.size, since.size)));
     Ok(found)
 }
 

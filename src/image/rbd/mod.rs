@@ -37,6 +37,7 @@ use crate::ceph::{self, CephError, Cluster, ConnectOptions, CreateSpec, Features
 mod changes;
 mod errors;
 mod lease;
+mod object_map;
 mod pool_list;
 mod relations;
 mod source;

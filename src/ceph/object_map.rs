@@ -1,0 +1,180 @@
+//! An image's object maps, as they are on the OSDs.
+//!
+//! librbd keeps one for HEAD, in the object `rbd_object_map.ID` of the image's own pool and namespace (not of its data
+//! pool), and one a snapshot, in `rbd_object_map.ID.SNAPSHOT` with the snapshot's id as 16 hexadecimal digits
+//! (`ObjectMap::object_map_name` of librbd 16.2). They are read with the method `object_map_load` of the class `rbd`, as
+//! librbd itself does: one operation, which the OSD runs whole or not at all, and which needs no other rights. The class
+//! holds the stored map against its CRCs before it answers; the answer has none.
+//!
+//! The answer is a `ceph::BitVector<2>` (`common/bit_vector.hpp`), integers little-endian:
+//!
+//! | bytes        | what                                                                      |
+//! |--------------|---------------------------------------------------------------------------|
+//! | 4            | the header's length: 14                                                   |
+//! | 1, 1, 4      | the header's version, the oldest one it is compatible with (both 1), and the length of the rest: 8 |
+//! | 8            | the number of objects                                                     |
+//! | ⌈objects / 4⌉ | two bits an object, the first in the most significant ones               |
+//! | 4            | the footer's length: 0, because there are no CRCs                         |
+
+use std::ptr;
+
+use super::library::library;
+use super::{CephError, Pool, Result, c_string, check};
+
+/// What the two bits of an object say: `OBJECT_*` of `include/rbd/object_map_types.h`.
+#[cfg(test)]
+pub(crate) mod state {
+    /// There is no such object.
+    pub(crate) const NONEXISTENT: u8 = 0;
+    /// It is there, and may have been written since the last snapshot.
+    pub(crate) const EXISTS: u8 = 1;
+    /// It is being removed.
+    pub(crate) const PENDING: u8 = 2;
+    /// It is there, and is as it is in the last snapshot.
+    pub(crate) const EXISTS_CLEAN: u8 = 3;
+}
+
+/// The most objects that an object map has: `MAX_OBJECT_MAP_OBJECT_COUNT` of `cls/rbd/cls_rbd_types.h`. 61 MiB.
+const OBJECTS_MAX: u64 = 256_000_000;
+/// What stands in front of the number of objects.
+const HEADER: [u8; 10] = [14, 0, 0, 0, 1, 1, 8, 0, 0, 0];
+/// What stands behind the states.
+const FOOTER: [u8; 4] = [0; 4];
+/// By how many objects a map may be larger than the image, as while this is resized.
+const SURPLUS: u64 = 64 << 10;
+
+/// How each of an image's objects is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ObjectMap {
+    /// As [`Self::into_states`] says.
+    states: Vec<u8>,
+}
+
+impl ObjectMap {
+    /// The states, four a byte, the first in the most significant bits; those behind the last object are 0.
+    pub(crate) fn into_states(self) -> Vec<u8> {
+        self.states
+    }
+
+    #[cfg(test)]
+    pub(crate) fn of(states: &[u8]) -> Self {
+        let pack = |four: &[u8]| four.iter().enumerate().fold(0, |byte, (i, &state)| byte | state << (6 - 2 * i));
+        Self { states: states.chunks(4).map(pack).collect() }
+    }
+
+    /// Reads the answer of the class, of which the first `objects` count.
+    fn decode(mut encoded: Vec<u8>, objects: u64) -> Result<Self> {
+        let nonsense = |what: String| Err(CephError::Nonsense { function: "rados_exec", what });
+        let number = encoded.strip_prefix(&HEADER).and_then(|rest| rest.first_chunk::<8>());
+        let Some(known) = number.map(|bytes| u64::from_le_bytes(*bytes)) else {
+            return nonsense(format!("an object map of {} bytes with an unknown header", encoded.len()));
+        };
+        if known < objects || known > OBJECTS_MAX {
+            return nonsense(format!("an object map of {known} objects for {objects}"));
+        }
+        let (start, length) = (HEADER.len() + 8, bytes_of(known));
+        if encoded.len() != start + length + FOOTER.len() || !encoded.ends_with(&FOOTER) {
+            return nonsense(format!("an object map of {} bytes for {known} objects", encoded.len()));
+        }
+        encoded.truncate(start + bytes_of(objects));
+        encoded.drain(..start);
+        // What a larger map says of the objects behind the end.
+        if let Some(last) = encoded.last_mut().filter(|_| !objects.is_multiple_of(4)) {
+            *last &= !(0xff >> (2 * (objects % 4)));
+        }
+        Ok(Self { states: encoded })
+    }
+}
+
+/// How many bytes the states of so many objects take. At most [`OBJECTS_MAX`] are asked for, and a little.
+fn bytes_of(objects: u64) -> usize {
+    objects.div_ceil(4) as usize
+}
+
+impl Pool {
+    /// The object map of HEAD, or of a snapshot, of the image with this id, which has so many objects. Blocks.
+    ///
+    /// ENOENT without one; ERANGE if it is much larger than the image, or this too large for an object map at all.
+    pub(crate) fn object_map(&self, image: &str, snapshot: Option<u64>, objects: u64) -> Result<ObjectMap> {
+        const FUNCTION: &str = "rados_exec";
+        if objects > OBJECTS_MAX {
+            return Err(CephError::Call { function: FUNCTION, errno: rustix::io::Errno::RANGE.raw_os_error() });
+        }
+        let object = match snapshot {
+            None => c_string(&format!("rbd_object_map.{image}"))?,
+            Some(id) => c_string(&format!("rbd_object_map.{image}.{id:016x}"))?,
+        };
+        let mut answer = vec![0; HEADER.len() + 8 + bytes_of(objects + SURPLUS) + FOOTER.len()];
+        // SAFETY: the handle is valid, the three names end with NUL, there is no input, and the buffer is as long as
+        // said.
+        let length = unsafe {
+            (library()?.rados.rados_exec)(
+                self.raw.0,
+                object.as_ptr(),
+                c"rbd".as_ptr(),
+                c"object_map_load".as_ptr(),
+                ptr::null(),
+                0,
+                answer.as_mut_ptr().cast(),
+                answer.len(),
+            )
+        };
+        let length = usize::try_from(check(FUNCTION, length)?).unwrap_or(usize::MAX);
+        if length > answer.len() {
+            return Err(CephError::Nonsense { function: FUNCTION, what: format!("an answer of {length} bytes") });
+        }
+        answer.truncate(length);
+        ObjectMap::decode(answer, objects)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn encoded(states: &[u8]) -> Vec<u8> {
+        let size = states.len() as u64;
+        [&HEADER[..], &size.to_le_bytes(), &ObjectMap::of(states).states, &FOOTER].concat()
+    }
+
+    /// What an OSD of 16.2.15 answers: 0 and 5 of 6 objects were written, the snapshot made, and 1 written.
+    #[test]
+    fn the_answers_of_a_real_osd() {
+        let head = hex::decode("0e0000000101080000000600000000000000d03000000000").unwrap();
+        let snapshot = hex::decode("0e0000000101080000000600000000000000401000000000").unwrap();
+        let (exists, clean) = (state::EXISTS, state::EXISTS_CLEAN);
+        assert_eq!(ObjectMap::decode(head, 6).unwrap(), ObjectMap::of(&[clean, exists, 0, 0, 0, clean]));
+        assert_eq!(ObjectMap::decode(snapshot, 6).unwrap(), ObjectMap::of(&[exists, 0, 0, 0, 0, exists]));
+    }
+
+    #[test]
+    fn what_stands_behind_the_image_does_not_count() {
+        let all = [1, 2, 3, 1, 2, 3, 1, 2, 3];
+        for objects in 0..=all.len() {
+            let decoded = ObjectMap::decode(encoded(&all), objects as u64).unwrap();
+            assert_eq!(decoded, ObjectMap::of(&all[..objects]), "{objects}");
+        }
+        assert!(ObjectMap::decode(encoded(&all), 10).is_err());
+    }
+
+    #[test]
+    fn an_answer_that_is_cut_longer_or_changed_in_its_frame_is_refused() {
+        let good = encoded(&[1, 0, 3, 2, 1]);
+        assert!(ObjectMap::decode(good.clone(), 5).is_ok());
+        for cut in 0..good.len() {
+            assert!(ObjectMap::decode(good[..cut].to_vec(), 0).is_err(), "{cut}");
+        }
+        assert!(ObjectMap::decode([&good[..], &[0]].concat(), 5).is_err());
+        let frame = (0..18).chain(20..24);
+        for (at, bit) in frame.flat_map(|at| (0..8).map(move |bit| (at, bit))) {
+            let mut bad = good.clone();
+            bad[at] ^= 1 << bit;
+            // As many objects as fit the same bytes can't be told apart: there are 5 of at most 8.
+            let fits = at == 10 && (5..=8).contains(&bad[at]);
+            assert_eq!(ObjectMap::decode(bad, 5).is_ok(), fits, "bit {bit} of byte {at}");
+        }
+        let mut huge = good;
+        huge[10..18].fill(0xff);
+        assert!(ObjectMap::decode(huge, 5).is_err());
+    }
+}
