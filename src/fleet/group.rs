@@ -153,6 +153,24 @@ pub async fn look(members: &[Member]) -> Result<Vec<Seen>, GroupError> {
     try_join_all(members.iter().map(look_at)).await
 }
 
+/// Whether nothing has changed since a point that an earlier look found on all volumes: the cheapest look, which asks the
+/// sources alone. `None` where something has, or another worker has made a newer point: then a whole look is due.
+pub async fn still_unchanged(members: &[Member], seen: &[Seen]) -> Option<GroupPoint> {
+    let point = common_point(seen.iter().map(|seen| &seen.look)).filter(|_| members.len() == seen.len())?;
+    let unchanged = |(member, seen): (&Member, &Seen)| {
+        let (member, base) = (member.clone(), seen.look.base().cloned());
+        let base = base.filter(|_| seen.look.in_flight.is_none());
+        async move {
+            let base = base?;
+            // A base that is gone is another worker's doing; whatever else fails is found out by the whole look.
+            let changed = replicate::changed_since(member.source.as_ref(), &base).await.ok()?;
+            (changed.bytes == Some(0)).then_some(())
+        }
+    };
+    let all = join_all(members.iter().zip(seen).map(unchanged)).await;
+    all.into_iter().collect::<Option<Vec<()>>>().map(|_| point)
+}
+
 /// The newest point that all volumes have committed.
 pub fn common_point<'a>(looks: impl IntoIterator<Item = &'a Look>) -> Option<GroupPoint> {
     let looks: Vec<&Look> = looks.into_iter().collect();

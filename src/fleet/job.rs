@@ -1,6 +1,6 @@
 //! One job: a server's volumes are opened and carried through one cycle.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
@@ -39,6 +39,13 @@ pub(super) async fn run(shared: Arc<Shared>, server: Server, forced: bool, cance
         }
     }
     let Some(first) = members.first() else { return JobEnd::Defect("a server without volumes".into()) };
+    let looked = Timestamp::now();
+    if let Some(seen) = shared.take_idle(&server.name)
+        && let Some(point) = group::still_unchanged(&members, &seen).await
+    {
+        shared.keep_idle(&server.name, seen);
+        return JobEnd::Group(Ok(GroupEnd::Unchanged { point }), looked);
+    }
     match first.target.load_note().await {
         Ok(Some(note)) if note.starts_with(PAUSED) => return JobEnd::Paused(note[PAUSED.len()..].trim().to_owned()),
         Ok(_) => {}
@@ -64,8 +71,13 @@ pub(super) async fn run(shared: Arc<Shared>, server: Server, forced: bool, cance
         not_younger_than: server.pace.interval.mul_f64(YOUNG),
         forced,
     };
-    let observer = Observer { shared: &shared, server: &server.name, begun, cancel: &cancel };
-    JobEnd::Group(group::run(&members, &options, &observer, &cancel).await, begun)
+    let last_seen = Mutex::default();
+    let observer = Observer { shared: &shared, server: &server.name, begun, cancel: &cancel, last_seen: &last_seen };
+    let end = group::run(&members, &options, &observer, &cancel).await;
+    if let (Ok(GroupEnd::Unchanged { .. }), false) = (&end, cancel.is_cancelled()) {
+        shared.keep_idle(&server.name, last_seen.into_inner().unwrap_or_else(PoisonError::into_inner));
+    }
+    JobEnd::Group(end, begun)
 }
 
 /// Takes in how far a job is.
@@ -74,6 +86,7 @@ struct Observer<'a> {
     server: &'a str,
     begun: Timestamp,
     cancel: &'a CancellationToken,
+    last_seen: &'a Mutex<Vec<group::Seen>>,
 }
 
 impl group::Observer for Observer<'_> {
@@ -82,6 +95,7 @@ impl group::Observer for Observer<'_> {
         if self.cancel.is_cancelled() {
             return;
         }
+        *self.last_seen.lock().unwrap_or_else(PoisonError::into_inner) = seen.to_vec();
         let mut core = self.shared.core();
         let point = group::common_point(seen.iter().map(|seen| &seen.look));
         core.scheduler.found(self.server, point.map(|point| point.at.as_millisecond()));

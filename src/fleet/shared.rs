@@ -11,6 +11,7 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 
 use super::control::{ActionError, FleetControl, Scope};
 use super::events::Events;
+use super::group::Seen;
 use super::scheduler::{Phase, Scheduler};
 use super::status::{Activity, Event, EventKind, FleetStatus, Origin, Sample, WorkerStatus};
 use super::throttles::Throttles;
@@ -80,6 +81,8 @@ pub(super) struct Shared {
     pub(super) throttles: Throttles,
     commands: mpsc::UnboundedSender<Command>,
     images: Mutex<HashMap<String, Images>>,
+    /// What the last look saw of the servers that had not changed.
+    idle: Mutex<HashMap<String, Vec<Seen>>>,
     since: Timestamp,
     heartbeat: Mutex<tokio::time::Instant>,
     completed: AtomicU64,
@@ -104,6 +107,7 @@ impl Shared {
             throttles,
             commands,
             images: Mutex::default(),
+            idle: Mutex::default(),
             since: Timestamp::now(),
             heartbeat: Mutex::new(tokio::time::Instant::now()),
             completed: AtomicU64::new(0),
@@ -143,7 +147,17 @@ impl Shared {
         }
     }
 
+    /// What was seen of a server that had not changed; forgotten until it is kept again.
+    pub(super) fn take_idle(&self, server: &str) -> Option<Vec<Seen>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner).remove(server)
+    }
+
+    pub(super) fn keep_idle(&self, server: &str, seen: Vec<Seen>) {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner).insert(server.to_owned(), seen);
+    }
+
     pub(super) fn forget_all_images(&self) {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner).clear();
         self.images.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
