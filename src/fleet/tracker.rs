@@ -310,5 +310,5 @@ fn cycle_status(since: Timestamp, progress: &Progress) -> CycleStatus {
     let plan = progress.plan();
     let position = progress.counters.position.load(std::sync::atomic::Ordering::Relaxed);
     let (done, total) = plan.map_or((0, 0), |plan| (plan.covered_below(position), plan.covered()));
-    CycleStatus { snapshot: None, since: since.to_string(), done_bytes: done, total_bytes: total }
+    CycleStatus { snapshot: progress.snapshot(), since: since.to_string(), done_bytes: done, total_bytes: total }
 }

@@ -70,12 +70,22 @@ pub struct Progress {
     /// What was moved so far.
     pub counters: Arc<Counters>,
     plan: Mutex<Option<Arc<Plan>>>,
+    snapshot: Mutex<Option<String>>,
 }
 
 impl Progress {
     /// The plan, once there is one.
     pub fn plan(&self) -> Option<Arc<Plan>> {
         self.plan.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The snapshot that is being brought over, once that has begun.
+    pub fn snapshot(&self) -> Option<String> {
+        self.snapshot.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set_snapshot(&self, name: &str) {
+        *self.snapshot.lock().unwrap_or_else(PoisonError::into_inner) = Some(name.to_owned());
     }
 
     pub(crate) fn set_plan(&self, plan: &Plan) {
@@ -351,6 +361,7 @@ impl<'a> Cycle<'a> {
         }
         self.stages.plan_seconds = self.clock.lap();
         self.method = Some(plan.method.clone());
+        self.progress.set_snapshot(&in_flight.name);
         self.progress.set_plan(&plan);
         let (layout, start) = (self.source.layout(), in_flight.progress_to);
         let compare = in_flight.from == Origin::Compare;
