@@ -2,7 +2,7 @@
 //!
 //! 1. A look at each volume, without a lease: where nothing has changed, that is all.
 //! 2. The leases of all targets; the first volume's first, so that of two workers one gets all of them.
-//! 3. What was begun is finished: a point whose snapshots were all made ([`super::gate`]) is carried over by every volume
+//! 3. What was begun is finished: a point whose snapshots were all made (`gate`) is carried over by every volume
 //!    that does not have it yet. Volumes only ever agree on points that were made for all of them at one moment, so that
 //!    the newest name that all of them have committed is the server's newest point.
 //! 4. A new point for all.
