@@ -12,6 +12,7 @@ use poolshift::image::TargetImage;
 use poolshift::image::rbd::CreateOptions;
 use poolshift::replicate::SyncOptions;
 use poolshift::replicate::state::{InFlight, TargetState};
+
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::librbd::{Disk, MIB, name, open_source, open_target, sync};

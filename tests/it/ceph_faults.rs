@@ -5,11 +5,12 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use poolshift::image::rbd::CreateOptions;
+use poolshift::replicate::state::InFlight;
 use rustix::process::Signal;
 
-use crate::ceph_crash::Volume;
+use crate::ceph_crash::{Running, Volume};
 use crate::librbd::{Librbd, MIB, name};
-use crate::support::{CephEnv, Run, ceph, ceph_alone, ceph_dev, ceph_dev_folder};
+use crate::support::{CephEnv, Disturbed, Run, ceph, ceph_alone, ceph_dev_folder};
 
 /// Runs a tool of Ceph's as client.admin.
 fn admin(env: &CephEnv, tool: &str, words: &[&str]) -> String {
@@ -43,8 +44,7 @@ async fn an_osd_that_comes_back_and_one_that_does_not() {
     volume.converge("at first").await;
     // Stopped and started in the middle of the writes: the run waits for it and goes on.
     let (run, _) = volume.caught_writing().await;
-    ceph_dev(&env, &["osd", "stop", "1"]);
-    ceph_dev(&env, &["osd", "start", "1"]);
+    Disturbed::osd_stopped(&env, 1).expect("the folder was looked at").undo();
     let run = run.finish().await;
     assert!(matches!(run.code, Some(0 | 7)), "{run:?}");
     volume.check("after the OSD came back").await;
@@ -52,16 +52,43 @@ async fn an_osd_that_comes_back_and_one_that_does_not() {
     // It stays away: a bounded wait, and an error that says to run again.
     volume.write().await;
     let (run, _) = volume.caught(&["--io-timeout", "3"]).await;
-    ceph_dev(&env, &["osd", "stop", "1"]);
+    let stopped = Disturbed::osd_stopped(&env, 1).expect("the folder was looked at");
     let begun = Instant::now();
     let run = run.finish().await;
     let waited = begun.elapsed();
-    ceph_dev(&env, &["osd", "start", "1"]);
+    stopped.undo();
     let run = run.expect_code(7);
     assert!(run.stderr.contains("did not answer in time") && run.stderr.contains("hint: "), "{}", run.stderr);
     assert!(waited < Duration::from_secs(60), "{waited:?}");
     volume.converge("after the OSD was away").await;
     volume.remove().await;
+}
+
+/// A run in the middle of its writes, when the quota of its pool is reached.
+async fn at_the_quota(env: &CephEnv, volume: &mut Volume, pool: &str) -> (Running, InFlight, Disturbed) {
+    for _ in 0..10 {
+        let (mut run, in_flight) = volume.caught_writing().await;
+        // The monitors hear of what a pool holds every few seconds only: the run has to stand still until then.
+        run.signal(Signal::STOP);
+        let quota = Disturbed::quota(env, pool, 4096).expect("the folder was looked at");
+        let begun = Instant::now();
+        let full = loop {
+            let full = is_full(env, pool);
+            // One that stands still for 30 s loses its watch, which is another story.
+            if full || begun.elapsed() > Duration::from_secs(25) {
+                break full;
+            }
+        };
+        run.signal(Signal::CONT);
+        if full {
+            return (run, in_flight, quota);
+        }
+        quota.undo();
+        let run = run.finish().await;
+        assert!(matches!(run.code, Some(0 | 10)), "{run:?}");
+        volume.converge("after monitors that were too late").await;
+    }
+    panic!("the monitors never saw in time that the quota is reached");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -76,21 +103,13 @@ async fn a_quota_that_is_reached_in_the_middle() {
     admin(&env, "rbd", &["pool", "init", &pool]);
     let mut volume = Volume::in_pool(&env, &pool, "quota", 22, 48 * MIB).await;
     volume.converge("at first").await;
-    // The monitors hear of what a pool holds every few seconds only: the run has to stand still until then.
-    let (mut run, in_flight) = volume.caught_writing().await;
-    run.signal(Signal::STOP);
-    ceph_dev(&env, &["quota", &pool, "4096"]);
-    let begun = Instant::now();
-    while !is_full(&env, &pool) {
-        assert!(begun.elapsed() < Duration::from_secs(25), "the monitors never saw that the quota is reached");
-    }
-    run.signal(Signal::CONT);
+    let (run, in_flight, quota) = at_the_quota(&env, &mut volume, &pool).await;
     let run = run.finish().await.expect_code(10);
     assert!(run.stderr.contains(&format!("quota of pool {pool:?} is reached")), "{}", run.stderr);
     assert!(run.stderr.contains("hint: raise it: ceph osd pool set-quota"), "{}", run.stderr);
     volume.check("at the quota").await;
     sync_ends(&volume, &[], 10, &["quota of pool"]).await;
-    ceph_dev(&env, &["quota", &pool, "0"]);
+    quota.undo();
     let run = volume.start_sync().finish().await.expect_code(0);
     assert!(run.stdout.contains(&in_flight.name), "{}", run.stdout);
     volume.converge("after the quota was lifted").await;

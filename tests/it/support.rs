@@ -5,6 +5,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 /// A real cluster with the pools `sata` and `sas`, as `scripts/ceph-dev up` makes it.
 #[derive(Clone, Debug)]
@@ -18,18 +19,27 @@ pub(crate) struct CephEnv {
 }
 
 /// Who uses the cluster: any number of tests side by side, or one that disturbs it, alone.
-static USERS: (Mutex<Users>, Condvar) = (Mutex::new(Users { running: 0, alone: false, waiting: 0 }), Condvar::new());
+static USERS: (Mutex<Users>, Condvar) =
+    (Mutex::new(Users { running: Vec::new(), alone: false, waiting: 0, deadline: None }), Condvar::new());
+
+/// How long all tests together may use the cluster. One that hangs, on a cluster that somebody broke say, is named and
+/// ends the run.
+const PATIENCE: Duration = Duration::from_secs(40 * 60);
 
 struct Users {
-    running: usize,
+    /// The names of the tests that have a turn.
+    running: Vec<String>,
     alone: bool,
     /// Those who want to be alone: while there are any, nobody else begins.
     waiting: usize,
+    /// Who ends the run when the patience is over; there from the first turn on.
+    deadline: Option<std::thread::JoinHandle<()>>,
 }
 
 /// A test's turn on the cluster.
 #[derive(Debug)]
 pub(crate) struct Turn {
+    name: String,
     alone: bool,
 }
 
@@ -38,16 +48,18 @@ impl Turn {
     fn take(alone: bool) -> Arc<Self> {
         let (users, changed) = &USERS;
         let mut users = users.lock().unwrap_or_else(PoisonError::into_inner);
+        users.deadline.get_or_insert_with(|| std::thread::spawn(end_when_it_takes_too_long));
         users.waiting += usize::from(alone);
         let must_wait = |users: &mut Users| match alone {
-            true => users.alone || users.running > 0,
+            true => users.alone || !users.running.is_empty(),
             false => users.alone || users.waiting > 0,
         };
         users = changed.wait_while(users, must_wait).unwrap_or_else(PoisonError::into_inner);
         users.waiting -= usize::from(alone);
         users.alone = alone;
-        users.running += usize::from(!alone);
-        Arc::new(Self { alone })
+        let name = std::thread::current().name().unwrap_or("a test").to_owned();
+        users.running.push(name.clone());
+        Arc::new(Self { name, alone })
     }
 }
 
@@ -55,12 +67,24 @@ impl Drop for Turn {
     fn drop(&mut self) {
         let (users, changed) = &USERS;
         let mut users = users.lock().unwrap_or_else(PoisonError::into_inner);
-        match self.alone {
-            true => users.alone = false,
-            false => users.running -= 1,
+        if let Some(at) = users.running.iter().position(|name| *name == self.name) {
+            users.running.swap_remove(at);
         }
+        users.alone &= !self.alone;
         changed.notify_all();
     }
+}
+
+fn end_when_it_takes_too_long() {
+    let deadline = Instant::now() + PATIENCE;
+    while let Some(left) = deadline.checked_duration_since(Instant::now()) {
+        std::thread::sleep(left);
+    }
+    let running = USERS.0.lock().unwrap_or_else(PoisonError::into_inner).running.join(", ");
+    // The test harness catches what is printed in a test, not what is written here.
+    let _ =
+        writeln!(std::io::stderr(), "after {PATIENCE:?} with the cluster these still run, and are ended: {running}");
+    std::process::exit(1);
 }
 
 /// The real cluster, or `None` after having said, and written down, that the calling test is skipped.
@@ -130,14 +154,61 @@ pub(crate) fn ceph_dev_folder(env: &CephEnv) -> Option<&Path> {
     None
 }
 
-/// Runs `scripts/ceph-dev` for the cluster that the environment names; false if that is another kind of cluster.
-pub(crate) fn ceph_dev(env: &CephEnv, words: &[&str]) -> bool {
-    let Some(folder) = ceph_dev_folder(env) else { return false };
+/// Runs `scripts/ceph-dev` for the cluster in `folder`.
+fn ceph_dev(folder: &Path, words: &[&str]) {
     let mut command = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/ceph-dev"));
     command.env("POOLSHIFT_CEPH_DIR", folder.parent().expect("a folder of clusters")).args(words);
     command.arg("--name").arg(folder.file_name().expect("the cluster has a name"));
     assert!(command.status().expect("scripts/ceph-dev starts").success(), "{words:?}");
-    true
+}
+
+/// Something that was done to the cluster and is undone when this is dropped, also by a test that fails: the others
+/// have the same cluster, and would wait for an OSD or for space without end.
+#[must_use = "dropping it undoes it"]
+pub(crate) struct Disturbed {
+    folder: PathBuf,
+    undo: Vec<String>,
+}
+
+impl Disturbed {
+    /// Stops an OSD; `None` where daemons are not to be touched.
+    pub(crate) fn osd_stopped(env: &CephEnv, osd: u32) -> Option<Self> {
+        let osd = osd.to_string();
+        Self::with(env, &["osd", "stop", &osd], &["osd", "start", &osd])
+    }
+
+    /// Sets the quota of a pool, in bytes; `None` where pools are not to be touched.
+    pub(crate) fn quota(env: &CephEnv, pool: &str, bytes: u64) -> Option<Self> {
+        Self::with(env, &["quota", pool, &bytes.to_string()], &["quota", pool, "0"])
+    }
+
+    fn with(env: &CephEnv, words: &[&str], undo: &[&str]) -> Option<Self> {
+        let folder = ceph_dev_folder(env)?;
+        // Made first: what was done half is undone as well.
+        let disturbed = Self { folder: folder.to_owned(), undo: undo.iter().map(ToString::to_string).collect() };
+        ceph_dev(folder, words);
+        Some(disturbed)
+    }
+
+    /// Undoes it, and waits until that is so.
+    pub(crate) fn undo(self) {
+        drop(self);
+    }
+}
+
+impl Drop for Disturbed {
+    fn drop(&mut self) {
+        let words: Vec<&str> = self.undo.iter().map(String::as_str).collect();
+        if std::thread::panicking() {
+            // A second panic would end the process, and say nothing of the first.
+            let undone = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| ceph_dev(&self.folder, &words)));
+            if undone.is_err() {
+                eprintln!("could not undo a disturbance: {words:?}");
+            }
+        } else {
+            ceph_dev(&self.folder, &words);
+        }
+    }
 }
 
 /// How a run of the binary ended.
