@@ -16,6 +16,7 @@
 //! | ⌈objects / 4⌉ | two bits an object, the first in the most significant ones               |
 //! | 4            | the footer's length: 0, because there are no CRCs                         |
 
+use std::ffi::CStr;
 use std::ptr;
 
 use super::library::library;
@@ -91,20 +92,41 @@ fn bytes_of(objects: u64) -> usize {
     objects.div_ceil(4) as usize
 }
 
+const FUNCTION: &str = "rados_exec";
+
 impl Pool {
     /// The object map of HEAD, or of a snapshot, of the image with this id, which has so many objects. Blocks.
     ///
     /// ENOENT without one; ERANGE if it is much larger than the image, or this too large for an object map at all.
     pub(crate) fn object_map(&self, image: &str, snapshot: Option<u64>, objects: u64) -> Result<ObjectMap> {
-        const FUNCTION: &str = "rados_exec";
         if objects > OBJECTS_MAX {
             return Err(CephError::Call { function: FUNCTION, errno: rustix::io::Errno::RANGE.raw_os_error() });
         }
         let object = match snapshot {
-            None => c_string(&format!("rbd_object_map.{image}"))?,
-            Some(id) => c_string(&format!("rbd_object_map.{image}.{id:016x}"))?,
+            None => format!("rbd_object_map.{image}"),
+            Some(id) => format!("rbd_object_map.{image}.{id:016x}"),
         };
-        let mut answer = vec![0; HEADER.len() + 8 + bytes_of(objects + SURPLUS) + FOOTER.len()];
+        let capacity = HEADER.len() + 8 + bytes_of(objects + SURPLUS) + FOOTER.len();
+        ObjectMap::decode(self.exec(&object, c"object_map_load", capacity)?, objects)
+    }
+
+    /// The highest id of any snapshot that the image with this id ever had, also of one that has gone: the first number of
+    /// what `get_snapcontext` of the class `rbd` answers (`cls/rbd/cls_rbd.cc`), which grows with every snapshot and never
+    /// shrinks. Blocks.
+    pub(crate) fn snapshot_sequence(&self, image: &str) -> Result<u64> {
+        // Behind it are as many ids as there are snapshots.
+        let answer = self.exec(&format!("rbd_header.{image}"), c"get_snapcontext", 1 << 20)?;
+        let sequence = answer.first_chunk::<8>().map(|bytes| u64::from_le_bytes(*bytes));
+        sequence.ok_or_else(|| CephError::Nonsense {
+            function: FUNCTION,
+            what: format!("a snapshot context of {} bytes", answer.len()),
+        })
+    }
+
+    /// What a method of the class `rbd` without arguments answers for an object: at most `capacity` bytes, or ERANGE.
+    fn exec(&self, object: &str, method: &CStr, capacity: usize) -> Result<Vec<u8>> {
+        let object = c_string(object)?;
+        let mut answer = vec![0; capacity];
         // SAFETY: the handle is valid, the three names end with NUL, there is no input, and the buffer is as long as
         // said.
         let length = unsafe {
@@ -112,7 +134,7 @@ impl Pool {
                 self.raw.0,
                 object.as_ptr(),
                 c"rbd".as_ptr(),
-                c"object_map_load".as_ptr(),
+                method.as_ptr(),
                 ptr::null(),
                 0,
                 answer.as_mut_ptr().cast(),
@@ -124,7 +146,7 @@ impl Pool {
             return Err(CephError::Nonsense { function: FUNCTION, what: format!("an answer of {length} bytes") });
         }
         answer.truncate(length);
-        ObjectMap::decode(answer, objects)
+        Ok(answer)
     }
 }
 

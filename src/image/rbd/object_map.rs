@@ -15,7 +15,10 @@
 //! object that is there neither at the start nor at the end has changed if it was there in between (librbd 16.2.15 thinks
 //! that both are zeroes, which of a clone that was flattened meanwhile isn't true).
 //!
-//! Where a map can't be had or is not what it should be, the caller asks librbd instead.
+//! Where a map can't be had or is not what it should be, the caller asks librbd instead; but not where it has gone: that
+//! is a snapshot which is being removed, whose absence librbd overlooks.
+
+use rustix::io::Errno;
 
 use super::Inner;
 use crate::ceph::object_map::ObjectMap;
@@ -48,24 +51,31 @@ impl Path<'_> {
 }
 
 /// What differs below `end`: whole periods of the layout, sorted and disjoint; all of it if there are more than `bound`
-/// ranges. `None` where librbd has to be asked. Blocks.
+/// ranges. `None` where librbd has to be asked; ENOENT where a map isn't there. Blocks.
 ///
 /// `image` stands at the end of the path.
-pub(super) fn compare(inner: &Inner, image: &Image, path: Path<'_>, end: u64, bound: usize) -> Option<Vec<ByteRange>> {
-    if inner.features.has(Features::MIGRATING) {
-        return None;
+pub(super) fn compare(
+    inner: &Inner,
+    image: &Image,
+    path: Path<'_>,
+    end: u64,
+    bound: usize,
+) -> Result<Option<Vec<ByteRange>>> {
+    if image.features()?.has(Features::MIGRATING) {
+        return Ok(None);
     }
     // What a clone shows of its parent is part of the difference to zeroes, and in no map of its own.
     if !path.from_first && !matches!(image.parent(), Ok(None)) {
-        return None;
+        return Ok(None);
     }
     let layout = inner.layout;
     let load = |(id, size)| inner.pool.object_map(&inner.id, id, objects(layout, size));
     match find(path, load) {
-        Ok(changed) => Some(runs(&changed, layout, end, bound)),
+        Ok(changed) => Ok(Some(runs(&changed, layout, end, bound))),
+        Err(error) if error.is(Errno::NOENT) => Err(error),
         Err(error) => {
             tracing::debug!(image = %inner.place, %error, "librbd is asked instead of the object maps");
-            None
+            Ok(None)
         }
     }
 }

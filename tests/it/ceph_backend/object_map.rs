@@ -280,6 +280,59 @@ async fn a_map_that_is_none_is_left_to_librbd() {
     trial.remove().await;
 }
 
+/// Without fast-diff librbd forgets what a removed snapshot's map said: an image that was open all the time must notice.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_feature_that_goes_meanwhile_is_noticed() {
+    let Some(env) = ceph() else { return };
+    let image = format!("sas/{}", name("map-feature"));
+    let mut trial = Trial::new(&env, &image, 6, &small_objects()).await;
+    trial.disk.snapshot("base").await;
+    let base = trial.source.snapshots().await.unwrap().remove(0);
+    assert!(matches!(compare(&trial.source, &Point::Head, Some(&base)).await, ChangedObjects::Runs(_)));
+    trial.disk.write(MIB, &noise(100, 1)).await;
+    trial.disk.snapshot("theirs").await;
+    trial.disk.librbd.call(format!("close {image}")).await;
+    assert!(rbd(&env, &["feature", "disable", &image, "fast-diff"]));
+    assert!(rbd(&env, &["snap", "rm", &format!("{image}@theirs")]));
+    let found = compare(&trial.source, &Point::Head, Some(&base)).await;
+    assert!(matches!(&found, ChangedObjects::Unavailable { reason, .. } if reason.contains("fast-diff")), "{found:?}");
+    trial.remove().await;
+}
+
+/// A snapshot that comes and goes is known by the number that it leaves behind.
+#[tokio::test(flavor = "multi_thread")]
+async fn snapshots_come_and_go_and_the_maps_name_all_that_changed() {
+    let Some(env) = ceph() else { return };
+    let image = format!("sas/{}", name("map-go"));
+    let mut trial = Trial::new(&env, &image, 7, &small_objects()).await;
+    trial.disk.snapshot("base").await;
+    let base = trial.source.snapshots().await.unwrap().remove(0);
+    trial.disk.write(MIB, &noise(100, 1)).await;
+    let mut looked = 0;
+    for round in 0..8 {
+        let passing = format!("{image} passing{round}");
+        let come_and_go = async {
+            trial.disk.librbd.call(format!("snap {passing}")).await;
+            trial.disk.librbd.call(format!("rmsnap {passing}")).await;
+        };
+        let look = async {
+            loop {
+                if let ChangedObjects::Runs(runs) = compare(&trial.source, &Point::Head, Some(&base)).await {
+                    assert!(runs.iter().any(|run| run.offset() <= MIB && MIB < run.end()), "{runs:?}");
+                    looked += 1;
+                }
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::select! {
+            () = come_and_go => {}
+            () = look => {}
+        }
+    }
+    assert!(looked > 0, "the maps never told anything");
+    trial.remove().await;
+}
+
 /// The cost of what an image's size alone costs, on 262,144 objects.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_large_image_costs_less_than_librbds_look_at_it() {
