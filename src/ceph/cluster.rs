@@ -4,8 +4,8 @@ use std::ffi::CString;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::ptr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::library::{Library, library};
@@ -136,7 +136,7 @@ impl Cluster {
             (rados.rados_set_pool_full_try)(raw);
             (rados.rados_ioctx_get_id)(raw)
         };
-        Ok(Arc::new(Pool { raw: Raw(raw), id, cluster: Arc::clone(self) }))
+        Ok(Arc::new(Pool { raw: Raw(raw), last: Mutex::default(), id, cluster: Arc::clone(self) }))
     }
 }
 
@@ -158,6 +158,8 @@ impl Drop for Cluster {
 #[derive(Debug)]
 pub(crate) struct Pool {
     pub(super) raw: Raw,
+    /// Held for each request and the question for its object's version, which the handle answers for its last request.
+    pub(super) last: Mutex<()>,
     id: i64,
     cluster: Arc<Cluster>,
 }

@@ -119,6 +119,7 @@ table! {
     rados_set_pool_full_try: fn(Handle);
     rados_exec: fn(Handle, *const c_char, *const c_char, *const c_char, *const c_char, usize, *mut c_char, usize)
         -> c_int;
+    rados_get_last_version: fn(Handle) -> u64;
     rados_mon_command: fn(Handle, *mut *const c_char, usize, *const c_char, usize, *mut *mut c_char, *mut usize,
         *mut *mut c_char, *mut usize) -> c_int;
     rados_buffer_free: fn(*mut c_char);

@@ -18,6 +18,9 @@
 
 use std::ffi::CStr;
 use std::ptr;
+use std::sync::PoisonError;
+
+use rustix::io::Errno;
 
 use super::library::library;
 use super::{CephError, Pool, Result, c_string, check};
@@ -93,6 +96,8 @@ fn bytes_of(objects: u64) -> usize {
 }
 
 const FUNCTION: &str = "rados_exec";
+/// The most bytes that a snapshot context takes: 131,000 snapshots, many more than an image can have.
+const SNAPSHOTS_MAX: usize = 1 << 20;
 
 impl Pool {
     /// The object map of HEAD, or of a snapshot, of the image with this id, which has so many objects. Blocks.
@@ -100,14 +105,14 @@ impl Pool {
     /// ENOENT without one; ERANGE if it is much larger than the image, or this too large for an object map at all.
     pub(crate) fn object_map(&self, image: &str, snapshot: Option<u64>, objects: u64) -> Result<ObjectMap> {
         if objects > OBJECTS_MAX {
-            return Err(CephError::Call { function: FUNCTION, errno: rustix::io::Errno::RANGE.raw_os_error() });
+            return Err(CephError::Call { function: FUNCTION, errno: Errno::RANGE.raw_os_error() });
         }
         let object = match snapshot {
             None => format!("rbd_object_map.{image}"),
             Some(id) => format!("rbd_object_map.{image}.{id:016x}"),
         };
         let capacity = HEADER.len() + 8 + bytes_of(objects + SURPLUS) + FOOTER.len();
-        ObjectMap::decode(self.exec(&object, c"object_map_load", capacity)?, objects)
+        ObjectMap::decode(self.exec(&object, c"object_map_load", capacity)?.0, objects)
     }
 
     /// The highest id of any snapshot that the image with this id ever had, also of one that has gone: the first number of
@@ -115,7 +120,7 @@ impl Pool {
     /// shrinks. Blocks.
     pub(crate) fn snapshot_sequence(&self, image: &str) -> Result<u64> {
         // Behind it are as many ids as there are snapshots.
-        let answer = self.exec(&format!("rbd_header.{image}"), c"get_snapcontext", 1 << 20)?;
+        let (answer, _) = self.exec(&format!("rbd_header.{image}"), c"get_snapcontext", SNAPSHOTS_MAX)?;
         let sequence = answer.first_chunk::<8>().map(|bytes| u64::from_le_bytes(*bytes));
         sequence.ok_or_else(|| CephError::Nonsense {
             function: FUNCTION,
@@ -123,9 +128,34 @@ impl Pool {
         })
     }
 
-    /// What a method of the class `rbd` without arguments answers for an object: at most `capacity` bytes, or ERANGE.
-    fn exec(&self, object: &str, method: &CStr, capacity: usize) -> Result<Vec<u8>> {
+    /// The versions of an image's header and of HEAD's object map, unless that names an object which was written since the
+    /// last snapshot, or can't be had. Blocks.
+    ///
+    /// As long as both stay the same nothing was written to HEAD, and no snapshot came or went: librbd stores that an
+    /// object is written in the map before it writes it (`object_map/UpdateRequest.cc`), but only where the map doesn't say
+    /// so yet; size, snapshots, features and flags are in the header. Watching an image changes no version
+    /// (`PrimaryLogPG::do_osd_ops`).
+    pub(crate) fn quiet_versions(&self, image: &str) -> Result<Option<(u64, u64)>> {
+        let (_, header) = self.exec(&format!("rbd_header.{image}"), c"get_snapcontext", SNAPSHOTS_MAX)?;
+        let object = format!("rbd_object_map.{image}");
+        // Sizes for 2, 32 and 1024 TiB of 4 MiB objects: what is too small costs a request.
+        for capacity in [128 << 10, 2 << 20, 62 << 20] {
+            let out_of_space = |error: &CephError| error.is(Errno::RANGE);
+            match self.exec(&object, c"object_map_load", capacity + HEADER.len() + 8 + FOOTER.len()) {
+                Ok((map, version)) => return Ok(is_quiet(&map).then_some((header, version))),
+                Err(error) if out_of_space(&error) => {}
+                Err(error) if error.is(Errno::NOENT) => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(None)
+    }
+
+    /// What a method of the class `rbd` without arguments answers for an object: at most `capacity` bytes, or ERANGE; and
+    /// that object's version.
+    fn exec(&self, object: &str, method: &CStr, capacity: usize) -> Result<(Vec<u8>, u64)> {
         let object = c_string(object)?;
+        let _last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         let mut answer = vec![0; capacity];
         // SAFETY: the handle is valid, the three names end with NUL, there is no input, and the buffer is as long as
         // said.
@@ -142,12 +172,24 @@ impl Pool {
             )
         };
         let length = usize::try_from(check(FUNCTION, length)?).unwrap_or(usize::MAX);
+        // SAFETY: the handle is valid.
+        let version = unsafe { (library()?.rados.rados_get_last_version)(self.raw.0) };
         if length > answer.len() {
             return Err(CephError::Nonsense { function: FUNCTION, what: format!("an answer of {length} bytes") });
         }
         answer.truncate(length);
-        Ok(answer)
+        Ok((answer, version))
     }
+}
+
+/// Whether no object of an encoded map was written since the last snapshot, or is being removed.
+fn is_quiet(encoded: &[u8]) -> bool {
+    let known = encoded.strip_prefix(&HEADER).and_then(|rest| rest.split_first_chunk::<8>());
+    let Some((objects, states)) = known else { return false };
+    let Some(states) = states.strip_suffix(&FOOTER) else { return false };
+    // NONEXISTENT is 0 and EXISTS_CLEAN 3: the two bits of each are the same.
+    u64::from_le_bytes(*objects).div_ceil(4) == states.len() as u64
+        && states.iter().all(|four| (four ^ four >> 1) & 0b0101_0101 == 0)
 }
 
 #[cfg(test)]
@@ -167,6 +209,22 @@ mod tests {
         let (exists, clean) = (state::EXISTS, state::EXISTS_CLEAN);
         assert_eq!(ObjectMap::decode(head, 6).unwrap(), ObjectMap::of(&[clean, exists, 0, 0, 0, clean]));
         assert_eq!(ObjectMap::decode(snapshot, 6).unwrap(), ObjectMap::of(&[exists, 0, 0, 0, 0, exists]));
+    }
+
+    #[test]
+    fn a_map_is_quiet_when_nothing_is_dirty_or_going() {
+        for count in 0..9 {
+            let states: Vec<u8> =
+                (0..count).map(|at| if at % 3 == 0 { state::NONEXISTENT } else { state::EXISTS_CLEAN }).collect();
+            assert!(is_quiet(&encoded(&states)));
+            for (at, loud) in (0..count).flat_map(|at| [(at, state::EXISTS), (at, state::PENDING)]) {
+                let mut states = states.clone();
+                states[at] = loud;
+                assert!(!is_quiet(&encoded(&states)), "{loud} at {at} of {count}");
+            }
+        }
+        let good = encoded(&[3, 0, 3, 3, 3]);
+        assert!((0..good.len()).all(|cut| !is_quiet(&good[..cut])));
     }
 
     #[test]

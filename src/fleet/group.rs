@@ -153,22 +153,51 @@ pub async fn look(members: &[Member]) -> Result<Vec<Seen>, GroupError> {
     try_join_all(members.iter().map(look_at)).await
 }
 
-/// Whether nothing has changed since a point that an earlier look found on all volumes: the cheapest look, which asks the
-/// sources alone. `None` where something has, or another worker has made a newer point: then a whole look is due.
-pub async fn still_unchanged(members: &[Member], seen: &[Seen]) -> Option<GroupPoint> {
-    let point = common_point(seen.iter().map(|seen| &seen.look)).filter(|_| members.len() == seen.len())?;
-    let unchanged = |(member, seen): (&Member, &Seen)| {
+/// A server that had not changed when it was looked at last.
+#[derive(Debug)]
+pub struct Idle {
+    seen: Vec<Seen>,
+    /// What the sources gave before the last look at each; see [`SourceImage::quiet_token`].
+    tokens: Vec<Option<String>>,
+    /// How often it was found unchanged.
+    times: u32,
+}
+
+/// So often tokens are believed; then the sources are looked at again.
+const TOKENS_BELIEVED: u32 = 15;
+
+impl Idle {
+    /// What a whole look has found.
+    pub fn new(seen: Vec<Seen>) -> Self {
+        Self { tokens: vec![None; seen.len()], seen, times: 0 }
+    }
+}
+
+/// Whether nothing has changed since the look that found a server idle: the cheapest look, which asks the sources alone.
+/// `None` where something has, or another worker has made a newer point: then a whole look is due.
+pub async fn still_unchanged(members: &[Member], idle: &mut Idle) -> Option<GroupPoint> {
+    let point = common_point(idle.seen.iter().map(|seen| &seen.look)).filter(|_| members.len() == idle.seen.len())?;
+    idle.times += 1;
+    let believed = !idle.times.is_multiple_of(TOKENS_BELIEVED);
+    let unchanged = |((member, seen), known): ((&Member, &Seen), &Option<String>)| {
         let (member, base) = (member.clone(), seen.look.base().cloned());
         let base = base.filter(|_| seen.look.in_flight.is_none());
+        let known = known.clone().filter(|_| believed);
         async move {
             let base = base?;
-            // A base that is gone is another worker's doing; whatever else fails is found out by the whole look.
-            let changed = replicate::changed_since(member.source.as_ref(), &base).await.ok()?;
-            (changed.bytes == Some(0)).then_some(())
+            // Before the look, so that what happens meanwhile is seen by one of the two.
+            let token = member.source.quiet_token().await.ok()?;
+            if token.is_none() || token != known {
+                // A base that is gone is another worker's doing; whatever else fails is found out by the whole look.
+                let changed = replicate::changed_since(member.source.as_ref(), &base).await.ok()?;
+                (changed.bytes == Some(0)).then_some(())?;
+            }
+            Some(token)
         }
     };
-    let all = join_all(members.iter().zip(seen).map(unchanged)).await;
-    all.into_iter().collect::<Option<Vec<()>>>().map(|_| point)
+    let all = join_all(members.iter().zip(&idle.seen).zip(&idle.tokens).map(unchanged)).await;
+    idle.tokens = all.into_iter().collect::<Option<Vec<_>>>()?;
+    Some(point)
 }
 
 /// The newest point that all volumes have committed.

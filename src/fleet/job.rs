@@ -40,10 +40,10 @@ pub(super) async fn run(shared: Arc<Shared>, server: Server, forced: bool, cance
     }
     let Some(first) = members.first() else { return JobEnd::Defect("a server without volumes".into()) };
     let looked = Timestamp::now();
-    if let Some(seen) = shared.take_idle(&server.name)
-        && let Some(point) = group::still_unchanged(&members, &seen).await
+    if let Some(mut idle) = shared.take_idle(&server.name)
+        && let Some(point) = group::still_unchanged(&members, &mut idle).await
     {
-        shared.keep_idle(&server.name, seen);
+        shared.keep_idle(&server.name, idle);
         return JobEnd::Group(Ok(GroupEnd::Unchanged { point }), looked);
     }
     match first.target.load_note().await {
@@ -75,7 +75,8 @@ pub(super) async fn run(shared: Arc<Shared>, server: Server, forced: bool, cance
     let observer = Observer { shared: &shared, server: &server.name, begun, cancel: &cancel, last_seen: &last_seen };
     let end = group::run(&members, &options, &observer, &cancel).await;
     if let (Ok(GroupEnd::Unchanged { .. }), false) = (&end, cancel.is_cancelled()) {
-        shared.keep_idle(&server.name, last_seen.into_inner().unwrap_or_else(PoisonError::into_inner));
+        let seen = last_seen.into_inner().unwrap_or_else(PoisonError::into_inner);
+        shared.keep_idle(&server.name, group::Idle::new(seen));
     }
     JobEnd::Group(end, begun)
 }

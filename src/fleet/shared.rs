@@ -11,7 +11,7 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 
 use super::control::{ActionError, FleetControl, Scope};
 use super::events::Events;
-use super::group::Seen;
+use super::group::Idle;
 use super::scheduler::{Phase, Scheduler};
 use super::status::{Activity, Event, EventKind, FleetStatus, Origin, Sample, WorkerStatus};
 use super::throttles::Throttles;
@@ -82,7 +82,7 @@ pub(super) struct Shared {
     commands: mpsc::UnboundedSender<Command>,
     images: Mutex<HashMap<String, Images>>,
     /// What the last look saw of the servers that had not changed.
-    idle: Mutex<HashMap<String, Vec<Seen>>>,
+    idle: Mutex<HashMap<String, Idle>>,
     since: Timestamp,
     heartbeat: Mutex<tokio::time::Instant>,
     completed: AtomicU64,
@@ -148,12 +148,12 @@ impl Shared {
     }
 
     /// What was seen of a server that had not changed; forgotten until it is kept again.
-    pub(super) fn take_idle(&self, server: &str) -> Option<Vec<Seen>> {
+    pub(super) fn take_idle(&self, server: &str) -> Option<Idle> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner).remove(server)
     }
 
-    pub(super) fn keep_idle(&self, server: &str, seen: Vec<Seen>) {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner).insert(server.to_owned(), seen);
+    pub(super) fn keep_idle(&self, server: &str, idle: Idle) {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner).insert(server.to_owned(), idle);
     }
 
     pub(super) fn forget_all_images(&self) {

@@ -200,6 +200,13 @@ pub trait SourceImage: Send + Sync {
         Ok(None)
     }
 
+    /// A token that stays the same for as long as nothing is written to HEAD and no snapshot comes or goes, for two small
+    /// requests. `None` where the backend has none, or a write might leave no trace in it, as it does on RBD in an object
+    /// that was written already since the newest snapshot.
+    async fn quiet_token(&self) -> Result<Option<String>> {
+        Ok(None)
+    }
+
     /// The size of HEAD now, in bytes.
     async fn size(&self) -> Result<u64>;
 

@@ -50,6 +50,8 @@ struct Inner {
     handles: u64,
     bytes_written: u64,
     reads_until_lost: Option<u64>,
+    /// How often HEAD or the list of snapshots was changed.
+    changes: u64,
 }
 
 /// A handle to an image; clones of the image share it, handles are told apart by the lease.
@@ -86,6 +88,7 @@ impl MemoryImage {
             handles: 1,
             bytes_written: 0,
             reads_until_lost: None,
+            changes: 0,
         };
         Self { inner: Arc::new(Mutex::new(inner)), location: format!("memory:{name}"), handle: 1, identity }
     }
@@ -236,6 +239,7 @@ impl MemoryImage {
 
 impl Inner {
     fn apply(&mut self, op: Op) {
+        self.changes += 1;
         self.head.apply(&op);
         self.pending.push(op);
     }
@@ -280,6 +284,12 @@ impl SourceImage for MemoryImage {
         SnapshotSupport::Kept
     }
 
+    async fn quiet_token(&self) -> Result<Option<String>> {
+        let inner = self.alive("look for changes")?;
+        let newest = inner.snapshots.last().map(|(_, content)| content.bytes());
+        Ok((newest == Some(inner.head.bytes())).then(|| inner.changes.to_string()))
+    }
+
     async fn size(&self) -> Result<u64> {
         Ok(self.alive("read its size")?.head.size())
     }
@@ -297,6 +307,7 @@ impl SourceImage for MemoryImage {
             let content = Arc::new(inner.durable.clone());
             let snapshot = Snapshot { id: inner.next_id, name: name.to_owned(), size: content.size() };
             inner.next_id += 1;
+            inner.changes += 1;
             inner.snapshots.push((snapshot.clone(), content));
             inner.head.next_epoch();
             inner.durable.next_epoch();
@@ -310,6 +321,7 @@ impl SourceImage for MemoryImage {
             let found =
                 inner.snapshots.iter().position(|(have, _)| have.id == snapshot.id && have.name == snapshot.name);
             inner.snapshots.remove(found.ok_or_else(|| self.error(ErrorKind::NotFound, &operation))?);
+            inner.changes += 1;
             Ok(())
         })
     }
@@ -377,6 +389,7 @@ impl View for MemoryView {
             let mut inner = self.image.alive("read")?;
             inner.reads_until_lost = match inner.reads_until_lost {
                 Some(0) => {
+                    inner.changes += 1;
                     inner.snapshots.retain(|(have, _)| have.id != snapshot.id);
                     None
                 }

@@ -62,6 +62,13 @@ impl SourceImage for RbdImage {
         self.remarks.clone()
     }
 
+    async fn quiet_token(&self) -> Result<Option<String>> {
+        let (inner, read) = (Arc::clone(&self.inner), "look for changes");
+        let look = move || inner.pool.quiet_versions(&inner.id);
+        let versions = self.inner.call(read, "rados_exec", look).await?;
+        Ok(versions.map(|(header, map)| format!("{header} {map}")))
+    }
+
     async fn size(&self) -> Result<u64> {
         self.inner.look("read the size", Image::size).await
     }

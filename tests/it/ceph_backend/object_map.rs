@@ -333,6 +333,47 @@ async fn snapshots_come_and_go_and_the_maps_name_all_that_changed() {
     trial.remove().await;
 }
 
+/// Whatever a writer does that has the image open all the time, the token changes, or there is none.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_quiet_token_stays_only_while_nothing_happens() {
+    let Some(env) = ceph() else { return };
+    let image = format!("sas/{}", name("map-quiet"));
+    let mut trial = Trial::new(&env, &image, 8, &small_objects()).await;
+    let token = async |trial: &Trial| trial.source.quiet_token().await.unwrap();
+    trial.disk.write(0, &noise(100, 1)).await;
+    assert_eq!(token(&trial).await, None, "written since there was no snapshot");
+    trial.disk.snapshot("one").await;
+    let mut last = token(&trial).await.expect("nothing was written since");
+    // An object that is there, one that is not; a discard of a whole one; a snapshot that comes, and one that goes.
+    for step in 0..10 {
+        assert_eq!(token(&trial).await.as_ref(), Some(&last), "before step {step}");
+        let librbd = &mut trial.disk.librbd;
+        match step % 5 {
+            0 => trial.disk.write(step * 7, &noise(100, step)).await,
+            1 => trial.disk.write(MIB * (step % 4 + 1), &noise(100, step)).await,
+            2 => drop(librbd.call(format!("discard {image} {} {}", MIB * (step % 4), 64 * KIB)).await),
+            3 => {}
+            _ => drop(librbd.call(format!("rmsnap {image} s{}", step - 1)).await),
+        }
+        trial.disk.librbd.call(format!("flush {image}")).await;
+        if step % 5 < 3 {
+            let after = token(&trial).await;
+            // A whole object that is gone leaves nothing that could be written once more without a trace.
+            assert!(
+                after.as_ref() != Some(&last) && (after.is_none() || step % 5 == 2),
+                "after step {step}: {after:?}"
+            );
+        }
+        if step % 5 != 4 {
+            trial.disk.snapshot(&format!("s{step}")).await;
+        }
+        let now = token(&trial).await.expect("a snapshot was made since");
+        assert_ne!(now, last, "step {step}");
+        last = now;
+    }
+    trial.remove().await;
+}
+
 /// The cost of what an image's size alone costs, on 262,144 objects.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_large_image_costs_less_than_librbds_look_at_it() {
