@@ -8,6 +8,7 @@ mod ceph_interop;
 mod ceph_model;
 mod ceph_plan;
 mod ceph_relations;
+mod ceph_vm;
 mod cli;
 mod files;
 mod fleet_commands;
@@ -15,6 +16,7 @@ mod librbd;
 mod rbd_commands;
 mod streams;
 mod support;
+mod vm;
 
 /// A file in this folder that no `mod` line names would be compiled by nobody, and pass for ever.
 #[test]

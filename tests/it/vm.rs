@@ -1,0 +1,494 @@
+//! A real server on RBD, as `scripts/vm-dev` makes it, and the oracle that says whether its disks lack anything.
+//!
+//! The guest appends numbered lines to a log on each of its two disks and acknowledges a line on its console when fsync
+//! has brought it to both; `scripts/vm-guest/init` describes what it prints and what it can be told.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::librbd::name;
+use crate::support::{CephEnv, ceph, skip};
+
+/// How long a guest may take for anything: it is emulated, on a host that has other things to do.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// One guest at a time: an emulated one takes a whole core.
+static GUESTS: Mutex<()> = Mutex::new(());
+
+/// A libvirt of `scripts/vm-dev`, and the cluster that its guests' disks are on.
+pub(crate) struct VmEnv {
+    /// The cluster.
+    pub(crate) ceph: CephEnv,
+    folder: PathBuf,
+    _alone: MutexGuard<'static, ()>,
+}
+
+/// The libvirt and the cluster, or `None` after having said, and written down, that the calling test is skipped.
+///
+/// # Panics
+/// If one is missing and `POOLSHIFT_NO_SKIPS=1`.
+#[track_caller]
+pub(crate) fn vm() -> Option<VmEnv> {
+    let Some(folder) = std::env::var_os("POOLSHIFT_TEST_VM").filter(|folder| !folder.is_empty()) else {
+        skip("a libvirt (POOLSHIFT_TEST_VM, a folder of scripts/vm-dev; scripts/test starts one)");
+        return None;
+    };
+    // Before the turn on the cluster: who waits here keeps nobody from it.
+    let alone = GUESTS.lock().unwrap_or_else(PoisonError::into_inner);
+    Some(VmEnv { ceph: ceph()?, folder: folder.into(), _alone: alone })
+}
+
+/// Runs a command to its end and gives back its standard output.
+#[track_caller]
+fn run(command: &mut Command) -> Vec<u8> {
+    let Output { status, stdout, stderr } = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    assert!(status.success(), "{command:?}: {status}\n{}", String::from_utf8_lossy(&stderr));
+    stdout
+}
+
+#[track_caller]
+fn run_for_text(command: &mut Command) -> String {
+    String::from_utf8(run(command)).expect("the output is text")
+}
+
+impl VmEnv {
+    /// What to give to `virsh --connect`.
+    pub(crate) fn uri(&self) -> String {
+        format!("qemu+unix:///session?socket={}/r/libvirt/libvirt-sock", self.folder.display())
+    }
+
+    /// Runs virsh.
+    #[track_caller]
+    pub(crate) fn virsh(&self, words: &[&str]) -> String {
+        run_for_text(Command::new("virsh").args(["--quiet", "--connect", &self.uri()]).args(words))
+    }
+
+    /// Runs Ceph's own `rbd`.
+    #[track_caller]
+    pub(crate) fn rbd(&self, words: &[&str]) -> String {
+        let mut command = Command::new("rbd");
+        command.env_remove("CEPH_ARGS").arg("--conf").arg(&self.ceph.conf).arg("--id").arg(&self.ceph.user);
+        run_for_text(command.args(words))
+    }
+
+    /// How many clients have an image open.
+    #[track_caller]
+    pub(crate) fn watchers(&self, image: &str) -> usize {
+        let status: serde_json::Value =
+            serde_json::from_str(&self.rbd(&["status", "--format", "json", image])).expect("rbd prints JSON");
+        status["watchers"].as_array().expect("there is a list of watchers").len()
+    }
+
+    #[track_caller]
+    fn vm_dev(&self, words: &[&str], guest: &Guest<'_>) {
+        let (base, name) = (self.folder.parent(), self.folder.file_name());
+        let mut command = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/vm-dev"));
+        command.env("POOLSHIFT_VM_DIR", base.expect("a folder of libvirts")).args(words);
+        command.arg("--name").arg(name.expect("the libvirt has a name"));
+        command.arg("--ceph-conf").arg(&self.ceph.conf).args(["--ceph-user", &self.ceph.user]);
+        for disk in &guest.disks {
+            command.args([format!("--{}", disk.role.name()), format!("rbd:{}", disk.source)]);
+        }
+        run(&mut command);
+    }
+}
+
+/// Which of its two disks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// The one it boots from.
+    Root,
+    /// The other.
+    Data,
+}
+
+impl Role {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Root => "root",
+            Self::Data => "data",
+        }
+    }
+}
+
+/// A disk of a guest.
+#[derive(Debug)]
+pub(crate) struct GuestDisk {
+    pub(crate) role: Role,
+    /// The image on SATA that it is made with, `POOL/IMAGE`.
+    pub(crate) source: String,
+    /// The image on SAS that a test may make of it; removed with the guest.
+    pub(crate) target: String,
+}
+
+/// A domain of libvirt. Dropped, it is destroyed and undefined, and its images are removed.
+pub(crate) struct Guest<'a> {
+    env: &'a VmEnv,
+    /// The domain's name.
+    pub(crate) name: String,
+    pub(crate) disks: [GuestDisk; 2],
+}
+
+impl<'a> Guest<'a> {
+    /// Imports the two disks into `sata`, and defines a domain on them. It is not started.
+    #[track_caller]
+    pub(crate) fn make(env: &'a VmEnv, tag: &str) -> Self {
+        let name = name(tag);
+        let disk = |role: Role| {
+            let image = format!("{name}-{}", role.name());
+            GuestDisk { role, source: format!("sata/{image}"), target: format!("sas/{image}") }
+        };
+        let guest = Self { env, disks: [disk(Role::Root), disk(Role::Data)], name };
+        env.vm_dev(&["import"], &guest);
+        env.vm_dev(&["domain", &guest.name], &guest);
+        guest
+    }
+
+    /// Starts it and waits until it takes commands.
+    #[track_caller]
+    pub(crate) fn start(&self) {
+        let ready = |console: &Console| console.all("READY").count();
+        let before = ready(&self.console());
+        self.env.virsh(&["start", &self.name]);
+        self.wait_for("the guest to boot", |console| (ready(console) > before).then_some(()));
+    }
+
+    /// Presses the power button and waits until the domain has exited.
+    #[track_caller]
+    pub(crate) fn shut_down(&self) {
+        self.env.virsh(&["shutdown", &self.name, "--mode", "acpi"]);
+        let deadline = Instant::now() + PATIENCE;
+        while self.state() != "shut off" {
+            assert!(Instant::now() < deadline, "{} ignores the power button\n{}", self.name, self.console().tail());
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    /// `running`, `paused`, `shut off` and so on, as libvirt names it.
+    #[track_caller]
+    pub(crate) fn state(&self) -> String {
+        self.env.virsh(&["domstate", &self.name]).trim().to_owned()
+    }
+
+    /// The RBD images that libvirt has for its disks now.
+    #[track_caller]
+    pub(crate) fn sources_live(&self) -> Vec<String> {
+        rbd_sources(&self.env.virsh(&["dumpxml", &self.name]))
+    }
+
+    /// The RBD images that it will have at its next start.
+    #[track_caller]
+    pub(crate) fn sources_inactive(&self) -> Vec<String> {
+        rbd_sources(&self.env.virsh(&["dumpxml", "--inactive", &self.name]))
+    }
+
+    fn console_file(&self, ending: &str) -> PathBuf {
+        self.env.folder.join("console").join(format!("{}.{ending}", self.name))
+    }
+
+    /// All that it has printed so far.
+    pub(crate) fn console(&self) -> Console {
+        // Not there before the first start.
+        let text = std::fs::read(self.console_file("log")).unwrap_or_default();
+        Console::parse(&String::from_utf8_lossy(&text))
+    }
+
+    /// Waits until what is on the console satisfies `found`.
+    #[track_caller]
+    pub(crate) fn wait_for<T>(&self, what: &str, found: impl Fn(&Console) -> Option<T>) -> T {
+        self.wait_while_doing(what, found, || ())
+    }
+
+    #[track_caller]
+    fn wait_while_doing<T>(&self, what: &str, found: impl Fn(&Console) -> Option<T>, mut work: impl FnMut()) -> T {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            work();
+            let console = self.console();
+            if let Some(found) = found(&console) {
+                return found;
+            }
+            for word in ["FATAL", "FAILED", "LOSS"] {
+                let bad = console.all(word).next();
+                assert!(bad.is_none(), "{}, waiting for {what}: {bad:?}\n{}", self.name, console.tail());
+            }
+            assert!(Instant::now() < deadline, "{}: waited too long for {what}\n{}", self.name, console.tail());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Waits until line `number` is acknowledged.
+    #[track_caller]
+    pub(crate) fn wait_for_ack(&self, number: u64) {
+        self.wait_for(&format!("ACK {number}"), |console| (console.last_ack() >= number).then_some(()));
+    }
+
+    /// Has the guest do something, and gives back what it printed meanwhile, the `DONE` last.
+    #[track_caller]
+    pub(crate) fn command(&self, words: &str) -> Vec<Record> {
+        let name = words.split(' ').next().unwrap_or_default();
+        let before = self.console().records.len();
+        let mut socket = UnixStream::connect(self.console_file("sock")).expect("the console is a socket");
+        socket.set_nonblocking(true).expect("a socket can be set");
+        socket.write_all(format!("{words}\n").as_bytes()).expect("the console takes a line");
+        let answer = |console: &Console| {
+            let new = &console.records[before..];
+            let end = new
+                .iter()
+                .position(|record| record.word == "DONE" && record.rest.first().is_some_and(|w| w == name))?;
+            Some(new[..=end].to_vec())
+        };
+        // What nobody reads would fill the socket, and then the guest could print nothing more, also not to its log.
+        self.wait_while_doing(&format!("{words:?} to be done"), answer, || {
+            let mut buffer = [0; 4096];
+            while socket.read(&mut buffer).is_ok_and(|length| length > 0) {}
+        })
+    }
+
+    /// What the guest reads in its logs, from the disks and not from its memory.
+    #[track_caller]
+    pub(crate) fn check(&self) -> [Log; 2] {
+        let answer = self.command("check");
+        [Role::Root, Role::Data].map(|role| {
+            let of = |record: &&Record| record.word == "CHECK" && record.field("disk") == Some(role.name());
+            let record = answer.iter().find(of).unwrap_or_else(|| panic!("{role:?} is missing in {answer:?}"));
+            Log { lines: record.number("lines"), last: record.number("last"), bad: record.number("bad") }
+        })
+    }
+
+    /// Whether its disks hold all that it has acknowledged; the writer pauses for that.
+    ///
+    /// # Errors
+    /// What is wrong.
+    #[track_caller]
+    pub(crate) fn oracle(&self) -> Result<(), String> {
+        self.command("stop");
+        let verdict = oracle(self.console().last_ack(), self.check());
+        self.command("go");
+        verdict
+    }
+
+    fn clean_up(&self) {
+        let quietly = |result: std::io::Result<Output>| match result {
+            Ok(output) if output.status.success() => true,
+            other => {
+                eprintln!("cleaning up {}: {other:?}", self.name);
+                false
+            }
+        };
+        let virsh =
+            |words: &[&str]| Command::new("virsh").args(["--quiet", "--connect", &self.env.uri()]).args(words).output();
+        // One that does not run can't be destroyed.
+        let _ = virsh(&["destroy", &self.name]);
+        quietly(virsh(&["undefine", &self.name, "--managed-save"]));
+        let rbd = |words: &[&str]| {
+            let mut command = Command::new("rbd");
+            command.env_remove("CEPH_ARGS").arg("--conf").arg(&self.env.ceph.conf);
+            command.args(["--id", &self.env.ceph.user]).args(words).output()
+        };
+        for image in self.disks.iter().flat_map(|disk| [&disk.source, &disk.target]) {
+            if rbd(&["info", image]).is_ok_and(|output| output.status.success()) {
+                quietly(rbd(&["snap", "purge", "--no-progress", image]));
+                quietly(rbd(&["rm", "--no-progress", image]));
+            }
+        }
+        for ending in ["log", "sock"] {
+            let _ = std::fs::remove_file(self.console_file(ending));
+        }
+    }
+}
+
+impl Drop for Guest<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("the console of {}, at last:\n{}", self.name, self.console().tail());
+        }
+        self.clean_up();
+    }
+}
+
+/// The names in `<source protocol='rbd' name='…'>`, in the order of the disks.
+fn rbd_sources(xml: &str) -> Vec<String> {
+    xml.split("<source protocol='rbd' name='")
+        .skip(1)
+        .filter_map(|rest| Some(rest.split_once('\'')?.0.to_owned()))
+        .collect()
+}
+
+/// One line `GUEST WORD …` of a console.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Record {
+    pub(crate) word: String,
+    pub(crate) rest: Vec<String>,
+}
+
+impl Record {
+    fn parse(line: &str) -> Option<Self> {
+        let mut words =
+            line.trim_end_matches('\r').strip_prefix("GUEST ")?.strip_suffix(" .")?.split(' ').map(str::to_owned);
+        Some(Self { word: words.next()?, rest: words.collect() })
+    }
+
+    /// The value of `key=value`.
+    pub(crate) fn field(&self, key: &str) -> Option<&str> {
+        self.rest.iter().find_map(|word| word.strip_prefix(key)?.strip_prefix('='))
+    }
+
+    #[track_caller]
+    fn number(&self, key: &str) -> u64 {
+        let number = self.field(key).and_then(|value| value.parse().ok());
+        number.unwrap_or_else(|| panic!("{key} is missing in {self:?}"))
+    }
+}
+
+/// What a guest has printed, over all its boots.
+#[derive(Debug)]
+pub(crate) struct Console {
+    text: String,
+    records: Vec<Record>,
+}
+
+impl Console {
+    /// A record counts when it is there to its full stop and the end of its line: the last one may be half printed, and
+    /// the kernel may have spoken in between.
+    fn parse(text: &str) -> Self {
+        let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+        Self { text: text.to_owned(), records: whole.lines().filter_map(Record::parse).collect() }
+    }
+
+    pub(crate) fn all<'c>(&'c self, word: &'c str) -> impl Iterator<Item = &'c Record> {
+        self.records.iter().filter(move |record| record.word == word)
+    }
+
+    /// The last line that was acknowledged; 0 before the first.
+    pub(crate) fn last_ack(&self) -> u64 {
+        self.all("ACK").last().and_then(|record| record.rest.first()?.parse().ok()).unwrap_or(0)
+    }
+
+    /// The ids of its boots: a guest that was saved and restored has booted once.
+    pub(crate) fn boot_ids(&self) -> Vec<&str> {
+        self.all("BOOT").filter_map(|record| record.field("id")).collect()
+    }
+
+    fn tail(&self) -> String {
+        let lines: Vec<&str> = self.text.lines().collect();
+        lines[lines.len().saturating_sub(20)..].join("\n")
+    }
+}
+
+/// What there is of a guest's log on one disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Log {
+    pub(crate) lines: u64,
+    /// The number of the last line.
+    pub(crate) last: u64,
+    /// The first line that is not what was written; 0 if all are.
+    pub(crate) bad: u64,
+}
+
+impl Log {
+    fn parse(content: &str) -> Self {
+        let mut log = Self::default();
+        for line in content.split_terminator('\n') {
+            log.lines += 1;
+            let number = || {
+                let (number, boot) = line.strip_prefix("seq=")?.strip_suffix(" end")?.split_once(" boot=")?;
+                boot.parse::<u64>().ok()?;
+                number.parse().ok()
+            };
+            match number() {
+                Some(number) if number == log.lines => log.last = number,
+                _ if log.bad == 0 => log.bad = log.lines,
+                _ => {}
+            }
+        }
+        log
+    }
+}
+
+/// Whether the two logs, of the root and of the data disk, hold all that was acknowledged, and nothing that can't have
+/// been written: up to one line more, as a stop may fall between the fsync and the acknowledgement.
+///
+/// # Errors
+/// What is wrong.
+pub(crate) fn oracle(acked: u64, [root, data]: [Log; 2]) -> Result<(), String> {
+    for (disk, Log { lines, last, bad }) in [("root", root), ("data", data)] {
+        if bad != 0 {
+            return Err(format!("{disk}: line {bad} of {lines} is not what was written"));
+        }
+        if last < acked {
+            return Err(format!("{disk}: lost {} acknowledged lines, {} to {acked}", acked - last, last + 1));
+        }
+        if last > acked + 1 {
+            return Err(format!("{disk}: has line {last}, but only {acked} were acknowledged"));
+        }
+    }
+    if data.last > root.last {
+        return Err(format!(
+            "data has line {}, which is written to root first, but root ends at {}",
+            data.last, root.last
+        ));
+    }
+    Ok(())
+}
+
+/// The log in a disk that no guest uses, `POOL/IMAGE@SNAPSHOT`: exported, its file system's journal replayed as a boot
+/// would do it, and read without any of the guest's code.
+#[track_caller]
+pub(crate) fn inspect(env: &VmEnv, role: Role, image: &str) -> Log {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let file = folder.path().join("disk");
+    env.rbd(&["export", "--no-progress", image, file.to_str().expect("a path of text")]);
+    let mut disk = std::fs::read(&file).expect("the export can be read");
+    if role == Role::Root {
+        disk = second_partition(&disk);
+        std::fs::write(&file, &disk).expect("the partition can be written");
+    }
+    let tool = |name: &str| {
+        let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
+        let mut command = Command::new("env");
+        command.arg(format!("PATH={path}")).arg(name);
+        command
+    };
+    let checked = tool("e2fsck").arg("-fy").arg(&file).output().expect("e2fsck starts");
+    assert!(matches!(checked.status.code(), Some(0 | 1)), "{image}: {}", String::from_utf8_lossy(&checked.stdout));
+    let log = Path::new(if role == Role::Root { "/state/log" } else { "/log" });
+    Log::parse(&run_for_text(tool("debugfs").arg("-R").arg(format!("cat {}", log.display())).arg(&file)))
+}
+
+fn second_partition(disk: &[u8]) -> Vec<u8> {
+    let entry = &disk[446 + 16..][..16];
+    let sectors = |at: usize| u32::from_le_bytes(entry[at..at + 4].try_into().expect("four bytes")) as usize;
+    disk[sectors(8) * 512..][..sectors(12) * 512].to_vec()
+}
+
+#[test]
+fn the_oracle_knows_loss_when_it_sees_it() {
+    let log = |lines: std::ops::RangeInclusive<u64>| {
+        Log::parse(&lines.map(|line| format!("seq={line} boot=1 end\n")).collect::<String>())
+    };
+    assert_eq!(log(1..=30), Log { lines: 30, last: 30, bad: 0 });
+    assert_eq!(oracle(30, [log(1..=30), log(1..=30)]), Ok(()));
+    assert_eq!(oracle(29, [log(1..=30), log(1..=29)]), Ok(()), "a stop between the two writes of a line");
+    let lost = |acked, root, data| oracle(acked, [root, data]).unwrap_err();
+    assert!(lost(30, log(1..=30), log(1..=28)).contains("data: lost 2 acknowledged lines, 29 to 30"));
+    assert!(lost(28, log(1..=30), log(1..=30)).contains("root: has line 30"));
+    assert!(lost(30, log(2..=30), log(1..=30)).contains("root: line 1 of 29"));
+    assert!(lost(29, log(1..=29), log(1..=30)).contains("data has line 30"));
+    assert!(lost(1, Log::parse("seq=1 boot=1 en\n"), log(1..=1)).contains("root: line 1 of 1"));
+    assert_eq!(Log::parse("seq=1 boot=1 end\n\0\0\0\n").bad, 2);
+}
+
+#[test]
+fn a_torn_record_counts_for_nothing() {
+    let console = Console::parse(
+        "GUEST BOOT n=1 id=abc .\r\nGUEST ACK 11 .\r\nGUEST ACK 12\r\n[ 3.1] GUEST ACK 13 .\r\nGUEST ACK 14 .",
+    );
+    assert_eq!(console.last_ack(), 11);
+    assert_eq!(console.boot_ids(), ["abc"]);
+    assert_eq!(console.all("BOOT").next().unwrap().number("n"), 1);
+}
