@@ -16,6 +16,9 @@ use crate::support::{CephEnv, ceph, skip};
 /// How long a guest may take for anything: it is emulated, on a host that has other things to do.
 const PATIENCE: Duration = Duration::from_secs(120);
 
+/// How long a line of a guest's log is: a page, so that no line brings an older one to the disk again.
+const LINE: usize = 4096;
+
 /// One guest at a time: an emulated one takes a whole core.
 static GUESTS: Mutex<()> = Mutex::new(());
 
@@ -396,8 +399,9 @@ impl Log {
         for line in content.split_terminator('\n') {
             log.lines += 1;
             let number = || {
-                let (number, boot) = line.strip_prefix("seq=")?.strip_suffix(" end")?.split_once(" boot=")?;
-                boot.parse::<u64>().ok()?;
+                let whole = (line.len() == LINE - 1).then_some(line)?;
+                let (number, boot) = whole.strip_prefix("seq=")?.strip_suffix(" end")?.split_once(" boot=")?;
+                boot.trim_end().parse::<u64>().ok()?;
                 number.parse().ok()
             };
             match number() {
@@ -468,9 +472,8 @@ fn second_partition(disk: &[u8]) -> Vec<u8> {
 
 #[test]
 fn the_oracle_knows_loss_when_it_sees_it() {
-    let log = |lines: std::ops::RangeInclusive<u64>| {
-        Log::parse(&lines.map(|line| format!("seq={line} boot=1 end\n")).collect::<String>())
-    };
+    let line = |number| format!("{:1$} end\n", format!("seq={number} boot=1"), LINE - 5);
+    let log = |lines: std::ops::RangeInclusive<u64>| Log::parse(&lines.map(line).collect::<String>());
     assert_eq!(log(1..=30), Log { lines: 30, last: 30, bad: 0 });
     assert_eq!(oracle(30, [log(1..=30), log(1..=30)]), Ok(()));
     assert_eq!(oracle(29, [log(1..=30), log(1..=29)]), Ok(()), "a stop between the two writes of a line");
@@ -479,8 +482,8 @@ fn the_oracle_knows_loss_when_it_sees_it() {
     assert!(lost(28, log(1..=30), log(1..=30)).contains("root: has line 30"));
     assert!(lost(30, log(2..=30), log(1..=30)).contains("root: line 1 of 29"));
     assert!(lost(29, log(1..=29), log(1..=30)).contains("data has line 30"));
-    assert!(lost(1, Log::parse("seq=1 boot=1 en\n"), log(1..=1)).contains("root: line 1 of 1"));
-    assert_eq!(Log::parse("seq=1 boot=1 end\n\0\0\0\n").bad, 2);
+    assert!(lost(1, Log::parse("seq=1 boot=1 end\n"), log(1..=1)).contains("root: line 1 of 1"));
+    assert_eq!(Log::parse(&format!("{}{}\n", line(1), "\0".repeat(LINE - 1))).bad, 2);
 }
 
 #[test]
