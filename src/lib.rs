@@ -30,6 +30,7 @@
 //! | [`replicate`] | one volume's cycle: lineage, plan, state, checkpoint, commit, retention, verification, reports |
 //! | [`plan`] | the plan file: which volumes and servers, how often, within which limits |
 //! | [`fleet`] | many volumes: scheduler, consistency groups, what is known of each |
+//! | [`cutover`] | a server goes on from its targets: phases, journal, driver, providers, the way back |
 //! | [`observe`] | the HTTP API, metrics, tables for people |
 //! | [`cli`] | flags → validated configuration → one command a file |
 //!
@@ -91,6 +92,7 @@ pub mod batch;
 #[allow(unsafe_code)]
 mod ceph;
 pub mod cli;
+pub mod cutover;
 pub mod delta;
 pub mod extent;
 pub mod fleet;

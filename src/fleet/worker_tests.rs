@@ -57,6 +57,7 @@ fn server(name: &str, volumes: usize) -> Server {
         retention: Retention { keep: 1, keep_for: None },
         quiesce: Quiesce::None,
         paused: false,
+        cutover: crate::plan::Cutover::None,
     }
 }
 

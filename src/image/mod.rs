@@ -1,6 +1,7 @@
 //! Images: what poolshift needs of a disk, and the promises that a backend makes.
 //!
-//! Two contracts, [`SourceImage`] and [`TargetImage`], and the [`View`] through which one point in time is read. The
+//! Two contracts, [`SourceImage`] and [`TargetImage`], and the [`View`] through which one point in time is read; a
+//! [`Disk`] is what a cutover needs beyond them. The
 //! backends are `rbd` (over librbd), [`mod@file`] (a raw file or a block device) and [`memory`] (for model and crash
 //! tests).
 //!
@@ -39,6 +40,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::extent::{ByteRange, Extent};
 
+mod disk;
 mod error;
 pub mod file;
 pub mod lease;
@@ -46,6 +48,7 @@ pub mod memory;
 pub mod rbd;
 mod spec;
 
+pub use disk::{Disk, DiskUser, JOURNAL_MAX, LockHolder};
 pub use error::{ErrorKind, ImageError, Result};
 pub use lease::LeaseOwner;
 pub use spec::{ImageSpec, SpecError};

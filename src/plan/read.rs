@@ -9,7 +9,9 @@ use std::time::Duration;
 use super::check::{self, Names};
 use super::error::PlanError;
 use super::fields::{self, Report, Section, Value, shown};
-use super::{Api, ClusterAccess, FILE_MAX, FleetLimits, Pace, Plan, Quiesce, Retention, Server, VOLUMES_MAX, Volume};
+use super::{
+    Api, ClusterAccess, Cutover, FILE_MAX, FleetLimits, Pace, Plan, Quiesce, Retention, Server, VOLUMES_MAX, Volume,
+};
 use crate::image::ImageSpec;
 use crate::throttle::Rate;
 
@@ -236,7 +238,18 @@ fn server(
     }
     refuse_shared_files(&section, &volumes, &quiesce, report);
     section.finish(report);
-    Some((at, Server { name: name?, volumes, pace: settings.pace(), retention: settings.retention, quiesce, paused }))
+    Some((
+        at,
+        Server {
+            name: name?,
+            volumes,
+            pace: settings.pace(),
+            retention: settings.retention,
+            quiesce,
+            paused,
+            cutover: Cutover::None,
+        },
+    ))
 }
 
 /// A volume that stands by itself: a server of its own.
@@ -255,7 +268,18 @@ fn single(
         volume.into_iter().map(|volume| Volume { boot: boot.unwrap_or(false), ..volume }).collect();
     refuse_shared_files(&section, &volumes, &quiesce, report);
     section.finish(report);
-    Some((at, Server { name: name?, volumes, pace: settings.pace(), retention: settings.retention, quiesce, paused }))
+    Some((
+        at,
+        Server {
+            name: name?,
+            volumes,
+            pace: settings.pace(),
+            retention: settings.retention,
+            quiesce,
+            paused,
+            cutover: Cutover::None,
+        },
+    ))
 }
 
 /// A file has no snapshots: no point can be made of it together with other disks, or while a server is frozen.

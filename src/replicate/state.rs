@@ -154,6 +154,16 @@ pub enum Side {
     Target,
 }
 
+impl Side {
+    /// The other one.
+    pub fn other(self) -> Self {
+        match self {
+            Self::Source => Self::Target,
+            Self::Target => Self::Source,
+        }
+    }
+}
+
 /// A state that can't be read.
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {

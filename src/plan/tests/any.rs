@@ -116,7 +116,7 @@ fn server() -> impl Strategy<Value = Server> {
             };
             let name = if by_itself { "alone" } else { "server" }.to_owned();
             let volumes = volumes.into_iter().enumerate().map(volume).collect();
-            Server { name, volumes, pace, retention, quiesce, paused }
+            Server { name, volumes, pace, retention, quiesce, paused, cutover: Cutover::None }
         },
     )
 }

@@ -1,0 +1,169 @@
+//! Who stops and starts a server, and names its disks: one contract, and the ways of doing it.
+//!
+//! # The contract
+//!
+//! The driver calls, in this order: [`Provider::preconditions`], [`Provider::prepare`], [`Provider::quiesce`],
+//! [`Provider::swap`], [`Provider::start`], [`Provider::settle`]. Each may be called again at any time, by this process or
+//! by one on another host, after a crash in its middle as well, and then ends in the same state; what was done already is
+//! no error. To go back before the commit, the driver calls [`Provider::undo`] instead of what is left.
+//!
+//! **Truth.** [`Provider::observe`] asks the hypervisor, and nothing that poolshift has noted down.
+//!
+//! **Effect, not answer.** A call returns when what it is for is true, not when it was asked for: a cloud that answers yes
+//! and fails later is polled until the effect is there, or the provider's own limit has passed.
+//!
+//! **Notes.** What a provider must remember over a crash (the definition as it was, where the memory was saved) it leaves
+//! in [`Notes`]; the driver stores them in its journal before it calls the next step.
+//!
+//! **Cancellation.** A dropped call is like a crash in its middle.
+
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+
+use async_trait::async_trait;
+
+use crate::image::ImageSpec;
+pub use crate::replicate::state::Side;
+
+/// A volume of a server, with where it is on both sides, by the names that it has while it is in use.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServerDisk {
+    /// The volume's name in the plan.
+    pub volume: String,
+    /// Its image on the side that is left.
+    pub source: ImageSpec,
+    /// Its image on the side that the server is to run from.
+    pub target: ImageSpec,
+    /// Whether the server boots from it.
+    pub boot: bool,
+}
+
+impl ServerDisk {
+    /// The image on that side.
+    pub fn on(&self, side: Side) -> &ImageSpec {
+        match side {
+            Side::Source => &self.source,
+            Side::Target => &self.target,
+        }
+    }
+}
+
+/// What a server is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Power {
+    /// It runs.
+    Running,
+    /// It is in memory and stands still; its disks are open.
+    Suspended,
+    /// Its memory was saved, and its disks are closed.
+    Saved,
+    /// It is off.
+    Off,
+}
+
+/// What is true of a server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Observed {
+    /// What it is doing.
+    pub power: Power,
+    /// Which side its disks are on: those that it has open if it is in memory, those that it will start from otherwise.
+    /// `None` where they are neither all here nor all there, or nobody can tell.
+    pub side: Option<Side>,
+}
+
+/// What a provider remembers over a crash, by keys of its own. At most 40 KiB in all.
+pub type Notes = BTreeMap<String, String>;
+
+/// Whether something stands in the way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Verdict {
+    /// All is well.
+    Ok,
+    /// It goes on, and somebody should know.
+    Warning,
+    /// It does not begin.
+    Error,
+}
+
+/// Something that has to be so before a server is stopped.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Precondition {
+    /// What was looked at: `domain web-1`.
+    pub what: String,
+    /// How it is.
+    pub verdict: Verdict,
+    /// What was found, and what to do about it if that is not well.
+    pub found: String,
+}
+
+impl Precondition {
+    /// A precondition as it was found.
+    pub fn new(what: impl Into<String>, verdict: Verdict, found: impl Into<String>) -> Self {
+        Self { what: what.into(), verdict, found: found.into() }
+    }
+}
+
+/// A provider could not do, or find out, something.
+#[derive(Debug, thiserror::Error)]
+#[error("{operation} of {server}: {problem}")]
+pub struct ProviderError {
+    /// What was wanted: `save`, `start on the target`.
+    pub operation: String,
+    /// The server, as the provider calls it: `domain web-1`.
+    pub server: String,
+    /// What happened, with what a command wrote.
+    pub problem: String,
+    /// What to do about it.
+    pub hint: Option<String>,
+}
+
+/// Stops and starts one server, and names its disks.
+#[async_trait]
+pub trait Provider: Send + Sync + Debug {
+    /// For people: `libvirt domain web-1, warm`.
+    fn describe(&self) -> String;
+
+    /// Whether the server, once quiesced, still has the disks open that it is about to leave (a suspended one).
+    fn stays_open(&self) -> bool {
+        false
+    }
+
+    /// Whether the server goes on without a boot, from its memory: then its disks must be, to the byte, what they were.
+    fn keeps_memory(&self) -> bool {
+        false
+    }
+
+    /// Whether poolshift is to end with the proof, and leave the rest to a person.
+    fn by_hand(&self) -> bool {
+        false
+    }
+
+    /// What is in the way of leaving `from`. Changes nothing.
+    async fn preconditions(&self, from: Side) -> Vec<Precondition>;
+
+    /// What is true now.
+    async fn observe(&self, notes: &Notes) -> Result<Observed, ProviderError>;
+
+    /// Does, while the server runs, what need not be done while it stands still.
+    async fn prepare(&self, from: Side, notes: &mut Notes) -> Result<(), ProviderError>;
+
+    /// Has the server stop writing, with all that it wrote on its disks.
+    async fn quiesce(&self, notes: &mut Notes) -> Result<(), ProviderError>;
+
+    /// Gives the quiesced server its disks on `to`. It does not run.
+    async fn swap(&self, to: Side, notes: &mut Notes) -> Result<(), ProviderError>;
+
+    /// Has the server go on, or start, from `on`, to which it was swapped. `fresh` says that its memory is not to be
+    /// used, whatever was saved: the disks are not what they were.
+    async fn start(&self, on: Side, fresh: bool, notes: &mut Notes) -> Result<(), ProviderError>;
+
+    /// Brings the server back to `from`, which it was about to leave, and has it run there.
+    async fn undo(&self, from: Side, fresh: bool, notes: &mut Notes) -> Result<(), ProviderError> {
+        self.swap(from, notes).await?;
+        self.start(from, fresh, notes).await
+    }
+
+    /// Cleans up, after the server was seen running on `on`. Gives back what a person has to know or to do.
+    async fn settle(&self, on: Side, notes: &mut Notes) -> Result<Vec<String>, ProviderError>;
+}

@@ -1,0 +1,56 @@
+//! What a cutover needs of an image beyond replication: who has it open, its name, the fence, and a journal.
+
+use async_trait::async_trait;
+
+use super::{LeaseOwner, Result, TargetImage};
+
+/// The longest journal, in bytes.
+pub const JOURNAL_MAX: usize = 64 << 10;
+
+/// A client that has an image open for writing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskUser {
+    /// Where it is: an RBD client's address, `IP:PORT/NONCE`.
+    pub address: String,
+    /// Whether it is this process.
+    pub is_own: bool,
+}
+
+/// What is done about a live client that has the lock, when an image is fenced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LockHolder {
+    /// It is named, and nothing changes ([`super::ErrorKind::Busy`]): nobody should have the image open.
+    Refuse,
+    /// It is asked to give the lock, and refused it from then on, until the fence is taken down: a server that was
+    /// suspended has the image open, and does not write.
+    Ask,
+}
+
+/// A disk that a server runs from, on either side of a cutover.
+#[async_trait]
+pub trait Disk: TargetImage {
+    /// Who has it open for writing, this process included.
+    async fn users(&self) -> Result<Vec<DiskUser>>;
+
+    /// Takes the lock that nobody can write without, and keeps it until [`TargetImage::release_lease`]: it is the lease,
+    /// taken on either side. [`super::ErrorKind::Unsupported`] where the image has no such lock (RBD: the feature
+    /// exclusive-lock), [`super::ErrorKind::Busy`] where another process has it. Idempotent.
+    async fn fence(&self, owner: &LeaseOwner, holder: LockHolder) -> Result<()>;
+
+    /// Its name now, without pool and namespace: the image may have been renamed since it was opened.
+    async fn name(&self) -> Result<String>;
+
+    /// Gives it another name in the same pool and namespace; done already is no error.
+    /// [`super::ErrorKind::AlreadyExists`] if another image has that name. Durable and atomic.
+    async fn rename(&self, name: &str) -> Result<()>;
+
+    /// The journal that was stored last with this image.
+    async fn load_journal(&self) -> Result<Option<String>>;
+
+    /// Stores the journal, or with `None` takes it away: durable and atomic, at most [`JOURNAL_MAX`] bytes. Needs the
+    /// lease.
+    async fn store_journal(&self, journal: Option<&str>) -> Result<()>;
+
+    /// Takes away the state of a cycle ([`TargetImage::store_state`]). Needs the lease.
+    async fn forget_state(&self) -> Result<()>;
+}
