@@ -4,8 +4,6 @@
 //! One JSON object in the image's metadata (RBD: `poolshift.cutover`). It is stored before every phase, and again when
 //! the phase is over. It stays after the commit, for the way back, until `finalize` takes it away.
 
-use std::time::Duration;
-
 use serde::{Deserialize, Serialize};
 
 use super::phase::Phase;
@@ -40,18 +38,18 @@ pub struct Journal {
     pub by: String,
     /// Where it is.
     pub phase: Phase,
-    /// Whether that phase is over.
+    /// Whether all that belongs to it was done; set for the last phase only.
     pub done: bool,
     /// Which process is, or was, at it.
     pub worker: LeaseOwner,
     /// When it began, RFC 3339.
     pub begun: String,
+    /// When the server was told to stop, RFC 3339.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stopped: Option<String>,
     /// When it was over, RFC 3339.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ended: Option<String>,
-    /// How long the server did not run.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub outage: Option<Duration>,
     /// The volumes, in the order of the plan.
     pub volumes: Vec<JournalVolume>,
     /// What the provider remembers.
@@ -124,8 +122,14 @@ impl Journal {
         self.to.other()
     }
 
-    /// Whether the server runs on its targets, and its sources are kept.
+    /// Whether nothing is left to be done.
+    pub fn is_over(&self) -> bool {
+        self.phase.is_over() && self.done
+    }
+
+    /// Whether the server runs from its targets, and its sources are kept.
     pub fn is_cut_over(&self) -> bool {
-        self.to == Side::Target && self.phase == Phase::Committed && self.done
+        let stays = if self.to == Side::Target { Phase::Committed } else { Phase::RolledBack };
+        self.phase == stays && self.done
     }
 }

@@ -175,8 +175,16 @@ pub enum CutoverError {
         /// What happened before.
         because: String,
     },
+    /// An earlier walk was cut, and is undone.
+    #[error("{server}: a walk that was cut at {phase} was undone")]
+    Unfinished {
+        /// The server.
+        server: String,
+        /// Where it was.
+        phase: Phase,
+    },
     /// It was told to stop.
-    #[error("{server}: interrupted before it was stopped")]
+    #[error("{server}: interrupted")]
     Interrupted {
         /// The server.
         server: String,

@@ -268,6 +268,15 @@ pub async fn run(
     outcome
 }
 
+/// [`run`] for a caller who holds all the leases already, and keeps them: always a new point.
+pub async fn run_held(
+    members: &[Member],
+    options: &GroupOptions,
+    cancel: &CancellationToken,
+) -> Result<GroupEnd, GroupError> {
+    Group { members, options, cancel }.with_leases().await
+}
+
 fn nothing_to_do(seen: &[Seen], options: &GroupOptions) -> Option<GroupEnd> {
     let point = common_point(seen.iter().map(|seen| &seen.look))?;
     let at_point =

@@ -28,5 +28,6 @@ mod tracker;
 mod worker;
 
 pub use images_only::status_from_images;
+pub(crate) use shared::PAUSED;
 pub use shared::{Fleet, Images, Opener};
 pub use worker::Worker;

@@ -286,7 +286,7 @@ pub struct Fleet(pub(super) Arc<Shared>);
 const NOTES_AT_A_TIME: usize = 8;
 
 /// The note of a server that is paused. Any note that starts like this pauses it.
-pub(super) const PAUSED: &str = "paused";
+pub(crate) const PAUSED: &str = "paused";
 
 #[async_trait]
 impl FleetControl for Fleet {

@@ -29,6 +29,9 @@ pub enum LockHolder {
 /// A disk that a server runs from, on either side of a cutover.
 #[async_trait]
 pub trait Disk: TargetImage {
+    /// Whether it has a lock that nobody can write without: only then it can be fenced.
+    fn has_lock(&self) -> bool;
+
     /// Who has it open for writing, this process included.
     async fn users(&self) -> Result<Vec<DiskUser>>;
 
@@ -47,10 +50,10 @@ pub trait Disk: TargetImage {
     /// The journal that was stored last with this image.
     async fn load_journal(&self) -> Result<Option<String>>;
 
-    /// Stores the journal, or with `None` takes it away: durable and atomic, at most [`JOURNAL_MAX`] bytes. Needs the
-    /// lease.
+    /// Stores the journal, or with `None` takes it away: durable and atomic, at most [`JOURNAL_MAX`] bytes. Needs no
+    /// lease: a server may run from the image by then.
     async fn store_journal(&self, journal: Option<&str>) -> Result<()>;
 
-    /// Takes away the state of a cycle ([`TargetImage::store_state`]). Needs the lease.
+    /// Takes away the state of a cycle ([`TargetImage::store_state`]). Needs no lease: a server may run from the image.
     async fn forget_state(&self) -> Result<()>;
 }

@@ -142,6 +142,11 @@ impl Retired {
     pub fn of(side: Side, id: u64, name: &str) -> Self {
         Self { side, id, name: name.to_owned() }
     }
+
+    /// The same snapshot, where the sides are exchanged.
+    pub fn reversed(&self) -> Self {
+        Self { side: self.side.other(), ..self.clone() }
+    }
 }
 
 /// One of the two sides.
@@ -233,6 +238,11 @@ impl TargetState {
 }
 
 impl Commit {
+    /// The same commit, where the sides are exchanged.
+    pub fn reversed(&self) -> Self {
+        Self { source_id: self.target_id, target_id: self.source_id, ..self.clone() }
+    }
+
     /// The snapshot on the source.
     pub fn on_source(&self) -> Snapshot {
         Snapshot { id: self.source_id, name: self.name.clone(), size: self.size }

@@ -1,10 +1,10 @@
 //! Verification: both sides are read whole and compared by strong digests.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
-use futures::stream::{self, TryStreamExt};
+use futures::stream::{self, BoxStream, StreamExt as _, TryStreamExt};
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
@@ -56,19 +56,13 @@ pub async fn verify(
     let plan = Plan::exact(None, common, "a verification takes nothing on trust", None);
     progress.set_plan(&plan);
     let windows = delta::allocated_in_either(source.clone(), target.clone(), &plan, source_layout);
-    // A piece is in memory twice, once from each side.
-    let depth = usize::try_from(limits.bytes / (2 * CHUNK_MAX)).unwrap_or(1).clamp(1, limits.requests.max(1));
-    let compared = AtomicU64::new(0);
-    let mut pieces = windows
-        .map_ok(|window| stream::iter(window.into_iter().flat_map(|range| range.split_at_multiples(CHUNK_MAX)).map(Ok)))
-        .try_flatten()
-        .map_ok(|piece| compare(source.clone(), target.clone(), piece, limits.shared.clone()))
-        .try_buffered(depth);
     let mut whole = blake3::Hasher::new();
+    let mut bytes_compared = 0;
     let mut differing = Vec::new();
     let mut bytes_differing = 0;
+    let mut pieces = compare_pieces(source.clone(), target.clone(), windows, &limits);
     while let Some((piece, digest, ranges)) = pieces.try_next().await? {
-        compared.fetch_add(piece.length(), Ordering::Relaxed);
+        bytes_compared += piece.length();
         progress.counters.position.store(piece.end(), Ordering::Relaxed);
         progress.counters.bytes_read.fetch_add(2 * piece.length(), Ordering::Relaxed);
         whole.update(&piece.offset().to_le_bytes()).update(digest.as_bytes());
@@ -88,11 +82,74 @@ pub async fn verify(
         equal: bytes_differing == 0,
         source_size: source.size(),
         target_size: target.size(),
-        bytes_compared: compared.into_inner(),
+        bytes_compared,
         bytes_differing,
         ranges: differing,
         digest: whole.finalize().to_hex().to_string(),
     })
+}
+
+/// A piece that was read on both sides: where it is, the digest of the first, and where they differ.
+type Piece = (ByteRange, blake3::Hash, Vec<ByteRange>);
+
+/// Reads ranges, which come in ascending order, on both sides at the same time.
+fn compare_pieces(
+    source: Arc<dyn View>,
+    target: Arc<dyn View>,
+    windows: BoxStream<'static, crate::image::Result<Vec<ByteRange>>>,
+    limits: &Limits,
+) -> BoxStream<'static, Result<Piece>> {
+    // A piece is in memory twice, once from each side.
+    let depth = usize::try_from(limits.bytes / (2 * CHUNK_MAX)).unwrap_or(1).clamp(1, limits.requests.max(1));
+    let shared = limits.shared.clone();
+    let pieces = windows
+        .map_err(CycleError::from)
+        .map_ok(|window| stream::iter(window.into_iter().flat_map(|range| range.split_at_multiples(CHUNK_MAX)).map(Ok)))
+        .try_flatten()
+        .map_ok(move |piece| compare(source.clone(), target.clone(), piece, shared.clone()))
+        .try_buffered(depth);
+    pieces.boxed()
+}
+
+/// What a comparison of some ranges found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Compared {
+    /// Bytes that were read on each side.
+    pub bytes: u64,
+    /// The first range that differs, after which nothing was looked at.
+    pub first_difference: Option<ByteRange>,
+}
+
+impl Compared {
+    /// Both comparisons.
+    pub fn add(&mut self, other: Self) {
+        self.bytes += other.bytes;
+        self.first_difference = self.first_difference.or(other.first_difference);
+    }
+}
+
+/// Compares ranges of two points by BLAKE3 digests, up to the first difference. Different sizes are one.
+pub async fn compare_windows(
+    source: Arc<dyn View>,
+    target: Arc<dyn View>,
+    windows: BoxStream<'static, crate::image::Result<Vec<ByteRange>>>,
+    limits: &Limits,
+) -> Result<Compared> {
+    let (ours, theirs) = (source.size(), target.size());
+    if ours != theirs {
+        let first_difference = ByteRange::between(ours.min(theirs), ours.max(theirs));
+        return Ok(Compared { bytes: 0, first_difference });
+    }
+    let mut found = Compared::default();
+    let mut pieces = compare_pieces(source, target, windows, limits);
+    while let Some((piece, _, ranges)) = pieces.try_next().await? {
+        found.bytes += piece.length();
+        found.first_difference = ranges.first().copied();
+        if found.first_difference.is_some() {
+            break;
+        }
+    }
+    Ok(found)
 }
 
 /// Reads one piece from both sides; gives back the source's digest and where they differ.

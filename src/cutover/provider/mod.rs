@@ -19,6 +19,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
+use std::time::Duration;
 
 use async_trait::async_trait;
 
@@ -59,6 +60,17 @@ pub enum Power {
     Saved,
     /// It is off.
     Off,
+}
+
+impl std::fmt::Display for Power {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Running => "running",
+            Self::Suspended => "suspended",
+            Self::Saved => "saved",
+            Self::Off => "off",
+        })
+    }
 }
 
 /// What is true of a server.
@@ -137,6 +149,11 @@ pub trait Provider: Send + Sync + Debug {
     /// Whether poolshift is to end with the proof, and leave the rest to a person.
     fn by_hand(&self) -> bool {
         false
+    }
+
+    /// How long the server stands still for the provider's own part, as far as can be told: stopping and starting it.
+    async fn usual_pause(&self) -> Option<Duration> {
+        None
     }
 
     /// What is in the way of leaving `from`. Changes nothing.

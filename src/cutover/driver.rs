@@ -1,0 +1,413 @@
+//! The walk: carries a server from one side to the other, or brings it back to where it came from.
+//!
+//! # What is held, and since when
+//!
+//! | from | until | what |
+//! |---|---|---|
+//! | Syncing | Resuming | the leases of the images that the server arrives at: no worker writes them |
+//! | FinalDelta | the end of Committed | the fence on the images that the server leaves: nobody writes them |
+//! | Syncing | the end | the note that has the fleet's workers leave the server alone |
+//!
+//! # While the server stands still
+//!
+//! Nothing is done that could be done before or after it. The targets are at a base, checked and noted down as dirty,
+//! before the server is stopped; the last delta is from that base to HEAD ([`replicate::LastDelta`](crate::replicate)), so
+//! that no snapshot is waited for; what marks the point on the source is made after the server runs.
+//!
+//! # The point of no return
+//!
+//! The journal says [`Phase::Resuming`] before the provider is told to start the server on the other side. From then on the
+//! server may have written there, and the way back before the commit is open only while it is proved that it has not:
+//! both HEADs are compared wherever either was written since the base.
+
+use std::time::{Duration, Instant};
+
+use futures::future::try_join_all;
+use jiff::Timestamp;
+use tokio_util::sync::CancellationToken;
+
+use super::journal::{Changes, FORMAT, Journal, JournalVolume};
+use super::phase::Phase;
+use super::proof::{self, Proved};
+use super::provider::{Observed, Power, Side};
+use super::server::{CutoverError, Observer, Options, PhaseTime, Proof, Report, Result, Server};
+use super::sides::{Sides, store_journal};
+use super::warm_up;
+use crate::fleet::group;
+use crate::image::{DiskUser, ImageError, LeaseOwner, LockHolder};
+use crate::pipeline::Limits;
+use crate::replicate::{self, LastDelta};
+
+/// A server on its way.
+pub(super) struct Walk<'a> {
+    pub(super) sides: Sides<'a>,
+    pub(super) options: &'a Options,
+    pub(super) observer: &'a dyn Observer,
+    pub(super) cancel: &'a CancellationToken,
+    pub(super) journal: Journal,
+    pub(super) phases: Vec<PhaseTime>,
+    pub(super) since: Instant,
+    pub(super) stopped: Option<Timestamp>,
+    pub(super) outage: Option<Duration>,
+    pub(super) deltas: Vec<LastDelta>,
+    pub(super) moved: u64,
+    pub(super) proved: Proved,
+    pub(super) remarks: Vec<String>,
+    /// The saved memory of the server is not to be used.
+    pub(super) fresh: bool,
+}
+
+impl<'a> Walk<'a> {
+    /// A walk that has not begun.
+    pub(super) fn new(
+        sides: Sides<'a>,
+        options: &'a Options,
+        (observer, cancel): (&'a dyn Observer, &'a CancellationToken),
+        changes: Option<Changes>,
+    ) -> Result<Self> {
+        let server = sides.server;
+        let volumes = server.volumes.iter().map(|volume| JournalVolume {
+            name: volume.disk.volume.clone(),
+            source: volume.source.identity().clone(),
+            source_name: volume.source_name().to_owned(),
+            target: volume.target.identity().clone(),
+            fence: None,
+        });
+        let worker = LeaseOwner::current()
+            .map_err(|error| ImageError::from_io(error, &server.name, "say who cuts the server over"))?;
+        let journal = Journal {
+            format: FORMAT,
+            server: server.name.clone(),
+            to: sides.to,
+            changes,
+            by: server.provider.describe(),
+            phase: Phase::Syncing,
+            done: false,
+            worker,
+            begun: Timestamp::now().to_string(),
+            stopped: None,
+            ended: None,
+            volumes: volumes.collect(),
+            notes: super::provider::Notes::new(),
+            note_before: None,
+        };
+        Ok(Self {
+            sides,
+            options,
+            observer,
+            cancel,
+            journal,
+            phases: Vec::new(),
+            since: Instant::now(),
+            stopped: None,
+            outage: None,
+            deltas: Vec::new(),
+            moved: 0,
+            proved: Proved::default(),
+            remarks: Vec::new(),
+            fresh: false,
+        })
+    }
+
+    /// The same for one that was begun by a process that is gone.
+    pub(super) fn again(mut self, found: Journal) -> Self {
+        let worker = self.journal.worker.clone();
+        self.stopped = found.stopped.as_deref().and_then(|at| at.parse().ok());
+        self.journal = Journal { worker, ..found };
+        self
+    }
+
+    pub(super) fn server(&self) -> &'a Server {
+        self.sides.server
+    }
+
+    /// Begins a phase: in the journal first.
+    pub(super) async fn enter(&mut self, phase: Phase) -> Result<()> {
+        debug_assert!(self.journal.phase.may_become(phase), "{} -> {phase}", self.journal.phase);
+        self.lap();
+        self.journal.phase = phase;
+        self.observer.phase(phase);
+        store_journal(self.server(), Some(&self.journal)).await
+    }
+
+    /// Enters the phase that has ended into the report.
+    fn lap(&mut self) {
+        let took = self.since.elapsed();
+        self.since = Instant::now();
+        self.phases.push(PhaseTime { phase: self.journal.phase, took });
+    }
+
+    /// While the server runs, with the leases held: cycles until little is left, and everything is ready for its stop.
+    pub(super) async fn warm_up(&mut self) -> Result<()> {
+        self.enter(Phase::Syncing).await?;
+        let server = self.server();
+        if self.carries() {
+            if self.sides.to == Side::Source {
+                for volume in &server.volumes {
+                    replicate::turn_round(volume.source.as_ref(), volume.target.as_ref()).await?;
+                }
+            }
+            warm_up::run(self).await?;
+        }
+        server.provider.prepare(self.sides.to.other(), &mut self.journal.notes).await?;
+        if self.carries() {
+            self.deltas = self.prepare_deltas().await?;
+        }
+        self.enter(Phase::Converged).await
+    }
+
+    /// Whether anything is carried over: on the way back with the changes discarded, nothing is.
+    pub(super) fn carries(&self) -> bool {
+        self.journal.changes != Some(Changes::Discard)
+    }
+
+    async fn prepare_deltas(&self) -> Result<Vec<LastDelta>> {
+        let to = self.sides.to;
+        let prepare = self.server().volumes.iter().map(|volume| {
+            let (source, target) = (volume.on(to.other()).clone(), volume.on(to).clone());
+            async move { LastDelta::prepare(&(source as _), &(target as _), Limits::default()).await }
+        });
+        Ok(try_join_all(prepare).await?)
+    }
+
+    /// From a server that runs, or was stopped by an earlier walk, to one that runs on the other side.
+    pub(super) async fn stop_and_go(&mut self) -> Result<()> {
+        let before = self.sides.users().await?;
+        self.stopped.get_or_insert_with(Timestamp::now);
+        self.journal.stopped = self.stopped.map(|at| at.to_string());
+        self.enter(Phase::Quiescing).await?;
+        self.within_limit(async |walk: &mut Self| walk.quiesce(&before).await).await?;
+        self.enter(Phase::FinalDelta).await?;
+        self.within_limit(async |walk: &mut Self| walk.last_delta().await).await?;
+        self.enter(Phase::Verifying).await?;
+        self.within_limit(async |walk: &mut Self| walk.prove().await).await?;
+        self.enter(Phase::Swapping).await?;
+        let server = self.server();
+        if self.sides.to == Side::Source {
+            self.sides.name_sources(false).await?;
+        }
+        server.provider.swap(self.sides.to, &mut self.journal.notes).await?;
+        self.check_limit()?;
+        self.go().await
+    }
+
+    /// Starts the server on the other side.
+    pub(super) async fn go(&mut self) -> Result<()> {
+        self.enter(Phase::Resuming).await?;
+        let (server, to) = (self.server(), self.sides.to);
+        self.sides.release_leases().await;
+        // Whoever keeps its memory goes on with disks that are, to the byte, what it knows: not so after a discard.
+        let fresh = self.fresh || self.journal.changes == Some(Changes::Discard);
+        server.provider.start(to, fresh, &mut self.journal.notes).await?;
+        if server.provider.by_hand() {
+            return Ok(());
+        }
+        let observed = self.observe().await?;
+        if observed != (Observed { power: Power::Running, side: Some(to) }) {
+            return Err(self.unexpected("start", &observed));
+        }
+        self.note_outage();
+        Ok(())
+    }
+
+    pub(super) fn note_outage(&mut self) {
+        let passed = |at: Timestamp| Duration::try_from(Timestamp::now().duration_since(at)).ok();
+        self.outage = self.stopped.and_then(passed);
+    }
+
+    pub(super) async fn observe(&self) -> Result<Observed> {
+        Ok(self.server().provider.observe(&self.journal.notes).await?)
+    }
+
+    pub(super) fn unexpected(&self, operation: &str, observed: &Observed) -> CutoverError {
+        let side = match observed.side {
+            Some(Side::Source) => "its sources",
+            Some(Side::Target) => "its targets",
+            None => "no one side",
+        };
+        super::provider::ProviderError {
+            operation: operation.to_owned(),
+            server: self.server().name.clone(),
+            problem: format!("afterwards it is {} on {side}", observed.power),
+            hint: None,
+        }
+        .into()
+    }
+
+    async fn quiesce(&mut self, before: &[Vec<DiskUser>]) -> Result<()> {
+        let (server, from) = (self.server(), self.sides.to.other());
+        if server.provider.by_hand() {
+            return self.wait_for_a_person().await;
+        }
+        server.provider.quiesce(&mut self.journal.notes).await?;
+        let observed = self.observe().await?;
+        if observed.power == Power::Running {
+            return Err(self.unexpected("stop", &observed));
+        }
+        let stays = server.provider.stays_open() && observed.power == Power::Suspended && observed.side == Some(from);
+        let (may_stay, holder) = if stays { (before, LockHolder::Ask) } else { (&[][..], LockHolder::Refuse) };
+        self.shut_out(may_stay, holder).await
+    }
+
+    /// Keeps everybody from writing what is left, and makes sure that nobody is there who might.
+    async fn shut_out(&mut self, may_stay: &[Vec<DiskUser>], holder: LockHolder) -> Result<()> {
+        if let Some(stranger) = self.sides.wait_until_closed(may_stay).await? {
+            return Err(self.in_use(stranger));
+        }
+        self.sides.fence(holder).await?;
+        if let Some(stranger) = self.sides.wait_until_closed(may_stay).await? {
+            return Err(self.in_use(stranger));
+        }
+        let mut fences = Vec::new();
+        for image in self.sides.leaving() {
+            fences.push(image.lease_owner().await?);
+        }
+        for (volume, fence) in self.journal.volumes.iter_mut().zip(fences) {
+            volume.fence = fence;
+        }
+        Ok(())
+    }
+
+    fn in_use(&self, stranger: String) -> CutoverError {
+        super::provider::ProviderError {
+            operation: "final delta".to_owned(),
+            server: self.server().name.clone(),
+            problem: format!("{stranger}: somebody may still write to it"),
+            hint: Some("find out what has the image open (rbd status), and end it".to_owned()),
+        }
+        .into()
+    }
+
+    /// The server is stopped by a person: waits until nobody has its images open.
+    async fn wait_for_a_person(&mut self) -> Result<()> {
+        self.observer.note("stop the server now: waiting until nobody has its images open");
+        loop {
+            if self.cancel.is_cancelled() {
+                return Err(CutoverError::Interrupted { server: self.server().name.clone() });
+            }
+            if self.sides.users().await?.iter().all(Vec::is_empty) {
+                // Its outage begins when its images are closed, as far as anybody here can tell.
+                self.stopped = Some(Timestamp::now());
+                return self.shut_out(&[], LockHolder::Refuse).await;
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    }
+
+    async fn last_delta(&mut self) -> Result<()> {
+        let progress: Vec<_> = self.deltas.iter().map(|_| replicate::Progress::default()).collect();
+        let carried = self.deltas.iter().zip(&progress).map(|(delta, progress)| delta.carry(progress, self.cancel));
+        let moved = try_join_all(carried).await?;
+        self.moved += moved.iter().map(|moved| moved.bytes).sum::<u64>();
+        Ok(())
+    }
+
+    async fn prove(&mut self) -> Result<()> {
+        if self.options.proof == Proof::None {
+            return Ok(());
+        }
+        proof::prove_last(self.sides, &self.deltas, &mut self.proved).await
+    }
+
+    fn too_long(&self, limit: Duration) -> CutoverError {
+        CutoverError::TooLong { server: self.server().name.clone(), how: "has passed".into(), limit }
+    }
+
+    /// How much is left of the outage that is allowed.
+    fn time_left(&self) -> Option<(Duration, Duration)> {
+        let (limit, stopped) = (self.options.max_outage?, self.stopped?);
+        let passed = Duration::try_from(Timestamp::now().duration_since(stopped)).unwrap_or_default();
+        Some((limit, limit.saturating_sub(passed)))
+    }
+
+    fn check_limit(&self) -> Result<()> {
+        match self.time_left() {
+            Some((limit, left)) if left.is_zero() => Err(self.too_long(limit)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Does a part of the outage, which ends when the limit on the outage passes, or when a person says so.
+    async fn within_limit(&mut self, part: impl AsyncFnOnce(&mut Self) -> Result<()>) -> Result<()> {
+        // A person who stops the server by hand takes the time that it takes.
+        let left = self.time_left().filter(|_| !self.server().provider.by_hand());
+        let (cancel, server) = (self.cancel.clone(), self.server().name.clone());
+        let late = left.map(|(limit, _)| self.too_long(limit));
+        let part = part(self);
+        let limited = async {
+            match left {
+                None => part.await,
+                Some((_, left)) => match tokio::time::timeout(left, part).await {
+                    Ok(done) => done,
+                    Err(_) => late.map_or(Ok(()), Err),
+                },
+            }
+        };
+        tokio::select! {
+            biased;
+            () = cancel.cancelled() => Err(CutoverError::Interrupted { server }),
+            done = limited => done,
+        }
+    }
+
+    /// For a server that stands still since an earlier walk: whatever that had done, a whole cycle puts it right.
+    pub(super) async fn from_quiesced(&mut self) -> Result<()> {
+        let server = self.server();
+        if self.carries() {
+            if self.sides.to == Side::Source {
+                for volume in &server.volumes {
+                    replicate::turn_round(volume.source.as_ref(), volume.target.as_ref()).await?;
+                }
+            }
+            let (members, options) = (self.sides.members(), self.sides.group_options());
+            group::run_held(&members, &options, self.cancel).await?;
+            self.deltas = self.prepare_deltas().await?;
+        }
+        self.stop_and_go().await
+    }
+
+    /// Whether the locks on what is left are still those of the process that fenced it: then nobody has written there.
+    pub(super) async fn is_untouched(&self) -> Result<bool> {
+        for (image, volume) in self.sides.leaving().zip(&self.journal.volumes) {
+            let owner = image.lease_owner().await?;
+            let same = owner.zip(volume.fence.as_ref()).is_some_and(|(owner, fence)| owner.client == fence.client);
+            if !same {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// What the walk has come to.
+    pub(super) fn report(mut self, ended: Phase, because: Option<&CutoverError>) -> Report {
+        self.lap();
+        let runs_from = if ended == Phase::Committed { self.sides.to } else { self.sides.to.other() };
+        Report {
+            server: self.server().name.clone(),
+            by: self.server().provider.describe(),
+            runs_from,
+            ended,
+            outage: self.outage,
+            phases: std::mem::take(&mut self.phases),
+            delta_bytes: self.moved,
+            proved_bytes: self.proved.0,
+            rolled_back_because: because.map(error_text),
+            remarks: std::mem::take(&mut self.remarks),
+        }
+    }
+}
+
+/// An error with its causes, in one line.
+pub(super) fn error_text(error: &CutoverError) -> String {
+    let mut text = error.to_string();
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    text
+}

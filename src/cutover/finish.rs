@@ -1,0 +1,187 @@
+//! The two ends of a walk: the commit, after which the side that was left is put out of the way, and the way back before
+//! it.
+
+use futures::future::try_join_all;
+
+use super::driver::{Walk, error_text};
+use super::journal::Changes;
+use super::phase::Phase;
+use super::provider::{Observed, Power, Side};
+use super::server::{CutoverError, Report, Result};
+use super::sides::store_journal;
+use crate::fleet::PAUSED;
+use crate::image::{ErrorKind, LockHolder};
+use crate::pipeline::Limits;
+use crate::replicate;
+
+impl Walk<'_> {
+    /// The server runs on the other side: what is left to be done is off its way. May be repeated.
+    pub(super) async fn commit(mut self) -> Result<Report> {
+        self.enter(Phase::Committed).await?;
+        let (server, to) = (self.server(), self.sides.to);
+        // Held already, but by a walk that goes on for one that is gone.
+        self.sides.fence(LockHolder::Refuse).await?;
+        match to {
+            Side::Target => {
+                self.mark_sources().await;
+                self.sides.name_sources(true).await?;
+            }
+            Side::Source => {
+                if self.carries() {
+                    for volume in &server.volumes {
+                        replicate::turn_back(volume.source.as_ref(), volume.target.as_ref()).await?;
+                    }
+                }
+                for volume in &server.volumes {
+                    volume.source.forget_state().await?;
+                }
+            }
+        }
+        self.remarks.extend(server.provider.settle(to, &mut self.journal.notes).await?);
+        self.sides.release_fences().await;
+        self.journal.done = true;
+        self.journal.ended = Some(jiff::Timestamp::now().to_string());
+        match to {
+            Side::Target => {
+                store_journal(server, Some(&self.journal)).await?;
+                let at = self.journal.ended.as_deref().unwrap_or_default();
+                self.leave_note(Some(&format!("{PAUSED}: cut over to its targets at {at}"))).await?;
+            }
+            Side::Source => {
+                let before = self.journal.note_before.clone();
+                self.leave_note(before.as_deref()).await?;
+                store_journal(server, None).await?;
+            }
+        }
+        Ok(self.report(Phase::Committed, None))
+    }
+
+    /// A snapshot of each source as it was left. It is a help for people, and for a way back that is given up half way; so
+    /// it may fail.
+    async fn mark_sources(&mut self) {
+        for (volume, delta) in self.server().volumes.iter().zip(&self.deltas) {
+            match volume.source.create_snapshot(delta.name()).await {
+                Ok(_) => {}
+                Err(error) if error.kind == ErrorKind::AlreadyExists => {}
+                Err(error) => {
+                    self.remarks.push(format!("{} has no snapshot of how it was left: {error}", volume.disk.volume))
+                }
+            }
+        }
+    }
+
+    /// Leaves a note for the fleet's workers, or takes it away.
+    pub(super) async fn leave_note(&self, note: Option<&str>) -> Result<()> {
+        match self.server().volumes.first() {
+            Some(first) => Ok(first.target.store_note(note).await?),
+            None => Ok(()),
+        }
+    }
+
+    /// Something went wrong before the commit: the server goes on where it came from.
+    pub(super) async fn go_back(mut self, because: CutoverError) -> Result<Report> {
+        match self.try_back().await {
+            Ok(Back::Here) => Ok(self.report(Phase::RolledBack, Some(&because))),
+            Ok(Back::There) => {
+                self.remarks.push(format!("it runs where it was to go all the same, after: {}", error_text(&because)));
+                self.note_outage();
+                self.commit().await
+            }
+            Err(error) => Err(CutoverError::NotBrought {
+                server: self.server().name.clone(),
+                error: Box::new(error),
+                because: error_text(&because),
+            }),
+        }
+    }
+
+    async fn try_back(&mut self) -> Result<Back> {
+        let (server, from, to) = (self.server(), self.sides.to.other(), self.sides.to);
+        let observed = self.observe().await?;
+        let may_have_written = self.journal.phase == Phase::Resuming;
+        if may_have_written && observed == (Observed { power: Power::Running, side: Some(to) }) {
+            return Ok(Back::There);
+        }
+        if may_have_written && !server.provider.by_hand() {
+            self.refuse_written().await?;
+        }
+        self.enter(Phase::RollingBack).await?;
+        if to == Side::Source {
+            self.sides.name_sources(true).await?;
+        }
+        self.sides.release_fences().await;
+        let runs = observed == (Observed { power: Power::Running, side: Some(from) });
+        if !server.provider.by_hand() {
+            let fresh = self.fresh;
+            server.provider.undo(from, fresh, &mut self.journal.notes).await?;
+            let now = self.observe().await?;
+            if now != (Observed { power: Power::Running, side: Some(from) }) {
+                return Err(self.unexpected("way back", &now));
+            }
+            if !runs {
+                self.note_outage();
+            }
+            self.remarks.extend(server.provider.settle(from, &mut self.journal.notes).await?);
+        }
+        self.end_where_it_was().await?;
+        Ok(Back::Here)
+    }
+
+    /// The server was to be started on the other side, and does not run there: whether it has written decides.
+    async fn refuse_written(&mut self) -> Result<()> {
+        if self.is_written().await? {
+            return Err(CutoverError::Diverged {
+                server: self.server().name.clone(),
+                problem: "it was started on the other side and has written there, but does not run there now".into(),
+                hint: "run the same command again: it is started there once more".into(),
+            });
+        }
+        Ok(())
+    }
+
+    /// Whether the server, which does not run now, has written on the side that it was to go to. Takes the leases there.
+    pub(super) async fn is_written(&mut self) -> Result<bool> {
+        self.sides.take_leases(self.observer, self.cancel).await?;
+        if self.journal.changes == Some(Changes::Discard) {
+            // Nothing was carried, so nothing tells; but nothing of the other side is lost by going back either.
+            return Ok(false);
+        }
+        let to = self.sides.to;
+        let compare = self.server().volumes.iter().map(|volume| {
+            let (source, target) = (volume.on(to.other()).clone(), volume.on(to).clone());
+            async move {
+                let look = replicate::look(source.as_ref(), target.as_ref()).await?;
+                let Some(base) = look.base() else { return Ok::<_, CutoverError>(true) };
+                let found = replicate::compare_heads(&(source as _), &(target as _), base, &Limits::default()).await?;
+                Ok(found.first_difference.is_some())
+            }
+        });
+        Ok(try_join_all(compare).await?.contains(&true))
+    }
+
+    /// The end of a walk that leads back to where it began.
+    pub(super) async fn end_where_it_was(&mut self) -> Result<()> {
+        self.enter(Phase::RolledBack).await?;
+        self.sides.release_leases().await;
+        self.sides.release_fences().await;
+        self.journal.done = true;
+        self.journal.ended = Some(jiff::Timestamp::now().to_string());
+        match self.sides.to {
+            Side::Target => {
+                let before = self.journal.note_before.clone();
+                self.leave_note(before.as_deref()).await?;
+                store_journal(self.server(), None).await
+            }
+            // It is cut over, as it was.
+            Side::Source => store_journal(self.server(), Some(&self.journal)).await,
+        }
+    }
+}
+
+/// Where a server is after an attempt to bring it back.
+enum Back {
+    /// Where it came from.
+    Here,
+    /// Where it was to go.
+    There,
+}

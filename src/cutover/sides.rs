@@ -1,0 +1,224 @@
+//! The images of a server in the direction that it moves: those that it leaves, and those that it arrives at.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures::future::{join_all, try_join_all};
+use tokio_util::sync::CancellationToken;
+
+use super::journal::{Journal, kept_name};
+use super::provider::Side;
+use super::server::{CutoverError, Observer, Result, Server, Volume};
+use crate::fleet::group::{GroupOptions, Member};
+use crate::image::{Disk, DiskUser, ErrorKind, ImageError, ImageSpec, LeaseOwner, LockHolder};
+use crate::pipeline::Limits;
+use crate::plan::{Quiesce, Retention};
+use crate::replicate::Progress;
+
+/// How long a worker of the fleet is waited for: it gives its leases back at the end of a cycle, or at a checkpoint.
+const WORKER_PATIENCE: Duration = Duration::from_secs(900);
+/// How often it is looked whether it has.
+const STEP: Duration = Duration::from_millis(200);
+/// How long a server that has stopped may take to close its images.
+const CLOSE_PATIENCE: Duration = Duration::from_secs(5);
+
+impl Volume {
+    /// The image on that side.
+    pub fn on(&self, side: Side) -> &Arc<dyn Disk> {
+        match side {
+            Side::Source => &self.source,
+            Side::Target => &self.target,
+        }
+    }
+
+    /// The name that the source has while it is in use.
+    pub(super) fn source_name(&self) -> &str {
+        match &self.disk.source {
+            ImageSpec::Rbd { image, .. } => image,
+            ImageSpec::File { .. } => "",
+        }
+    }
+}
+
+/// A server on its way.
+#[derive(Clone, Copy)]
+pub(super) struct Sides<'a> {
+    pub(super) server: &'a Server,
+    pub(super) to: Side,
+}
+
+/// This process, as the owner of a lease on that image.
+fn this_process(image: &dyn Disk) -> Result<LeaseOwner> {
+    let failed = |error| ImageError::from_io(error, image.location(), "say who takes the lease");
+    Ok(LeaseOwner::current().map_err(failed)?)
+}
+
+impl Sides<'_> {
+    pub(super) fn leaving(&self) -> impl Iterator<Item = &Arc<dyn Disk>> {
+        self.server.volumes.iter().map(|volume| volume.on(self.to.other()))
+    }
+
+    pub(super) fn arriving(&self) -> impl Iterator<Item = &Arc<dyn Disk>> {
+        self.server.volumes.iter().map(|volume| volume.on(self.to))
+    }
+
+    /// The volumes as a group of the fleet's, which carries from what is left to where the server arrives.
+    pub(super) fn members(&self) -> Vec<Member> {
+        let member = |volume: &Volume| Member {
+            name: volume.disk.volume.clone(),
+            source: volume.on(self.to.other()).clone(),
+            target: volume.on(self.to).clone(),
+            progress: Arc::new(Progress::default()),
+        };
+        self.server.volumes.iter().map(member).collect()
+    }
+
+    /// How the group's cycles run: without a freeze, and with enough kept to compare the last points, also where one that was begun is finished
+    /// first.
+    pub(super) fn group_options(&self) -> GroupOptions {
+        let Retention { keep, keep_for } = self.server.retention;
+        // On the way back nothing goes: the snapshots are those of the way there, too.
+        let keep = if self.to == Side::Target { keep.max(3) } else { usize::MAX };
+        GroupOptions {
+            server: self.server.name.clone(),
+            quiesce: Quiesce::None,
+            retention: Retention { keep, keep_for },
+            limits: Limits::default(),
+            not_younger_than: Duration::ZERO,
+            forced: true,
+        }
+    }
+
+    /// Takes the leases of all images that the server arrives at. A worker of the fleet is waited for; another cutover
+    /// is not.
+    pub(super) async fn take_leases(&self, observer: &dyn Observer, cancel: &CancellationToken) -> Result<()> {
+        let begun = Instant::now();
+        let mut told = false;
+        for image in self.arriving() {
+            let owner = this_process(image.as_ref())?;
+            loop {
+                let busy = match image.acquire_lease(&owner).await {
+                    Ok(()) => break,
+                    Err(error) => error,
+                };
+                let ErrorKind::Busy { holder } = &busy.kind else { return Err(self.give_back(busy).await) };
+                let patient = LeaseOwner::is_description(holder) && begun.elapsed() < WORKER_PATIENCE;
+                if !patient || self.is_with_another_cutover(holder).await {
+                    return Err(self.give_back(busy).await);
+                }
+                if cancel.is_cancelled() {
+                    self.release_leases().await;
+                    return Err(CutoverError::Interrupted { server: self.server.name.clone() });
+                }
+                if !told {
+                    observer.note(&format!("waiting for {holder} to finish its cycle"));
+                    told = true;
+                }
+                tokio::time::sleep(STEP).await;
+            }
+        }
+        Ok(())
+    }
+
+    async fn give_back(&self, error: ImageError) -> CutoverError {
+        self.release_leases().await;
+        error.into()
+    }
+
+    /// Whether the holder of a lease is at a cutover of this server, which takes longer than a cycle.
+    async fn is_with_another_cutover(&self, holder: &str) -> bool {
+        let journal = match load_journal(self.server).await {
+            Ok(Some(journal)) if !journal.is_over() => journal,
+            _ => return false,
+        };
+        holder.contains(&format!("process {} on {} ", journal.worker.pid, journal.worker.host))
+    }
+
+    pub(super) async fn release_leases(&self) {
+        release(self.arriving()).await;
+    }
+
+    /// Keeps everybody from writing to what is left.
+    pub(super) async fn fence(&self, holder: LockHolder) -> Result<()> {
+        let fence = |image: &Arc<dyn Disk>| {
+            let image = image.clone();
+            async move {
+                let owner = this_process(image.as_ref())?;
+                Ok::<_, CutoverError>(image.fence(&owner, holder).await?)
+            }
+        };
+        try_join_all(self.leaving().map(fence)).await.map(drop)
+    }
+
+    pub(super) async fn release_fences(&self) {
+        release(self.leaving()).await;
+    }
+
+    /// Who has each image open that is left, beside this process.
+    pub(super) async fn users(&self) -> Result<Vec<Vec<DiskUser>>> {
+        users(self.leaving()).await
+    }
+
+    /// Waits until nobody has what is left open but those that were there before, where the server keeps it open, and
+    /// says who has otherwise.
+    pub(super) async fn wait_until_closed(&self, may_stay: &[Vec<DiskUser>]) -> Result<Option<String>> {
+        let begun = Instant::now();
+        loop {
+            let now = self.users().await?;
+            let stranger = now.iter().enumerate().zip(self.leaving()).find_map(|((index, users), image)| {
+                let may = may_stay.get(index).map(Vec::as_slice).unwrap_or_default();
+                let stranger = users.iter().find(|user| !may.contains(user))?;
+                Some(format!("{} is open at {}", image.location(), stranger.address))
+            });
+            if stranger.is_none() || begun.elapsed() >= CLOSE_PATIENCE {
+                return Ok(stranger);
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Gives the sources the name under which servers use them, or that under which they are kept.
+    pub(super) async fn name_sources(&self, kept: bool) -> Result<()> {
+        let rename = |volume: &Volume| {
+            let (image, name) = (volume.source.clone(), volume.source_name().to_owned());
+            async move { image.rename(&if kept { kept_name(&name) } else { name }).await }
+        };
+        try_join_all(self.server.volumes.iter().map(rename)).await?;
+        Ok(())
+    }
+}
+
+async fn release(images: impl Iterator<Item = &Arc<dyn Disk>>) {
+    for error in join_all(images.map(|image| image.release_lease())).await.into_iter().filter_map(Result::err) {
+        // It is taken over by whoever comes next: this process will be gone, or its watch will.
+        tracing::warn!(%error, "a lease was not given back");
+    }
+}
+
+async fn users(images: impl Iterator<Item = &Arc<dyn Disk>>) -> Result<Vec<Vec<DiskUser>>> {
+    let others = |image: &Arc<dyn Disk>| {
+        let image = image.clone();
+        async move {
+            let users = image.users().await?;
+            Ok::<_, CutoverError>(users.into_iter().filter(|user| !user.is_own).collect())
+        }
+    };
+    try_join_all(images.map(others)).await
+}
+
+/// The journal of a server, if there is one.
+pub(super) async fn load_journal(server: &Server) -> Result<Option<Journal>> {
+    let Some(first) = server.volumes.first() else { return Ok(None) };
+    let text = first.target.load_journal().await?;
+    let parsed = text.as_deref().map(Journal::parse).transpose();
+    parsed.map_err(|error| CutoverError::Journal { location: first.target.location().to_owned(), error })
+}
+
+/// Stores the journal of a server, or takes it away.
+pub(super) async fn store_journal(server: &Server, journal: Option<&Journal>) -> Result<()> {
+    let Some(first) = server.volumes.first() else { return Ok(()) };
+    let location = || first.target.location().to_owned();
+    let text = journal.map(Journal::render).transpose();
+    let text = text.map_err(|error| CutoverError::Journal { location: location(), error })?;
+    Ok(first.target.store_journal(text.as_deref()).await?)
+}
