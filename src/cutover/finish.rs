@@ -43,9 +43,9 @@ impl Walk<'_> {
         self.journal.ended = Some(jiff::Timestamp::now().to_string());
         match to {
             Side::Target => {
-                store_journal(server, Some(&self.journal)).await?;
                 let at = self.journal.ended.as_deref().unwrap_or_default();
                 self.leave_note(Some(&format!("{PAUSED}: cut over to its targets at {at}"))).await?;
+                store_journal(server, Some(&self.journal)).await?;
             }
             Side::Source => {
                 let before = self.journal.note_before.clone();

@@ -40,6 +40,8 @@ mod readiness;
 pub mod recover;
 mod server;
 mod sides;
+#[cfg(test)]
+mod tests;
 mod warm_up;
 
 use tokio_util::sync::CancellationToken;

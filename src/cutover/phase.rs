@@ -45,7 +45,7 @@ pub const TRANSITIONS: &[(Phase, &[Phase])] = &[
     // Back only after it was proved that the server has not written on the other side.
     (Resuming, &[Committed, Quiescing, RollingBack]),
     (Committed, &[]),
-    (RollingBack, &[RolledBack, Quiescing]),
+    (RollingBack, &[RolledBack]),
     (RolledBack, &[]),
 ];
 

@@ -9,6 +9,9 @@ use bytes::Bytes;
 use super::{Inner, MemoryImage, Op};
 use crate::image::{Disk, DiskUser, ErrorKind, JOURNAL_MAX, LeaseOwner, LockHolder, Result};
 
+/// The handle of a lease whose holder is dead.
+const ABANDONED: u64 = 0;
+
 /// A server that has the image open.
 #[derive(Debug)]
 pub(super) struct Server {
@@ -42,8 +45,10 @@ impl MemoryImage {
         let operation = format!("write {} bytes at {offset} as the server at {address}", data.len());
         let mut inner = self.alive(&operation)?;
         let refused = |detail: &str| self.error(ErrorKind::ReadOnly, &operation).detail(detail);
-        if inner.lease.is_some() {
-            return Err(refused("the lock's holder does not give it"));
+        match inner.lease {
+            Some((ABANDONED, _)) => inner.lease = None,
+            Some(_) => return Err(refused("the lock's holder does not give it")),
+            None => {}
         }
         self.in_bounds(&operation, offset + data.len() as u64, inner.head.size())?;
         if inner.server(address).is_none() {
@@ -57,6 +62,13 @@ impl MemoryImage {
         Ok(())
     }
 
+    /// Lets whoever holds the lease be dead: it stays the owner until somebody else takes the lease.
+    pub fn abandon_lease(&self) {
+        if let Some((handle, _)) = &mut self.lock().lease {
+            *handle = ABANDONED;
+        }
+    }
+
     /// Lets another image have that name.
     pub fn take_name(&self, name: &str) {
         self.lock().taken.push(name.to_owned());
@@ -67,8 +79,8 @@ impl MemoryImage {
         let busy = |holder: String| Err(self.error(ErrorKind::Busy { holder }, operation));
         match &inner.lease {
             Some((handle, _)) if *handle == self.handle => return Ok(()),
+            Some((ABANDONED, _)) | None => {}
             Some((_, holder)) => return busy(holder.to_string()),
-            None => {}
         }
         let owning = inner.servers.iter_mut().find(|server| server.has_lock);
         match owning {
@@ -85,6 +97,10 @@ impl MemoryImage {
 
 #[async_trait]
 impl Disk for MemoryImage {
+    fn has_lock(&self) -> bool {
+        true
+    }
+
     async fn users(&self) -> Result<Vec<DiskUser>> {
         let inner = self.alive("list the watchers")?;
         let servers = inner.servers.iter().map(|server| DiskUser { address: server.address.clone(), is_own: false });
@@ -127,14 +143,14 @@ impl Disk for MemoryImage {
             let large = self.error(ErrorKind::OutOfBounds, operation);
             return Err(large.detail(format!("it has {} bytes; the most is {JOURNAL_MAX}", journal.len())));
         }
-        self.owned_step(operation, |inner| {
+        self.step(operation, |inner| {
             inner.journal = journal.map(str::to_owned);
             Ok(())
         })
     }
 
     async fn forget_state(&self) -> Result<()> {
-        self.owned_step("forget the state", |inner| {
+        self.step("forget the state", |inner| {
             inner.state = None;
             Ok(())
         })
@@ -209,18 +225,19 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_journal_needs_the_lease_and_has_its_bound() {
+    async fn the_journal_has_its_bound_and_needs_no_lease() {
         let (disk, owner) = disk();
         disk.take_lock(&owner, LockHolder::Refuse, "take it").unwrap();
         let other = disk.reopen();
-        assert_eq!(kind(other.store_journal(Some("{}")).await), ErrorKind::Fenced);
-        assert_eq!(kind(other.forget_state().await), ErrorKind::Fenced);
         let most = "x".repeat(JOURNAL_MAX);
-        disk.store_journal(Some(&most)).await.unwrap();
+        other.store_journal(Some(&most)).await.unwrap();
         assert_eq!(kind(disk.store_journal(Some(&format!("{most}x"))).await), ErrorKind::OutOfBounds);
         assert_eq!(other.load_journal().await.unwrap(), Some(most));
         disk.store_journal(None).await.unwrap();
         assert_eq!(other.load_journal().await.unwrap(), None);
+        disk.store_state("{}").await.unwrap();
+        other.forget_state().await.unwrap();
+        assert_eq!(disk.load_state().await.unwrap(), None);
     }
 
     #[tokio::test]

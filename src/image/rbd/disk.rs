@@ -6,7 +6,7 @@ use async_trait::async_trait;
 
 use super::target::STATE_KEY;
 use super::{Connector, Inner, Place, RbdImage, RbdWatcher};
-use crate::ceph::{self, CephError, Image, OpenMode};
+use crate::ceph::{self, CephError, Features, Image, OpenMode};
 use crate::image::{Disk, DiskUser, ErrorKind, ImageError, JOURNAL_MAX, LeaseOwner, LockHolder, Result};
 
 /// The metadata key of the journal.
@@ -29,10 +29,11 @@ impl RbdImage {
         Self::open(connector, Place { image: name, ..place }, Some(id.to_owned()), true).await
     }
 
-    /// Changes a key of the image's metadata, with the lease.
+    /// Changes a key of the image's metadata. Where a server has the lock, librbd asks for it, and the server takes it back
+    /// with its next write.
     async fn store(&self, key: &'static str, value: Option<&str>, operation: &str) -> Result<()> {
-        let (held, value) = (self.held_for(operation)?, value.map(str::to_owned));
-        let store = move || held.image.set_metadata(key, value.as_deref());
+        let (writer, value) = (self.writer().await?, value.map(str::to_owned));
+        let store = move || writer.set_metadata(key, value.as_deref());
         let stored = ceph::blocking("rbd_metadata_set", self.inner.timeout(), store).await;
         stored.map_err(|error| self.write_error(operation.to_owned(), error))
     }
@@ -40,6 +41,10 @@ impl RbdImage {
 
 #[async_trait]
 impl Disk for RbdImage {
+    fn has_lock(&self) -> bool {
+        self.inner.features.has(Features::EXCLUSIVE_LOCK)
+    }
+
     async fn users(&self) -> Result<Vec<DiskUser>> {
         let user = |RbdWatcher { address, is_own, .. }| DiskUser { address, is_own };
         Ok(self.watchers().await?.into_iter().map(user).collect())

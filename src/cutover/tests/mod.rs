@@ -1,0 +1,189 @@
+//! The walk on images in memory and a simulated server, with everything going wrong once, at every place.
+
+use tokio_util::sync::CancellationToken;
+
+use super::journal::{Changes, kept_name};
+use super::phase::Phase;
+use super::provider::Side;
+use super::*;
+use crate::fleet::group;
+use crate::image::Disk as _;
+use crate::image::memory::Fault;
+use crate::plan::Method;
+use sim::{Trouble, World};
+
+mod sim;
+
+const METHODS: [Method; 3] = [Method::Cold, Method::Warm, Method::Hot];
+
+/// Has the server write at every phase in which it runs.
+struct Writing<'a>(&'a World);
+
+impl Observer for Writing<'_> {
+    fn phase(&self, _phase: Phase) {
+        self.0.write();
+    }
+}
+
+/// A world whose server was replicated once.
+async fn replicated(method: Method) -> World {
+    let mut world = World::new(method, 2);
+    let server = world.server();
+    let sides = sides::Sides { server: &server, to: Side::Target };
+    let cancel = CancellationToken::new();
+    struct Nobody;
+    impl group::Observer for Nobody {}
+    group::run(&sides.members(), &sides.group_options(), &Nobody, &cancel).await.unwrap();
+    world.write();
+    world
+}
+
+/// Runs a command as a process of its own, which may be killed: then it is `None`.
+async fn process(world: &World, command: impl Future<Output = Result<Report>>) -> Option<Result<Report>> {
+    tokio::select! {
+        ended = command => Some(ended),
+        () = world.killed() => None,
+    }
+}
+
+async fn cut_over(world: &mut World) -> Option<Result<Report>> {
+    let server = world.server();
+    cut_over_with(world, &server, Options::default()).await
+}
+
+async fn cut_over_with(world: &World, server: &Server, options: Options) -> Option<Result<Report>> {
+    let (cancel, observer) = (CancellationToken::new(), Writing(world));
+    process(world, cutover(server, &options, &observer, &cancel)).await
+}
+
+async fn roll_back(world: &mut World, changes: Option<Changes>) -> Option<Result<Report>> {
+    let server = world.server();
+    let (cancel, observer, options) = (CancellationToken::new(), Writing(world), Options::default());
+    process(world, rollback(&server, changes, &options, &observer, &cancel)).await
+}
+
+/// Where the server is, with all that belongs to it in its place.
+async fn settled(world: &mut World) -> Side {
+    let side = world.verdict().unwrap_or_else(|wrong| panic!("{wrong}"));
+    let server = world.server();
+    let journal = journal(&server).await.unwrap();
+    let cut_over = journal.as_ref().is_some_and(journal::Journal::is_cut_over);
+    assert_eq!(cut_over, side == Side::Target, "{journal:?}");
+    assert_eq!(journal.is_some(), side == Side::Target, "{journal:?}");
+    for (index, volume) in server.volumes.iter().enumerate() {
+        let name = format!("s{index}");
+        let expected = if cut_over { kept_name(&name) } else { name };
+        assert_eq!(volume.source.name().await.unwrap(), expected);
+    }
+    let note = server.volumes[0].target.load_note().await.unwrap();
+    assert_eq!(note.is_some_and(|note| note.starts_with("paused: cut over")), cut_over);
+    side
+}
+
+/// Whatever was left behind, `cutover` again, or `rollback`, has the server run from one side with all that it wrote.
+async fn recover_either_way(world: &mut World, by_rollback: bool, what: &str) -> Side {
+    for _ in 0..3 {
+        let server = world.server();
+        let over = match journal(&server).await.unwrap() {
+            None => world.verdict().is_ok(),
+            Some(found) => found.is_cut_over(),
+        };
+        if over {
+            break;
+        }
+        let ended = if by_rollback { roll_back(world, Some(Changes::Carry)).await } else { cut_over(world).await };
+        if let Err(error) = ended.expect("nobody kills it now") {
+            panic!("{what}: {}", driver::error_text(&error));
+        }
+    }
+    world.verdict().unwrap_or_else(|wrong| panic!("{what}: {wrong}"));
+    settled(world).await
+}
+
+#[tokio::test]
+async fn there_and_back_and_there_again() {
+    for method in METHODS {
+        let mut world = replicated(method).await;
+        let report = cut_over(&mut world).await.unwrap().unwrap();
+        assert_eq!((report.ended, report.runs_from), (Phase::Committed, Side::Target));
+        assert!(report.delta_bytes > 0 && report.proved_bytes > 0, "{report:?}");
+        assert_eq!(settled(&mut world).await, Side::Target);
+        let again = cut_over(&mut world).await.unwrap().unwrap_err();
+        assert!(matches!(again, CutoverError::WrongState { .. }), "{again}");
+        world.write();
+        let silent = roll_back(&mut world, None).await.unwrap().unwrap_err();
+        assert!(matches!(silent, CutoverError::WrongState { .. }), "{silent}");
+        let back = roll_back(&mut world, Some(Changes::Carry)).await.unwrap().unwrap();
+        assert_eq!((back.ended, back.runs_from), (Phase::Committed, Side::Source));
+        assert_eq!(settled(&mut world).await, Side::Source);
+        world.write();
+        let there = cut_over(&mut world).await.unwrap().unwrap();
+        assert_eq!(there.ended, Phase::Committed);
+        assert_eq!(settled(&mut world).await, Side::Target);
+    }
+}
+
+/// The world of a test in which something goes wrong at a place, and whether there is such a place.
+async fn with_trouble(method: Method, way_back: bool, trouble: &dyn Fn(&World)) -> (World, Option<Result<Report>>) {
+    let mut world = replicated(method).await;
+    if way_back {
+        cut_over(&mut world).await.unwrap().unwrap();
+        world.write();
+        let server = world.server();
+        trouble(&world);
+        let (cancel, observer, options) = (CancellationToken::new(), Writing(&world), Options::default());
+        let ended = process(&world, rollback(&server, Some(Changes::Carry), &options, &observer, &cancel)).await;
+        return (world.clone(), ended);
+    }
+    let server = world.server();
+    trouble(&world);
+    let ended = cut_over_with(&world, &server, Options::default()).await;
+    (world, ended)
+}
+
+#[tokio::test]
+async fn whatever_call_of_the_provider_fails_or_is_the_last() {
+    for (method, way_back) in METHODS.into_iter().flat_map(|method| [(method, false), (method, true)]) {
+        for trouble in [Trouble::Before, Trouble::After, Trouble::KilledBefore, Trouble::KilledAfter] {
+            for by_rollback in [false, true] {
+                for at in 1.. {
+                    let what =
+                        format!("{method:?}, way back {way_back}, call {at} {trouble:?}, rollback {by_rollback}");
+                    let (mut world, ended) =
+                        with_trouble(method, way_back, &|world| world.make_trouble(at, trouble)).await;
+                    if world.calls() < at {
+                        assert!(matches!(ended, Some(Ok(_))), "{what}: {ended:?}");
+                        break;
+                    }
+                    if let Some(Ok(report)) = &ended {
+                        // Brought back, or brought over all the same: it runs, now.
+                        assert_eq!(world.verdict().expect(&what), report.runs_from, "{what}");
+                    }
+                    let by_rollback = by_rollback || way_back;
+                    recover_either_way(&mut world, by_rollback, &what).await;
+                }
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn whatever_image_dies_at_whatever_step() {
+    for (method, way_back) in METHODS.into_iter().flat_map(|method| [(method, false), (method, true)]) {
+        for (index, side) in [(0, Side::Source), (0, Side::Target), (1, Side::Source), (1, Side::Target)] {
+            for (after, by_rollback) in [(false, false), (true, true)] {
+                for at in 1.. {
+                    let what = format!("{method:?}, way back {way_back}, {side:?} {index} dies at {at}, after {after}");
+                    let fault = Fault { at, after, seed: at };
+                    let (mut world, ended) =
+                        with_trouble(method, way_back, &|world| world.image(index, side).set_fault(Some(fault))).await;
+                    if !world.image(index, side).has_crashed() {
+                        assert!(matches!(ended, Some(Ok(_))), "{what}: {ended:?}");
+                        break;
+                    }
+                    recover_either_way(&mut world, by_rollback || way_back, &what).await;
+                }
+            }
+        }
+    }
+}
