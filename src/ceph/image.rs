@@ -2,16 +2,17 @@
 //!
 //! Every method here blocks, but for those of `aio`; call them inside `blocking`.
 
-use std::ffi::{CStr, c_char, c_int, c_void};
+use std::ffi::{CStr, c_char, c_int};
 use std::ptr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Once};
 
 use rustix::io::Errno;
 
 use super::aio::InFlight;
 use super::library::{
-    Handle, ImageInfoC, Library, LinkedImageSpecC, Rbd, SnapInfoC, SnapSpecC, WatcherC, library, no_progress,
+    Handle, ImageInfoC, Library, LinkedImageSpecC, Rbd, SnapInfoC, SnapSpecC, WatcherC, count_progress, library,
+    no_progress,
 };
 use super::{CephError, Pool, Raw, Result, c_string, check, close_in_background, exit};
 
@@ -254,14 +255,10 @@ impl Image {
 
     /// Resizes HEAD; `steps` counts up for as long as there is progress.
     pub(crate) fn resize(&self, size: u64, steps: &AtomicU64) -> Result<()> {
-        unsafe extern "C" fn step(_: u64, _: u64, steps: *mut c_void) -> c_int {
-            // SAFETY: `resize` passes a reference that outlives the call, and the counter is atomic.
-            unsafe { &*steps.cast::<AtomicU64>() }.fetch_add(1, Ordering::Relaxed);
-            0
-        }
         let counter = ptr::from_ref(steps).cast_mut().cast();
         // SAFETY: the image is open; the callback only counts, and isn't called after the return.
-        check("rbd_resize2", unsafe { (self.rbd()?.rbd_resize2)(self.raw.0, size, true, step, counter) }).map(drop)
+        check("rbd_resize2", unsafe { (self.rbd()?.rbd_resize2)(self.raw.0, size, true, count_progress, counter) })
+            .map(drop)
     }
 
     /// The value of a key of the image's metadata.
@@ -385,42 +382,4 @@ impl Drop for Image {
             drop(pool);
         });
     }
-}
-
-/// Creates an image. EEXIST if there is one of that name.
-pub(crate) fn create_image(pool: &Pool, name: &str, spec: &CreateSpec) -> Result<()> {
-    // RBD_IMAGE_OPTION_* of librbd.h
-    const FORMAT: c_int = 0;
-    const FEATURES: c_int = 1;
-    const ORDER: c_int = 2;
-    const STRIPE_UNIT: c_int = 3;
-    const STRIPE_COUNT: c_int = 4;
-    const DATA_POOL: c_int = 10;
-    struct Options(Handle, &'static Rbd);
-    impl Drop for Options {
-        fn drop(&mut self) {
-            // SAFETY: the options were created, and aren't used any more.
-            unsafe { (self.1.rbd_image_options_destroy)(self.0) };
-        }
-    }
-    let rbd = &library()?.rbd;
-    let name = c_string(name)?;
-    let mut raw = ptr::null_mut();
-    // SAFETY: `raw` is a valid place for the options.
-    unsafe { (rbd.rbd_image_options_create)(&mut raw) };
-    let options = Options(raw, rbd);
-    let mut numbers = vec![(FORMAT, 2), (FEATURES, spec.features.0), (ORDER, u64::from(spec.order))];
-    numbers.extend(spec.striping.iter().flat_map(|&(unit, count)| [(STRIPE_UNIT, unit), (STRIPE_COUNT, count)]));
-    for (option, value) in numbers {
-        // SAFETY: the options exist.
-        check("rbd_image_options_set_uint64", unsafe { (rbd.rbd_image_options_set_uint64)(options.0, option, value) })?;
-    }
-    if let Some(data_pool) = &spec.data_pool {
-        let data_pool = c_string(data_pool)?;
-        // SAFETY: the options exist, the string ends with NUL and is copied.
-        let set = unsafe { (rbd.rbd_image_options_set_string)(options.0, DATA_POOL, data_pool.as_ptr()) };
-        check("rbd_image_options_set_string", set)?;
-    }
-    // SAFETY: the pool is open, the name ends with NUL, the options exist.
-    check("rbd_create4", unsafe { (rbd.rbd_create4)(pool.raw.0, name.as_ptr(), spec.size, options.0) }).map(drop)
 }

@@ -4,6 +4,7 @@
 
 use std::ffi::{c_char, c_int, c_void};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::{CephError, Result};
 
@@ -120,6 +121,7 @@ table! {
     rados_exec: fn(Handle, *const c_char, *const c_char, *const c_char, *const c_char, usize, *mut c_char, usize)
         -> c_int;
     rados_get_last_version: fn(Handle) -> u64;
+    rados_remove: fn(Handle, *const c_char) -> c_int;
     rados_mon_command: fn(Handle, *mut *const c_char, usize, *const c_char, usize, *mut *mut c_char, *mut usize,
         *mut *mut c_char, *mut usize) -> c_int;
     rados_buffer_free: fn(*mut c_char);
@@ -133,6 +135,9 @@ table! {
     rbd_image_options_set_uint64: fn(Handle, c_int, u64) -> c_int;
     rbd_image_options_set_string: fn(Handle, c_int, *const c_char) -> c_int;
     rbd_create4: fn(Handle, *const c_char, u64, Handle) -> c_int;
+    rbd_clone3: fn(Handle, *const c_char, *const c_char, Handle, *const c_char, Handle) -> c_int;
+    rbd_rename: fn(Handle, *const c_char, *const c_char) -> c_int;
+    rbd_remove_with_progress: fn(Handle, *const c_char, Progress, *mut c_void) -> c_int;
     rbd_list2: fn(Handle, *mut ImageSpecC, *mut usize) -> c_int;
     rbd_image_spec_list_cleanup: fn(*mut ImageSpecC, usize);
     rbd_namespace_exists: fn(Handle, *const c_char, *mut bool) -> c_int;
@@ -143,6 +148,7 @@ table! {
     rbd_close: fn(Handle) -> c_int;
     rbd_stat: fn(Handle, *mut ImageInfoC, usize) -> c_int;
     rbd_get_id: fn(Handle, *mut c_char, usize) -> c_int;
+    rbd_get_name: fn(Handle, *mut c_char, *mut usize) -> c_int;
     rbd_get_size: fn(Handle, *mut u64) -> c_int;
     rbd_get_features: fn(Handle, *mut u64) -> c_int;
     rbd_get_flags: fn(Handle, *mut u64) -> c_int;
@@ -208,5 +214,12 @@ pub(super) fn library() -> Result<&'static Library> {
 
 /// The progress callback that does nothing and goes on.
 pub(super) unsafe extern "C" fn no_progress(_: u64, _: u64, _: *mut c_void) -> c_int {
+    0
+}
+
+/// The progress callback that counts up and goes on. Its argument points to an [`AtomicU64`] that outlives the call.
+pub(super) unsafe extern "C" fn count_progress(_: u64, _: u64, steps: *mut c_void) -> c_int {
+    // SAFETY: as said above; the counter is atomic, so that librbd may call from any thread.
+    unsafe { &*steps.cast::<AtomicU64>() }.fetch_add(1, Ordering::Relaxed);
     0
 }

@@ -29,15 +29,17 @@ mod image;
 mod library;
 mod locks;
 mod memory;
+mod names;
 pub(crate) mod object_map;
 mod pool_list;
 mod relations;
 
 pub(crate) use cluster::{Cluster, ConnectOptions, Pool};
 pub(crate) use diff::{Collected, DiffRange};
-pub(crate) use image::{CreateSpec, Features, INVALID_FLAGS, Image, OpenMode, SnapInfo, Watcher, create_image};
+pub(crate) use image::{CreateSpec, Features, INVALID_FLAGS, Image, OpenMode, SnapInfo, Watcher};
 pub(crate) use locks::Locker;
 pub(crate) use memory::{limit_arenas, trim};
+pub(crate) use names::create_image;
 pub(crate) use relations::{LinkedImage, ParentLink};
 
 /// What Ceph, or the way to it, reports.

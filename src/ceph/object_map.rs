@@ -153,7 +153,7 @@ impl Pool {
 
     /// What a method of the class `rbd` without arguments answers for an object: at most `capacity` bytes, or ERANGE; and
     /// that object's version.
-    fn exec(&self, object: &str, method: &CStr, capacity: usize) -> Result<(Vec<u8>, u64)> {
+    pub(super) fn exec(&self, object: &str, method: &CStr, capacity: usize) -> Result<(Vec<u8>, u64)> {
         let object = c_string(object)?;
         let _last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         let mut answer = vec![0; capacity];

@@ -229,7 +229,7 @@ async fn crash_once(which: usize, target: bool, at: u64, after: bool) -> bool {
 /// What the cluster does with the leases of a process that died.
 fn free_leases(rig: &Rig) {
     for (_, target) in &rig.disks {
-        target.fence();
+        target.break_lease();
     }
 }
 

@@ -11,14 +11,19 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use super::{
-    COMPARE_BLOCK, ChangedObjects, ErrorKind, ImageError, ImageIdentity, Layout, LeaseOwner, Point, Result, Snapshot,
+    COMPARE_BLOCK, ErrorKind, ImageError, ImageIdentity, Layout, LeaseOwner, LockHolder, Point, Result, Snapshot,
     SnapshotSupport, SourceImage, TargetImage, View,
 };
-use crate::extent::{ByteRange, Extent, normalize_extents};
+use crate::extent::ByteRange;
 
 mod content;
+mod disk;
+mod view;
+
 pub use content::SECTOR;
 use content::{Content, Op};
+use disk::Server;
+use view::MemoryView;
 
 /// Where an image dies: at the `at`-th counted step from now on, the first being 1.
 #[derive(Clone, Copy, Debug)]
@@ -42,7 +47,12 @@ struct Inner {
     next_id: u64,
     state: Option<String>,
     note: Option<String>,
+    journal: Option<String>,
+    name: String,
+    /// The names that other images have.
+    taken: Vec<String>,
     lease: Option<(u64, LeaseOwner)>,
+    servers: Vec<Server>,
     steps: u64,
     fault: Option<Fault>,
     crashed: bool,
@@ -80,7 +90,11 @@ impl MemoryImage {
             next_id: 1,
             state: None,
             note: None,
+            journal: None,
+            name: name.to_owned(),
+            taken: Vec::new(),
             lease: None,
+            servers: Vec::new(),
             steps: 0,
             fault: None,
             crashed: false,
@@ -134,7 +148,7 @@ impl MemoryImage {
     }
 
     /// Takes the lease by force, as another worker does after this one was silent for too long.
-    pub fn fence(&self) {
+    pub fn break_lease(&self) {
         self.lock().lease = None;
     }
 
@@ -344,98 +358,10 @@ impl SourceImage for MemoryImage {
     }
 }
 
-/// A point in time of a [`MemoryImage`].
-struct MemoryView {
-    image: MemoryImage,
-    point: Point,
-    frozen: Option<Arc<Content>>,
-    size: u64,
-}
-
-impl MemoryView {
-    /// Runs `look` over the content, and that of `since`.
-    fn with<T>(
-        &self,
-        operation: &str,
-        since: Option<&Snapshot>,
-        look: impl FnOnce(&Content, Option<&Content>) -> T,
-    ) -> Result<T> {
-        let inner = self.image.alive(operation)?;
-        let earlier = match since {
-            None => None,
-            Some(since) => {
-                let found = inner.snapshots.iter().find(|(have, _)| have.id == since.id);
-                let missing = || self.image.error(ErrorKind::NotFound, format!("{operation} since snapshot {since}"));
-                Some(found.ok_or_else(missing)?.1.clone())
-            }
-        };
-        Ok(look(self.frozen.as_deref().unwrap_or(&inner.head), earlier.as_deref()))
-    }
-}
-
-#[async_trait]
-impl View for MemoryView {
-    fn point(&self) -> &Point {
-        &self.point
-    }
-
-    fn size(&self) -> u64 {
-        self.size
-    }
-
-    async fn read(&self, range: ByteRange) -> Result<Bytes> {
-        self.image.in_bounds(&format!("read {range}"), range.end(), self.size)?;
-        if let Point::Snapshot(snapshot) = &self.point {
-            let mut inner = self.image.alive("read")?;
-            inner.reads_until_lost = match inner.reads_until_lost {
-                Some(0) => {
-                    inner.changes += 1;
-                    inner.snapshots.retain(|(have, _)| have.id != snapshot.id);
-                    None
-                }
-                reads => reads.map(|reads| reads - 1),
-            };
-            if !inner.snapshots.iter().any(|(have, _)| have.id == snapshot.id) {
-                return Ok(Bytes::from(vec![0; range.length() as usize]));
-            }
-        }
-        self.with("read", None, |content, _| {
-            Bytes::copy_from_slice(&content.bytes()[range.offset() as usize..range.end() as usize])
-        })
-    }
-
-    async fn changed_objects(&self, since: Option<&Snapshot>) -> Result<ChangedObjects> {
-        let (fast_diff, layout) = {
-            let inner = self.image.alive("compare object maps")?;
-            (inner.fast_diff, inner.layout)
-        };
-        if !fast_diff {
-            return Ok(ChangedObjects::Unavailable { reason: "the image has no object map".into(), cure: None });
-        }
-        let Some(whole) = ByteRange::between(0, self.size) else { return Ok(ChangedObjects::Runs(Vec::new())) };
-        let extents = self.diff(since, whole).await?;
-        let runs = extents.iter().map(|extent| extent.range.align_outward(layout.period(), self.size)).collect();
-        Ok(ChangedObjects::Runs(crate::extent::normalize(runs)))
-    }
-
-    async fn diff(&self, since: Option<&Snapshot>, within: ByteRange) -> Result<Vec<Extent>> {
-        self.with("compare", since, |content, earlier| normalize_extents(content.diff(earlier, within)))
-    }
-}
-
 #[async_trait]
 impl TargetImage for MemoryImage {
     async fn acquire_lease(&self, owner: &LeaseOwner) -> Result<()> {
-        let mut inner = self.alive("take the lease")?;
-        match &inner.lease {
-            Some((handle, holder)) if *handle != self.handle => {
-                Err(self.error(ErrorKind::Busy { holder: holder.to_string() }, "take the lease"))
-            }
-            _ => {
-                inner.lease = Some((self.handle, owner.clone()));
-                Ok(())
-            }
-        }
+        self.take_lock(owner, LockHolder::Refuse, "take the lease")
     }
 
     async fn lease_owner(&self) -> Result<Option<LeaseOwner>> {

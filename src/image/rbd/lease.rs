@@ -10,6 +10,11 @@
 //! - A silent owner is waited for until its watch has timed out (30 s), and blocklisted by librbd.
 //! - An owner that is known dead is broken at once, which blocklists it too. A blocklisted client writes nothing.
 //!
+//! A fence is the same lock, taken for a cutover: see [`LockHolder`] for what it does about another live owner. As tried
+//! with librbd 16.2, an owner that is asked writes what it has in its cache, gives the lock, and from then on its writes,
+//! flushes and discards fail with EROFS at once, which a guest sees as errors of its disk; reads go on. Once the lock is
+//! released, or its holder's handle closed, it takes the lock again by itself with its next write.
+//!
 //! Without the exclusive-lock feature an advisory lock takes its place. Nothing but poolshift looks at it, and it
 //! doesn't time out; a holder that has no watch any more is taken for dead, and blocklisted.
 
@@ -21,10 +26,10 @@ use rustix::io::Errno;
 
 use super::{Inner, RbdImage};
 use crate::ceph::{self, Features, Image, Locker, OpenMode};
-use crate::image::{ErrorKind, ImageError, LeaseOwner, Result};
+use crate::image::{ErrorKind, ImageError, LeaseOwner, LockHolder, Result};
 
 /// The metadata key of the lease's record.
-const LEASE_KEY: &str = "poolshift.lease";
+pub(super) const LEASE_KEY: &str = "poolshift.lease";
 
 /// How long taking the lock may take beyond the usual: a silent holder's watch times out after 30 s, here and once more
 /// within librbd.
@@ -47,29 +52,58 @@ enum Lock {
     Advisory { cookie: String },
 }
 
-/// How long a holder that left no record is given to write it, or to be found dead. It is a server that uses the image, a
-/// poolshift that has just begun, or one that was killed before it wrote the record: that one's watch times out after
-/// 30 s (`osd_client_watch_timeout`), and only then it is told from the first.
+/// What the lock is taken for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Purpose {
+    Lease,
+    Fence(LockHolder),
+}
+
+impl Purpose {
+    fn operation(self) -> &'static str {
+        match self {
+            Self::Lease => "take the lease",
+            Self::Fence(_) => "fence it",
+        }
+    }
+
+    /// For how long a live holder that left no record is waited for before it is reported; `None`: it is asked.
+    fn patience(self) -> Option<Patience> {
+        match self {
+            Self::Lease => Some(Patience::new(Patience::FOR_A_RECORD, Duration::from_millis(250))),
+            Self::Fence(LockHolder::Refuse) => Some(Patience::new(Patience::FOR_AN_EXIT, Duration::from_millis(50))),
+            Self::Fence(LockHolder::Ask) => None,
+        }
+    }
+}
+
+/// How long a holder that left no record is given.
 #[derive(Debug)]
 struct Patience {
     since: Instant,
+    limit: Duration,
+    step: Duration,
 }
 
 impl Patience {
-    const LIMIT: Duration = Duration::from_secs(35);
-    const STEP: Duration = Duration::from_millis(250);
+    /// To write the record, or to be found dead. It is a server that uses the image, a poolshift that has just begun, or
+    /// one that was killed before it wrote the record: that one's watch times out after 30 s
+    /// (`osd_client_watch_timeout`), and only then it is told from the first.
+    const FOR_A_RECORD: Duration = Duration::from_secs(35);
+    /// To close the image after its server has ended, while that server's users wait.
+    const FOR_AN_EXIT: Duration = Duration::from_secs(2);
 
-    fn new() -> Self {
-        Self { since: Instant::now() }
+    fn new(limit: Duration, step: Duration) -> Self {
+        Self { since: Instant::now(), limit, step }
     }
 
     /// Waits a moment, and says whether to look again. Not to be called on a thread that must not block.
-    fn wait_for_a_record(&self, address: &str) -> bool {
-        if self.since.elapsed() >= Self::LIMIT {
+    fn wait(&self, address: &str) -> bool {
+        if self.since.elapsed() >= self.limit {
             return false;
         }
-        tracing::debug!(address, "the lease's holder has left no record yet: waiting");
-        std::thread::sleep(Self::STEP);
+        tracing::debug!(address, "the lock's holder has left no record: waiting");
+        std::thread::sleep(self.step);
         true
     }
 }
@@ -95,26 +129,45 @@ impl RbdImage {
     }
 
     pub(super) async fn take_lease(&self, owner: &LeaseOwner) -> Result<()> {
+        self.take_lock(owner, Purpose::Lease).await
+    }
+
+    /// See [`Disk::fence`](crate::image::Disk::fence).
+    pub(super) async fn take_fence(&self, owner: &LeaseOwner, holder: LockHolder) -> Result<()> {
+        let purpose = Purpose::Fence(holder);
+        let error = |kind| ImageError::new(kind, self.inner.location.clone(), purpose.operation());
+        if !self.inner.features.has(Features::EXCLUSIVE_LOCK) {
+            return Err(error(ErrorKind::Unsupported)
+                .detail("it has no exclusive lock, and nothing else keeps a server from writing it")
+                .hint(format!("enable it: rbd feature enable {} exclusive-lock", self.inner.place)));
+        }
+        self.take_lock(owner, purpose).await?;
+        // It may be a lease that was taken long ago.
+        if self.has_lost_lease().await { Err(error(ErrorKind::Fenced)) } else { Ok(()) }
+    }
+
+    async fn take_lock(&self, owner: &LeaseOwner, purpose: Purpose) -> Result<()> {
         let _changing = self.lease_change.lock().await;
         if self.held().is_some() {
             return Ok(());
         }
+        let operation = purpose.operation();
         if self.inner.features.has(Features::NON_PRIMARY) {
-            let refused = ImageError::new(ErrorKind::ReadOnly, self.inner.location.clone(), "take the lease");
+            let refused = ImageError::new(ErrorKind::ReadOnly, self.inner.location.clone(), operation);
             return Err(refused.detail("it is the non-primary side of mirroring").hint("rbd mirror image promote"));
         }
         let (inner, owner) = (Arc::clone(&self.inner), owner.clone());
         let limit = self.inner.timeout() + WATCH_TIMEOUT;
-        let take = move || take(&inner, &owner);
+        let take = move || take(&inner, &owner, purpose);
         match ceph::blocking("rbd_lock_acquire", limit, take).await {
             Ok((Taken::HeldBy(holder), _)) => {
-                Err(ImageError::new(ErrorKind::Busy { holder }, self.inner.location.clone(), "take the lease"))
+                Err(ImageError::new(ErrorKind::Busy { holder }, self.inner.location.clone(), operation))
             }
             Ok((_, held)) => {
                 *self.held.lock().unwrap_or_else(PoisonError::into_inner) = held.map(Arc::new);
                 Ok(())
             }
-            Err(error) => Err(self.inner.fail("take the lease", error)),
+            Err(error) => Err(self.inner.fail(operation, error)),
         }
     }
 
@@ -196,10 +249,10 @@ fn stranger(client: String) -> LeaseOwner {
     }
 }
 
-fn take(inner: &Inner, owner: &LeaseOwner) -> ceph::Result<(Taken, Option<Held>)> {
+fn take(inner: &Inner, owner: &LeaseOwner, purpose: Purpose) -> ceph::Result<(Taken, Option<Held>)> {
     let image = Image::open_by_id(&inner.pool, &inner.id, OpenMode::ReadWrite)?;
     let (taken, lock) = if inner.features.has(Features::EXCLUSIVE_LOCK) {
-        (take_exclusive(&image)?, Lock::Exclusive)
+        (take_exclusive(&image, purpose)?, Lock::Exclusive)
     } else {
         let cookie = new_cookie(owner);
         (take_advisory(inner, &image, &cookie)?, Lock::Advisory { cookie })
@@ -221,8 +274,8 @@ fn is_watched(image: &Image, address: &str) -> ceph::Result<bool> {
     Ok(image.watchers()?.iter().any(|watcher| watcher.address == address))
 }
 
-fn take_exclusive(image: &Image) -> ceph::Result<Taken> {
-    let patience = Patience::new();
+fn take_exclusive(image: &Image, purpose: Purpose) -> ceph::Result<Taken> {
+    let patience = purpose.patience();
     while let Some(address) = image.lock_owner()? {
         match parse_record(image.metadata(LEASE_KEY)?.as_deref(), &address) {
             Some(record) if record.is_known_dead() => {
@@ -234,12 +287,15 @@ fn take_exclusive(image: &Image) -> ceph::Result<Taken> {
                 }
             }
             // It would give the lock away, and stop writing. One without a watch is dead, and librbd breaks it.
-            None if is_watched(image, &address)? => {
-                if patience.wait_for_a_record(&address) {
-                    continue;
+            None => match &patience {
+                Some(patience) if is_watched(image, &address)? => {
+                    if patience.wait(&address) {
+                        continue;
+                    }
+                    return Ok(Taken::HeldBy(describe(None, &address)));
                 }
-                return Ok(Taken::HeldBy(describe(None, &address)));
-            }
+                _ => {}
+            },
             _ => {}
         }
         break;
@@ -268,7 +324,7 @@ fn new_cookie(owner: &LeaseOwner) -> String {
 }
 
 fn take_advisory(inner: &Inner, image: &Image, cookie: &str) -> ceph::Result<Taken> {
-    let patience = Patience::new();
+    let patience = Purpose::Lease.patience();
     let mut broken = false;
     loop {
         match image.acquire_advisory_lock(cookie) {
@@ -282,7 +338,7 @@ fn take_advisory(inner: &Inner, image: &Image, cookie: &str) -> ceph::Result<Tak
         let Some(locker) = image.advisory_lockers()?.into_iter().next() else { break };
         let record = parse_record(image.metadata(LEASE_KEY)?.as_deref(), &advisory_name(&locker));
         let watched = is_watched(image, &locker.address)?;
-        if record.is_none() && watched && patience.wait_for_a_record(&locker.address) {
+        if record.is_none() && watched && patience.as_ref().is_some_and(|patience| patience.wait(&locker.address)) {
             continue;
         }
         let dead = record.as_ref().is_some_and(LeaseOwner::is_known_dead) || !watched;

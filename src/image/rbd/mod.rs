@@ -35,10 +35,12 @@ use super::{ErrorKind, ImageError, ImageIdentity, Layout, Result};
 use crate::ceph::{self, CephError, Cluster, ConnectOptions, CreateSpec, Features, Image, OpenMode, Pool};
 
 mod changes;
+mod disk;
 mod errors;
 mod lease;
 mod object_map;
 mod pool_list;
+mod rehearsal;
 mod relations;
 mod source;
 mod target;
@@ -49,6 +51,7 @@ use errors::Failure;
 use lease::Held;
 
 pub use pool_list::{PoolImage, PoolSpace};
+pub use rehearsal::Rehearsal;
 pub use relations::{
     FlattenBound, FlattenCost, FlattenProgress, Flattened, RbdLink, RbdParentLink, RbdRelations, RbdSnapshot,
 };

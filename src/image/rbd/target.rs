@@ -19,9 +19,9 @@ use crate::image::{
 };
 
 /// The metadata key of the state.
-const STATE_KEY: &str = "poolshift.state";
+pub(super) const STATE_KEY: &str = "poolshift.state";
 /// The metadata key of the note.
-const NOTE_KEY: &str = "poolshift.note";
+pub(super) const NOTE_KEY: &str = "poolshift.note";
 /// The most that a note may have: 1 KiB, as the contract says.
 const NOTE_MAX: usize = 1024;
 /// The most that the state may have: 64 KiB, as the contract says.
@@ -37,7 +37,7 @@ const SEARCH_WINDOW: u64 = 16 << 30;
 
 impl RbdImage {
     /// The error of a failed write: a lock that is gone means that somebody has taken the lease over.
-    fn write_error(&self, operation: String, error: CephError) -> ImageError {
+    pub(super) fn write_error(&self, operation: String, error: CephError) -> ImageError {
         if error.is(Errno::ROFS) {
             let fenced = ImageError::new(ErrorKind::Fenced, self.inner.location.clone(), operation);
             return fenced.caused_by(error);

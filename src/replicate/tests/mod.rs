@@ -351,7 +351,7 @@ async fn a_second_sync_is_told_who_is_at_it_and_a_fenced_one_stops() {
     holder.acquire_lease(&crate::image::LeaseOwner::current().unwrap()).await.unwrap();
     let error = pair.sync(&options()).await.unwrap_err().to_string();
     assert!(error.contains(&format!("process {}", std::process::id())), "{error}");
-    holder.fence();
+    holder.break_lease();
     let late = holder.write(0, bytes::Bytes::from_static(b"late")).await.unwrap_err();
     assert_eq!(late.kind, crate::image::ErrorKind::Fenced);
 }

@@ -1,0 +1,246 @@
+//! An image in memory as a server's disk, with the servers that have it open.
+//!
+//! A server behaves as a client of RBD does: it takes the exclusive lock with its first write, gives it when it is asked,
+//! and its writes are refused for as long as somebody holds the lease.
+
+use async_trait::async_trait;
+use bytes::Bytes;
+
+use super::{Inner, MemoryImage, Op};
+use crate::image::{Disk, DiskUser, ErrorKind, JOURNAL_MAX, LeaseOwner, LockHolder, Result};
+
+/// A server that has the image open.
+#[derive(Debug)]
+pub(super) struct Server {
+    address: String,
+    has_lock: bool,
+}
+
+impl Inner {
+    fn server(&mut self, address: &str) -> Option<&mut Server> {
+        self.servers.iter_mut().find(|server| server.address == address)
+    }
+}
+
+impl MemoryImage {
+    /// Lets a server open the image for writing; open already is fine.
+    pub fn open_as_server(&self, address: &str) {
+        let mut inner = self.lock();
+        if inner.server(address).is_none() {
+            inner.servers.push(Server { address: address.to_owned(), has_lock: false });
+        }
+    }
+
+    /// Lets a server close the image, or die.
+    pub fn close_as_server(&self, address: &str) {
+        self.lock().servers.retain(|server| server.address != address);
+    }
+
+    /// Writes as a server that has the image open: durable at once, and refused ([`ErrorKind::ReadOnly`]) while somebody
+    /// holds the lease. [`Self::write_as_server`] writes past every lock.
+    pub fn write_at_server(&self, address: &str, offset: u64, data: &[u8]) -> Result<()> {
+        let operation = format!("write {} bytes at {offset} as the server at {address}", data.len());
+        let mut inner = self.alive(&operation)?;
+        let refused = |detail: &str| self.error(ErrorKind::ReadOnly, &operation).detail(detail);
+        if inner.lease.is_some() {
+            return Err(refused("the lock's holder does not give it"));
+        }
+        self.in_bounds(&operation, offset + data.len() as u64, inner.head.size())?;
+        if inner.server(address).is_none() {
+            return Err(refused("the server does not have it open"));
+        }
+        for server in &mut inner.servers {
+            server.has_lock = server.address == address;
+        }
+        inner.apply(Op::Write(offset, Bytes::copy_from_slice(data)));
+        inner.settle();
+        Ok(())
+    }
+
+    /// Lets another image have that name.
+    pub fn take_name(&self, name: &str) {
+        self.lock().taken.push(name.to_owned());
+    }
+
+    pub(super) fn take_lock(&self, owner: &LeaseOwner, holder: LockHolder, operation: &str) -> Result<()> {
+        let mut inner = self.alive(operation)?;
+        let busy = |holder: String| Err(self.error(ErrorKind::Busy { holder }, operation));
+        match &inner.lease {
+            Some((handle, _)) if *handle == self.handle => return Ok(()),
+            Some((_, holder)) => return busy(holder.to_string()),
+            None => {}
+        }
+        let owning = inner.servers.iter_mut().find(|server| server.has_lock);
+        match owning {
+            Some(server) if holder == LockHolder::Refuse => {
+                return busy(format!("a client at {} that is not poolshift, or just began", server.address));
+            }
+            Some(server) => server.has_lock = false,
+            None => {}
+        }
+        inner.lease = Some((self.handle, owner.clone()));
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Disk for MemoryImage {
+    async fn users(&self) -> Result<Vec<DiskUser>> {
+        let inner = self.alive("list the watchers")?;
+        let servers = inner.servers.iter().map(|server| DiskUser { address: server.address.clone(), is_own: false });
+        let holder = inner
+            .lease
+            .as_ref()
+            .map(|(handle, _)| DiskUser { address: format!("memory:{handle}"), is_own: *handle == self.handle });
+        Ok(servers.chain(holder).collect())
+    }
+
+    async fn fence(&self, owner: &LeaseOwner, holder: LockHolder) -> Result<()> {
+        self.take_lock(owner, holder, "fence it")
+    }
+
+    async fn name(&self) -> Result<String> {
+        Ok(self.alive("read its name")?.name.clone())
+    }
+
+    async fn rename(&self, name: &str) -> Result<()> {
+        let operation = format!("rename it to {name:?}");
+        if self.alive(&operation)?.name == name {
+            return Ok(());
+        }
+        self.step(&operation, |inner| {
+            if inner.taken.iter().any(|taken| taken == name) {
+                return Err(self.error(ErrorKind::AlreadyExists, &operation));
+            }
+            name.clone_into(&mut inner.name);
+            Ok(())
+        })
+    }
+
+    async fn load_journal(&self) -> Result<Option<String>> {
+        Ok(self.alive("read the journal")?.journal.clone())
+    }
+
+    async fn store_journal(&self, journal: Option<&str>) -> Result<()> {
+        let operation = "store the journal";
+        if let Some(journal) = journal.filter(|journal| journal.len() > JOURNAL_MAX) {
+            let large = self.error(ErrorKind::OutOfBounds, operation);
+            return Err(large.detail(format!("it has {} bytes; the most is {JOURNAL_MAX}", journal.len())));
+        }
+        self.owned_step(operation, |inner| {
+            inner.journal = journal.map(str::to_owned);
+            Ok(())
+        })
+    }
+
+    async fn forget_state(&self) -> Result<()> {
+        self.owned_step("forget the state", |inner| {
+            inner.state = None;
+            Ok(())
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::memory::Fault;
+    use crate::image::{Layout, TargetImage};
+
+    const A: &str = "10.0.0.1:0/1";
+    const B: &str = "10.0.0.2:0/2";
+
+    fn disk() -> (MemoryImage, LeaseOwner) {
+        (MemoryImage::new("vm", 1 << 20, Layout::DEFAULT), LeaseOwner::current().unwrap())
+    }
+
+    fn kind<T: std::fmt::Debug>(result: Result<T>) -> ErrorKind {
+        result.unwrap_err().kind
+    }
+
+    #[tokio::test]
+    async fn a_server_with_the_lock_is_refused_or_asked() {
+        let (disk, owner) = disk();
+        assert_eq!(kind(disk.write_at_server(A, 0, b"a")), ErrorKind::ReadOnly);
+        disk.open_as_server(A);
+        disk.open_as_server(A);
+        disk.write_at_server(A, 0, b"a").unwrap();
+        for refused in [disk.fence(&owner, LockHolder::Refuse).await, disk.acquire_lease(&owner).await] {
+            assert!(matches!(kind(refused), ErrorKind::Busy { holder } if holder.contains(A)));
+        }
+        disk.fence(&owner, LockHolder::Ask).await.unwrap();
+        disk.fence(&owner, LockHolder::Refuse).await.unwrap();
+        assert_eq!(kind(disk.write_at_server(A, 0, b"b")), ErrorKind::ReadOnly);
+        assert!(matches!(kind(disk.reopen().fence(&owner, LockHolder::Ask).await), ErrorKind::Busy { .. }));
+        disk.write(1, Bytes::from_static(b"ours")).await.unwrap();
+        disk.release_lease().await.unwrap();
+        disk.write_at_server(A, 5, b"c").unwrap();
+        assert_eq!(&disk.lock().head.bytes()[..6], b"aoursc");
+    }
+
+    #[tokio::test]
+    async fn a_server_that_has_not_written_keeps_nobody_from_the_lock() {
+        let (disk, owner) = disk();
+        disk.open_as_server(A);
+        disk.open_as_server(B);
+        disk.fence(&owner, LockHolder::Refuse).await.unwrap();
+        let users = disk.users().await.unwrap();
+        assert_eq!(users.iter().map(|user| user.is_own).collect::<Vec<_>>(), [false, false, true]);
+        assert!(disk.reopen().users().await.unwrap().iter().all(|user| !user.is_own));
+        disk.release_lease().await.unwrap();
+        disk.write_at_server(A, 0, b"a").unwrap();
+        disk.write_at_server(B, 0, b"b").unwrap();
+        disk.close_as_server(B);
+        disk.fence(&owner, LockHolder::Refuse).await.unwrap();
+        disk.close_as_server(A);
+        assert_eq!(disk.users().await.unwrap().len(), 1);
+    }
+
+    #[tokio::test]
+    async fn names_are_given_once() {
+        let (disk, _) = disk();
+        disk.take_name("other");
+        assert_eq!(kind(disk.rename("other").await), ErrorKind::AlreadyExists);
+        disk.set_fault(None);
+        disk.rename("vm").await.unwrap();
+        assert_eq!(disk.steps(), 0);
+        disk.rename("vm.kept").await.unwrap();
+        assert_eq!((disk.name().await.unwrap().as_str(), disk.steps()), ("vm.kept", 1));
+    }
+
+    #[tokio::test]
+    async fn the_journal_needs_the_lease_and_has_its_bound() {
+        let (disk, owner) = disk();
+        disk.take_lock(&owner, LockHolder::Refuse, "take it").unwrap();
+        let other = disk.reopen();
+        assert_eq!(kind(other.store_journal(Some("{}")).await), ErrorKind::Fenced);
+        assert_eq!(kind(other.forget_state().await), ErrorKind::Fenced);
+        let most = "x".repeat(JOURNAL_MAX);
+        disk.store_journal(Some(&most)).await.unwrap();
+        assert_eq!(kind(disk.store_journal(Some(&format!("{most}x"))).await), ErrorKind::OutOfBounds);
+        assert_eq!(other.load_journal().await.unwrap(), Some(most));
+        disk.store_journal(None).await.unwrap();
+        assert_eq!(other.load_journal().await.unwrap(), None);
+    }
+
+    #[tokio::test]
+    async fn a_crash_leaves_the_old_or_the_new() {
+        for (at, after) in [1, 2, 3].into_iter().flat_map(|at| [(at, false), (at, true)]) {
+            let (disk, owner) = disk();
+            disk.fence(&owner, LockHolder::Refuse).await.unwrap();
+            disk.store_state("state").await.unwrap();
+            disk.set_fault(Some(Fault { at, after, seed: 1 }));
+            let all = async {
+                disk.store_journal(Some("journal")).await?;
+                disk.rename("new").await?;
+                disk.forget_state().await
+            };
+            assert_eq!(kind(all.await), ErrorKind::Io);
+            let disk = disk.reopen();
+            let done = if after { at } else { at - 1 };
+            assert_eq!(disk.load_journal().await.unwrap().is_some(), done >= 1);
+            assert_eq!(disk.name().await.unwrap() == "new", done >= 2);
+            assert_eq!(disk.load_state().await.unwrap().is_none(), done >= 3);
+        }
+    }
+}

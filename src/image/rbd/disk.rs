@@ -1,0 +1,120 @@
+//! An RBD image as a server's disk: who has it open, the fence, its name, and the journal of a cutover.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+
+use super::target::STATE_KEY;
+use super::{Connector, Inner, Place, RbdImage, RbdWatcher};
+use crate::ceph::{self, CephError, Image, OpenMode};
+use crate::image::{Disk, DiskUser, ErrorKind, ImageError, JOURNAL_MAX, LeaseOwner, LockHolder, Result};
+
+/// The metadata key of the journal.
+pub(super) const JOURNAL_KEY: &str = "poolshift.cutover";
+
+impl RbdImage {
+    /// Opens the image that has this id ([`crate::image::ImageIdentity::image`]), whatever its name is by now, to read and
+    /// to write. [`ErrorKind::NotFound`] when it is not there.
+    pub async fn open_by_id(connector: &Connector, pool: &str, namespace: Option<&str>, id: &str) -> Result<Self> {
+        let place = Place::new(pool, namespace, id);
+        let (opened, wanted) = (connector.pool(&place).await?, id.to_owned());
+        let named = ceph::blocking("rbd_open_by_id_read_only", connector.io_timeout, move || {
+            Image::open_by_id(&opened, &wanted, OpenMode::ReadOnly)?.name()
+        });
+        let name = named.await.map_err(|error| {
+            let missing = error.is(rustix::io::Errno::NOENT);
+            let failed = connector.failure(&place).of("open the image", error);
+            if missing { failed.detail(format!("{} has no image with the id {id}", place.parent())) } else { failed }
+        })?;
+        Self::open(connector, Place { image: name, ..place }, Some(id.to_owned()), true).await
+    }
+
+    /// Changes a key of the image's metadata, with the lease.
+    async fn store(&self, key: &'static str, value: Option<&str>, operation: &str) -> Result<()> {
+        let (held, value) = (self.held_for(operation)?, value.map(str::to_owned));
+        let store = move || held.image.set_metadata(key, value.as_deref());
+        let stored = ceph::blocking("rbd_metadata_set", self.inner.timeout(), store).await;
+        stored.map_err(|error| self.write_error(operation.to_owned(), error))
+    }
+}
+
+#[async_trait]
+impl Disk for RbdImage {
+    async fn users(&self) -> Result<Vec<DiskUser>> {
+        let user = |RbdWatcher { address, is_own, .. }| DiskUser { address, is_own };
+        Ok(self.watchers().await?.into_iter().map(user).collect())
+    }
+
+    async fn fence(&self, owner: &LeaseOwner, holder: LockHolder) -> Result<()> {
+        self.take_fence(owner, holder).await
+    }
+
+    async fn name(&self) -> Result<String> {
+        // A handle that is open keeps the name that it found.
+        self.inner.look("read its name", Image::name).await
+    }
+
+    async fn rename(&self, name: &str) -> Result<()> {
+        let operation = format!("rename it to {name:?}");
+        if name.is_empty() || name.contains(['/', '@']) {
+            let refused = ImageError::new(ErrorKind::Unsupported, self.inner.location.clone(), operation);
+            return Err(refused.detail("no tool could name it any more"));
+        }
+        let (inner, wanted) = (Arc::clone(&self.inner), name.to_owned());
+        let renamed = self.inner.call(operation, "rbd_rename", move || rename(&inner, &wanted)).await;
+        renamed.map_err(|error| match error.kind {
+            ErrorKind::AlreadyExists => {
+                error.detail(format!("{} has another image {name:?}", self.inner.place.parent()))
+            }
+            _ => error,
+        })
+    }
+
+    async fn load_journal(&self) -> Result<Option<String>> {
+        self.inner.look("read the journal", |image| image.metadata(JOURNAL_KEY)).await
+    }
+
+    async fn store_journal(&self, journal: Option<&str>) -> Result<()> {
+        let operation = "store the journal";
+        if let Some(journal) = journal.filter(|journal| journal.len() > JOURNAL_MAX) {
+            let large = ImageError::new(ErrorKind::OutOfBounds, self.inner.location.clone(), operation);
+            return Err(large.detail(format!("it has {} bytes; the most is {JOURNAL_MAX}", journal.len())));
+        }
+        self.store(JOURNAL_KEY, journal, operation).await
+    }
+
+    async fn forget_state(&self) -> Result<()> {
+        self.store(STATE_KEY, None, "forget the state").await
+    }
+}
+
+/// The image's name, by the directory.
+pub(super) fn name_now(inner: &Inner) -> ceph::Result<String> {
+    Image::open_by_id(&inner.pool, &inner.id, OpenMode::ReadOnly)?.name()
+}
+
+/// Renames the image, or finishes a rename that was cut: such a one has left it two names to be opened by (see
+/// `ceph::names`).
+fn rename(inner: &Inner, wanted: &str) -> ceph::Result<()> {
+    let old = name_now(inner)?;
+    let opens_this = |name: &str| Ok(inner.pool.id_of_name(name)?.as_deref() == Some(inner.id.as_str()));
+    if old != wanted {
+        if opens_this(wanted)? {
+            tracing::warn!(image = %inner.place, name = wanted, "a rename was cut before it counted: doing it again");
+            inner.pool.forget_name(wanted)?;
+        }
+        inner.pool.rename_image(&old, wanted)?;
+        let name = name_now(inner)?;
+        if name != wanted {
+            let what = format!("success, and the image is called {name:?}");
+            return Err(CephError::Nonsense { function: "rbd_rename", what });
+        }
+    }
+    // What was cut after it counted.
+    let opened_by = inner.place.image.as_str();
+    if opened_by != wanted && opens_this(opened_by)? {
+        tracing::warn!(image = %inner.place, name = opened_by, "a rename was cut: its old name is taken away");
+        inner.pool.forget_name(opened_by)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,151 @@
+//! Clones to rehearse with, which carry a mark; and removing images.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use futures::stream::{self, StreamExt, TryStreamExt};
+use rustix::io::Errno;
+
+use super::disk::{JOURNAL_KEY, name_now};
+use super::lease::LEASE_KEY;
+use super::target::{NOTE_KEY, STATE_KEY};
+use super::view::{explain_missing, no_entry};
+use super::{Connector, CreateOptions, Inner, Place, PoolImage, RbdImage, changes, wait_until_closed};
+use crate::ceph::{self, CephError, Features, Image, OpenMode, ParentLink};
+use crate::image::{ErrorKind, ImageError, Result, Snapshot};
+
+/// The metadata key of the mark.
+const MARK_KEY: &str = "poolshift.rehearsal";
+/// How many images are looked at side by side.
+const LOOKS: usize = 8;
+/// How long this process's own handles may take to close before an image is removed.
+const CLOSE_PATIENCE: Duration = Duration::from_secs(30);
+
+/// An image that was made to rehearse with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rehearsal {
+    /// The image.
+    pub image: PoolImage,
+    /// What whoever made it left with it.
+    pub mark: String,
+}
+
+impl Connector {
+    /// The images of a pool's namespace that carry a rehearsal's mark, by name. Opens every image.
+    ///
+    /// [`ErrorKind::NotFound`] when the pool or the namespace isn't there.
+    pub async fn rehearsals(&self, pool: &str, namespace: Option<&str>) -> Result<Vec<Rehearsal>> {
+        let place = Place::new(pool, namespace, "");
+        let (opened, images) = (self.pool(&place).await?, self.images(pool, namespace).await?);
+        let looks = images.into_iter().filter_map(|image| {
+            let (handle, id) = (Arc::clone(&opened), image.id.clone()?);
+            let mark = move || Image::open_by_id(&handle, &id, OpenMode::ReadOnly)?.metadata(MARK_KEY);
+            Some(async {
+                match ceph::blocking("rbd_metadata_get", self.io_timeout, mark).await {
+                    // It went meanwhile.
+                    Err(error) if error.is(Errno::NOENT) => Ok(None),
+                    Err(error) => {
+                        let place = Place::new(pool, namespace, &image.name);
+                        Err(self.failure(&place).of("look for a rehearsal's mark", error))
+                    }
+                    Ok(mark) => Ok(mark.map(|mark| Rehearsal { image, mark })),
+                }
+            })
+        });
+        let found: Vec<Option<Rehearsal>> = stream::iter(looks).buffered(LOOKS).try_collect().await?;
+        Ok(found.into_iter().flatten().collect())
+    }
+}
+
+impl RbdImage {
+    /// Makes a clone of a snapshot in the same pool and namespace, and leaves `mark` with it. It has the features that
+    /// poolshift wants, and nothing of the state that poolshift keeps with this image. The snapshot need not be protected,
+    /// and can't be removed before the clone is.
+    ///
+    /// [`ErrorKind::NotFound`] without the snapshot, [`ErrorKind::AlreadyExists`] if the name is taken. A crash may leave a
+    /// clone without its mark.
+    pub async fn clone_of_snapshot(&self, snapshot: &Snapshot, name: &str, mark: &str) -> Result<Self> {
+        let operation = format!("clone snapshot {snapshot} as {name:?}");
+        let (inner, wanted, child, mark) =
+            (Arc::clone(&self.inner), snapshot.clone(), name.to_owned(), mark.to_owned());
+        let work = move || clone(&inner, &wanted, &child, &mark);
+        let id = self.inner.call(operation, "rbd_clone3", work).await.map_err(|error| match error.kind {
+            ErrorKind::AlreadyExists => error.detail(format!("there is an image {name:?} already")),
+            _ => explain_missing(error, Some(snapshot)),
+        })?;
+        let place = Place { image: name.to_owned(), ..self.inner.place.clone() };
+        Self::open(&self.inner.connector, place, Some(id), true).await
+    }
+
+    /// Removes the image, which has no snapshots and which nobody else has open. A lease that this holds is given back.
+    ///
+    /// [`ErrorKind::Busy`] where it has snapshots, clones, or users.
+    pub async fn remove(self) -> Result<()> {
+        let operation = "remove it";
+        let location = self.inner.location.clone();
+        let busy = |holder: String| {
+            let kind = ErrorKind::Busy { holder: holder.clone() };
+            ImageError::new(kind, location.clone(), operation).detail(holder)
+        };
+        let relations = self.relations().await?;
+        if let Some(snapshot) = relations.snapshots.iter().find(|snapshot| !snapshot.clones.is_empty()) {
+            let clones: Vec<String> = snapshot.clones.iter().map(ToString::to_string).collect();
+            return Err(busy(format!("snapshot {:?} has clones: {}", snapshot.name, clones.join(", ")))
+                .hint("flatten or remove them first: poolshift flatten --children"));
+        }
+        if !relations.snapshots.is_empty() {
+            let names: Vec<&str> = relations.snapshots.iter().map(|snapshot| snapshot.name.as_str()).collect();
+            return Err(busy(format!("it has snapshots: {}", names.join(", ")))
+                .hint(format!("remove them first: rbd snap purge {}", self.inner.place)));
+        }
+        if let Some(user) = self.watchers().await?.into_iter().find(|watcher| !watcher.is_own) {
+            return Err(busy(format!("client.{} at {} has it open", user.client, user.address)));
+        }
+        self.give_lease_back().await?;
+        let inner = Arc::clone(&self.inner);
+        drop(self);
+        wait_until_closed(CLOSE_PATIENCE).await;
+        let (image, limit) = (Arc::clone(&inner), inner.timeout());
+        let work = move |steps: &AtomicU64| remove(&image, steps);
+        let removed = ceph::blocking_with_progress("rbd_remove_with_progress", limit, Arc::default(), work).await;
+        removed.map_err(|error| match () {
+            () if error.is(Errno::BUSY) => busy("somebody has just opened it".into()).caused_by(error),
+            () if error.is(Errno::NOTEMPTY) => busy("somebody has just made a snapshot".into()).caused_by(error),
+            () => inner.fail(operation, error),
+        })
+    }
+}
+
+/// Fails with ENOENT unless opening by this name opens this image.
+fn check_name(inner: &Inner, name: &str) -> ceph::Result<()> {
+    let there = inner.pool.id_of_name(name)?.as_deref() == Some(inner.id.as_str());
+    there.then_some(()).ok_or_else(|| no_entry("rbd_open"))
+}
+
+fn remove(inner: &Inner, steps: &AtomicU64) -> ceph::Result<()> {
+    // librbd removes by name only.
+    let name = name_now(inner)?;
+    check_name(inner, &name)?;
+    inner.pool.remove_image(&name, steps)
+}
+
+/// Makes the clone, and gives back its id.
+fn clone(inner: &Inner, snapshot: &Snapshot, name: &str, mark: &str) -> ceph::Result<String> {
+    let parent = Image::open_by_id(&inner.pool, &inner.id, OpenMode::ReadOnly)?;
+    changes::check_snapshot(&parent.snapshots()?, snapshot)?;
+    let parent = parent.name()?;
+    check_name(inner, &parent)?;
+    inner.pool.clone_image(&parent, &snapshot.name, name, Features(CreateOptions::FEATURES))?;
+    let clone = Image::open(&inner.pool, name, OpenMode::ReadWrite)?;
+    clone.set_metadata(MARK_KEY, Some(mark))?;
+    // librbd copies the parent's metadata, the state of a cutover with it.
+    for key in [STATE_KEY, LEASE_KEY, NOTE_KEY, JOURNAL_KEY] {
+        clone.set_metadata(key, None)?;
+    }
+    // librbd clones by names only: whether it was the right one is seen afterwards.
+    match clone.parent_link()? {
+        Some(ParentLink { snapshot_id, image, .. }) if snapshot_id == snapshot.id && image.id == inner.id => clone.id(),
+        _ => Err(CephError::Nonsense { function: "rbd_clone3", what: format!("a clone {name:?} of another snapshot") }),
+    }
+}
