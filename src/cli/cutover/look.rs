@@ -3,12 +3,12 @@
 use serde::Serialize;
 
 use super::{open, show};
-use crate::cli::{Context, Interrupted, images, output};
+use crate::cli::{Context, Interrupted, output};
 use crate::cutover::journal::Journal;
 use crate::cutover::provider::{Side, Verdict};
 use crate::cutover::{self, CutoverError, Options, Readiness, Server};
 use crate::fleet::CUTOVER_NOTE;
-use crate::image::ErrorKind;
+use crate::image::{Disk as _, ErrorKind, SourceImage as _, TargetImage as _};
 use crate::plan::{self, Method, Plan};
 
 /// Where a server is, by its journal.
@@ -21,6 +21,16 @@ pub(in crate::cli) enum State {
     Begun,
     /// It runs from its targets, and its sources are kept.
     OnTargets,
+}
+
+impl State {
+    fn of(journal: Option<&Journal>) -> Self {
+        match journal {
+            Some(journal) if !(journal.phase.is_over() && journal.done) => Self::Begun,
+            Some(journal) if journal.is_cut_over() => Self::OnTargets,
+            _ => Self::OnSources,
+        }
+    }
 }
 
 /// A server that was looked at.
@@ -36,11 +46,7 @@ pub(in crate::cli) struct Looked {
 impl Looked {
     /// Where it is.
     pub(in crate::cli) fn state(&self) -> State {
-        match &self.journal {
-            Some(journal) if !(journal.phase.is_over() && journal.done) => State::Begun,
-            Some(journal) if journal.is_cut_over() => State::OnTargets,
-            _ => State::OnSources,
-        }
+        State::of(self.journal.as_ref())
     }
 
     /// Whether something stands in the way.
@@ -129,11 +135,29 @@ pub(in crate::cli) async fn look(
 /// over. `None` where it runs from its sources, or has no target yet.
 pub(in crate::cli) async fn hands_off(context: &Context<'_>, server: &plan::Server) -> anyhow::Result<Option<String>> {
     let Some(first) = server.volumes.first() else { return Ok(None) };
-    let target = match images::existing_target(context, &first.target, None).await {
-        Ok(target) => target,
+    let target = match open::target(context, &first.target).await {
+        Ok(Some(target)) => target,
+        Ok(None) => return Ok(None),
         Err(error) if error.kind == ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error.into()),
     };
+    if let Some(text) = target.load_journal().await? {
+        let location = target.location().to_owned();
+        let journal = Journal::parse(&text).map_err(|error| CutoverError::Journal { location, error })?;
+        match State::of(Some(&journal)) {
+            State::OnSources => {}
+            State::OnTargets => return Ok(Some(format!("it has run from its targets since {}", since(&journal)))),
+            State::Begun => {
+                let (to, begun) = (show::side(journal.to), &journal.begun);
+                return Ok(Some(format!("its way to {to} was begun at {begun}, and has not ended")));
+            }
+        }
+    }
     let note = target.load_note().await?;
     Ok(note.as_deref().and_then(|note| note.strip_prefix(CUTOVER_NOTE)).map(|reason| reason.trim().to_owned()))
+}
+
+/// When a way that has ended did so.
+pub(in crate::cli) fn since(journal: &Journal) -> &str {
+    journal.ended.as_deref().unwrap_or(&journal.begun)
 }

@@ -9,7 +9,7 @@ use crate::cutover::journal::kept_name;
 use crate::cutover::provider::{Provider, ServerDisk};
 use crate::cutover::{Server, Volume};
 use crate::image::rbd::RbdImage;
-use crate::image::{Disk, ErrorKind, ImageError, ImageSpec};
+use crate::image::{ErrorKind, ImageError, ImageSpec};
 use crate::plan::{self, Method, Plan};
 
 /// The server of that name.
@@ -65,7 +65,7 @@ fn refuse_file(spec: &ImageSpec) -> Result<(), ImageError> {
     }
 }
 
-async fn source(context: &Context<'_>, spec: &ImageSpec) -> Result<Arc<dyn Disk>, ImageError> {
+async fn source(context: &Context<'_>, spec: &ImageSpec) -> Result<Arc<RbdImage>, ImageError> {
     let missing = match open(context, &context.config.source_ceph, spec).await {
         Err(error) if error.kind == ErrorKind::NotFound => error,
         opened => return opened,
@@ -83,22 +83,25 @@ async fn source(context: &Context<'_>, spec: &ImageSpec) -> Result<Arc<dyn Disk>
     }
 }
 
-async fn open(context: &Context<'_>, access: &CephAccess, spec: &ImageSpec) -> Result<Arc<dyn Disk>, ImageError> {
+/// Opens an image to write to, as each side may be.
+async fn open(context: &Context<'_>, access: &CephAccess, spec: &ImageSpec) -> Result<Arc<RbdImage>, ImageError> {
     let ImageSpec::Rbd { pool, namespace, image, .. } = spec else {
         return refuse_file(spec).and_then(|()| Err(ImageError::new(ErrorKind::Unsupported, spec.to_string(), "open")));
     };
     let connector = images::connect(context, access).await?;
     let image = RbdImage::open_target(&connector, pool, namespace.as_deref(), image).await?;
-    disk(image)
-}
-
-/// Stands for the image as a disk until RBD images are some.
-fn disk(image: RbdImage) -> Result<Arc<dyn Disk>, ImageError> {
-    use crate::image::SourceImage as _;
-    Err(ImageError::new(ErrorKind::Unsupported, image.location(), "cut over").detail("not there yet"))
+    Ok(Arc::new(image))
 }
 
 /// Stands for the choice of the provider until there are some.
 fn provider_of(server: &plan::Server, _method: Option<Method>) -> Result<Arc<dyn Provider>, ImageError> {
     Err(ImageError::new(ErrorKind::Unsupported, server.name.clone(), "cut over").detail("there is no provider yet"))
+}
+
+/// Opens a target that keeps a journal; `None` where it is a file, which keeps none.
+pub(super) async fn target(context: &Context<'_>, spec: &ImageSpec) -> Result<Option<Arc<RbdImage>>, ImageError> {
+    match spec {
+        ImageSpec::Rbd { .. } => open(context, &context.config.target_ceph, spec).await.map(Some),
+        ImageSpec::File { .. } => Ok(None),
+    }
 }

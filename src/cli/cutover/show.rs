@@ -184,6 +184,11 @@ mod tests {
             row("database", Some(Side::Source), Some(12_000), "went back: the outage has passed its limit of 10s"),
             row("app", None, None, "not ready: domain app: it is off"),
         ];
-        insta::assert_snapshot!(table(&rows), @"");
+        insta::assert_snapshot!(table(&rows), @r"
+        SERVER    RUNS FROM   OUTAGE  RESULT
+        web-1     targets     2.41 s  done
+        database  sources    12.00 s  went back: the outage has passed its limit of 10s
+        app       -                -  not ready: domain app: it is off
+        ");
     }
 }

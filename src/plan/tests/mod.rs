@@ -70,6 +70,8 @@ fn the_readmes_plan_means_what_it_says() {
     assert_eq!(web.retention, Retention { keep: 3, keep_for: Some(seconds(86_400)) });
     let expected = Quiesce::Virsh { domain: "web-1".into(), uri: None, limit: seconds(10) };
     assert_eq!((&web.quiesce, web.volumes[0].boot, web.volumes[1].boot), (&expected, true, false));
+    assert!(matches!(&web.cutover, Cutover::Libvirt(libvirt) if libvirt.domain == "web-1"));
+    assert_eq!(archive.cutover, Cutover::None);
     assert_eq!(archive.volumes[0].rate.bytes_per_second, NonZeroU64::new(50 << 20));
     let throttle = plan.throttle("sata").unwrap();
     assert_eq!(throttle.latency_limit, Some(Duration::from_millis(80)));
