@@ -3,13 +3,13 @@
 use std::sync::Arc;
 
 use super::errors::AskError;
-use crate::cli::config::CephAccess;
+use crate::cli::config::{CephAccess, UsageError};
 use crate::cli::{Context, images};
 use crate::cutover::journal::kept_name;
-use crate::cutover::provider::{Provider, ServerDisk};
-use crate::cutover::{Server, Volume};
+use crate::cutover::provider;
+use crate::cutover::{CutoverError, Server, Volume};
 use crate::image::rbd::RbdImage;
-use crate::image::{ErrorKind, ImageError, ImageSpec};
+use crate::image::{ErrorKind, ImageError, ImageSpec, SourceImage as _};
 use crate::plan::{self, Method, Plan};
 
 /// The server of that name.
@@ -32,25 +32,23 @@ pub(in crate::cli) async fn open_server(
     for spec in server.volumes.iter().flat_map(|volume| [&volume.source, &volume.target]) {
         refuse_file(spec)?;
     }
-    let provider = provider_of(server, method)?;
+    let provider = provider::of(server, method).map_err(CutoverError::from)?;
     let mut volumes = Vec::new();
-    for volume in &server.volumes {
-        let source = source(context, &volume.source).await?;
-        let target = match open(context, &context.config.target_ceph, &volume.target).await {
+    for disk in provider::disks_of(server) {
+        let source = source(context, &disk.source).await?;
+        let target = match open(context, &context.config.target_ceph, &disk.target).await {
             Ok(target) => target,
-            Err(error) if error.kind == ErrorKind::NotFound => {
+            Err(error) if error.kind == ErrorKind::NotFound && images::place_exists(context, &disk.target).await? => {
                 let plan = plan.path.display();
-                let hint = format!("{} was never copied: run poolshift replicate {plan} first", volume.name);
+                let hint = format!("{} was never copied: run poolshift replicate {plan} first", disk.volume);
                 return Err(error.hint(hint).into());
             }
             Err(error) => return Err(error.into()),
         };
-        let disk = ServerDisk {
-            volume: volume.name.clone(),
-            source: volume.source.clone(),
-            target: volume.target.clone(),
-            boot: volume.boot,
-        };
+        if source.identity() == target.identity() {
+            let text = format!("source and target of {} are the same image: {}", disk.volume, source.identity());
+            return Err(UsageError(text).into());
+        }
         volumes.push(Volume { disk, source, target });
     }
     Ok(Server { name: server.name.clone(), volumes, provider, retention: server.retention })
@@ -91,11 +89,6 @@ async fn open(context: &Context<'_>, access: &CephAccess, spec: &ImageSpec) -> R
     let connector = images::connect(context, access).await?;
     let image = RbdImage::open_target(&connector, pool, namespace.as_deref(), image).await?;
     Ok(Arc::new(image))
-}
-
-/// Stands for the choice of the provider until there are some.
-fn provider_of(server: &plan::Server, _method: Option<Method>) -> Result<Arc<dyn Provider>, ImageError> {
-    Err(ImageError::new(ErrorKind::Unsupported, server.name.clone(), "cut over").detail("there is no provider yet"))
 }
 
 /// Opens a target that keeps a journal; `None` where it is a file, which keeps none.
