@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
+use super::cutover_args::{CutoverArgs, RollbackArgs};
 use super::exit;
 use super::fleet_args::{ActArgs, StatusArgs, ThrottleArgs};
 use super::values::{
@@ -135,6 +136,17 @@ pub(super) enum CommandArgs {
     SyncNow(ActArgs),
     /// Limit what a source pool is asked for, until the daemon reads its plan again
     Throttle(ThrottleArgs),
+    /// Bring a server over to its targets: stop it, carry the last changes over, prove the copy, start it there
+    ///
+    /// Shows every precondition and the outage that is to be expected, asks, and shows the phases as they go by. What
+    /// fails before the server has started on its targets brings it back to where it ran, with exit code 12. A cutover
+    /// that was cut is finished, or undone, by the same command or by `rollback`, on any host.
+    Cutover(CutoverArgs),
+    /// Bring a server back to its sources, or undo a cutover that was begun
+    ///
+    /// For as long as the sources are kept. A server that has run from its targets has written there: one of
+    /// --with-changes and --discard-changes says what becomes of that.
+    Rollback(RollbackArgs),
     /// Show what an RBD image is bound to: parents, snapshots, clones, and what must go before it can
     ///
     /// For each clone it says what flattening it would copy, at most.

@@ -168,7 +168,7 @@ async fn check(context: &Context<'_>, plan: &Plan, measure: bool) -> anyhow::Res
         images::connect(context, &context.config.target_ceph).await?;
     }
     let bar = context.terminal.progress("looking at the volumes");
-    let looks = plan.volumes().map(|(_, volume)| look::look(context, volume));
+    let looks = plan.volumes().map(|(server, volume)| look::look(context, server, volume));
     let looked: Vec<_> = stream::iter(looks).buffered(AT_A_TIME).collect().await;
     drop(bar);
     let rates = rates(context, plan, &looked, measure).await;

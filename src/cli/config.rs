@@ -11,6 +11,7 @@ use super::args::{
     GlobalArgs, ImageFeature, ImportDiffArgs, InspectArgs, LogFormat, MergeDiffArgs, PlanArgs, ReceiveArgs,
     ReplicateArgs, SendArgs, SyncArgs, VerifyArgs,
 };
+pub use super::cutover_args::{At, Consent, Cutover, Rollback, Whom};
 pub use super::fleet_args::{Act, FleetStatus, Throttle};
 use super::values::{PoolName, SnapshotName};
 use crate::batch::CompressionChoice;
@@ -94,6 +95,10 @@ pub enum Command {
     Act(Act),
     /// `poolshift throttle`
     Throttle(Throttle),
+    /// `poolshift cutover`
+    Cutover(Cutover),
+    /// `poolshift rollback`
+    Rollback(Rollback),
     /// `poolshift deps`
     Deps(Deps),
     /// `poolshift flatten`
@@ -439,6 +444,8 @@ impl TryFrom<CommandArgs> for Command {
             CommandArgs::Replicate(ReplicateArgs { plan, listen }) => {
                 Self::Replicate(Replicate { plan, listen: listen.as_deref().map(parse_listen).transpose()? })
             }
+            CommandArgs::Cutover(args) => args.validated(),
+            CommandArgs::Rollback(args) => args.validated(),
             CommandArgs::Deps(DepsArgs { image, json }) => {
                 on_rbd(&image)?;
                 Self::Deps(Deps { image, json })

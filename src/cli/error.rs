@@ -4,8 +4,10 @@ use std::error::Error;
 use std::io::Write;
 
 use super::args::LogFormat;
+use super::cutover::errors::{self, AskError};
 use super::daemon::DaemonError;
 use super::exit::{self, Exit};
+use crate::cutover::CutoverError;
 use crate::observe::client::ClientError;
 use crate::replicate::CycleError;
 
@@ -66,8 +68,11 @@ fn plain(error: &(dyn Error + 'static)) -> String {
 /// The outermost advice in the chain.
 fn hint(error: &anyhow::Error) -> Option<String> {
     error.chain().find_map(|cause| {
-        if let Some(CycleError::Conflict(conflict)) = cause.downcast_ref() {
-            return Some(conflict.kind.hint().to_owned());
+        if let Some(error) = cause.downcast_ref::<CutoverError>() {
+            return errors::hint(error);
+        }
+        if let Some(error) = cause.downcast_ref::<AskError>() {
+            return error.hint();
         }
         if let Some(error) = cause.downcast_ref::<ClientError>() {
             return error.hint();
@@ -75,8 +80,16 @@ fn hint(error: &anyhow::Error) -> Option<String> {
         if let Some(error) = cause.downcast_ref::<DaemonError>() {
             return Some(error.hint());
         }
-        exit::image_error(cause)?.hint.clone()
+        hint_of(cause)
     })
+}
+
+/// The advice of a cycle's error, or of an image's that it is.
+pub(super) fn hint_of(error: &(dyn Error + 'static)) -> Option<String> {
+    if let Some(CycleError::Conflict(conflict)) = error.downcast_ref() {
+        return Some(conflict.kind.hint().to_owned());
+    }
+    exit::image_error(error)?.hint.clone()
 }
 
 #[cfg(test)]

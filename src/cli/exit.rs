@@ -5,6 +5,9 @@ use std::process::ExitCode;
 
 use super::Interrupted;
 use super::config::UsageError;
+use super::cutover::errors::AskError;
+use crate::cutover::CutoverError;
+use crate::cutover::journal::JournalError;
 use crate::delta::stream::{DiffError, DiffFault, MergeError};
 use crate::image::{ErrorKind, ImageError};
 use crate::observe::client::ClientError;
@@ -22,7 +25,7 @@ pub enum Exit {
     Failed,
     /// The command line, or the plan, makes no sense.
     Usage,
-    /// `verify` found differences.
+    /// `verify`, or the proof of a cutover, found differences.
     Different,
     /// Source and target have no common, undisturbed past: somebody has to decide.
     Conflict,
@@ -40,6 +43,12 @@ pub enum Exit {
     NoSpace,
     /// Another process took the target over while this one worked.
     Fenced,
+    /// A server was brought back to where it ran, instead of where it was to go.
+    WentBack,
+    /// A server may be down, or both its sides were written: what comes next is a person's to decide.
+    NeedsPerson,
+    /// A server is not ready to be brought over, or would stand still for too long. Nothing was changed.
+    NotReady,
     /// Stopped by Ctrl-C or SIGTERM. The next run resumes.
     Interrupted,
 }
@@ -58,6 +67,9 @@ pub const TABLE: &[(Exit, u8, &str)] = &[
     (Exit::Unsupported, 9, "the image can't do it, or its backend is not installed"),
     (Exit::NoSpace, 10, "no space left, or a quota is reached"),
     (Exit::Fenced, 11, "another process took the target over"),
+    (Exit::WentBack, 12, "the server was brought back to where it ran: nothing has changed"),
+    (Exit::NeedsPerson, 13, "the server may be down, or both sides were written: needs a person"),
+    (Exit::NotReady, 14, "the server is not ready to be brought over: nothing was changed"),
     (Exit::Interrupted, 130, "interrupted; the next run resumes"),
 ];
 
@@ -92,17 +104,18 @@ fn known(error: &(dyn std::error::Error + 'static)) -> Option<Exit> {
     if let Some(error) = image_error(error) {
         return Some(of_image(error));
     }
-    if let Some(error) = error.downcast_ref::<CycleError>() {
+    if let Some(error) = error.downcast_ref::<CutoverError>() {
+        return Some(of_cutover(error));
+    }
+    if let Some(error) = error.downcast_ref::<AskError>() {
         return Some(match error {
-            CycleError::Conflict(_) => Exit::Conflict,
-            CycleError::Defect(_) => Exit::Failed,
-            CycleError::State { .. } => Exit::Damaged,
-            CycleError::SnapshotLost { .. } => Exit::Temporary,
-            CycleError::Interrupted { .. } => Exit::Interrupted,
-            CycleError::Pipeline(error) => of_pipeline(error),
-            CycleError::Diff(error) => of_diff(error),
-            CycleError::Image(error) => of_image(error),
+            AskError::UnknownServer { .. } => Exit::NotFound,
+            AskError::WhichWay { .. } => Exit::Usage,
+            AskError::NotAgreed { .. } => Exit::Failed,
         });
+    }
+    if let Some(error) = error.downcast_ref::<CycleError>() {
+        return Some(of_cycle(error));
     }
     if let Some(error) = error.downcast_ref::<PipelineError>() {
         return Some(of_pipeline(error));
@@ -159,6 +172,34 @@ pub(super) fn image_error<'a>(error: &'a (dyn std::error::Error + 'static)) -> O
     match error.downcast_ref::<PipelineError>() {
         Some(PipelineError::Image(error)) => Some(error),
         _ => error.downcast_ref::<ImageError>(),
+    }
+}
+
+fn of_cutover(error: &CutoverError) -> Exit {
+    match error {
+        CutoverError::NotReady { .. } | CutoverError::TooLong { .. } => Exit::NotReady,
+        CutoverError::Diverged { .. } | CutoverError::NotBrought { .. } => Exit::NeedsPerson,
+        CutoverError::Different { .. } => Exit::Different,
+        CutoverError::Interrupted { .. } => Exit::Interrupted,
+        CutoverError::WrongState { .. } | CutoverError::Unfinished { .. } | CutoverError::Provider(_) => Exit::Failed,
+        CutoverError::Cycle(error) => of_cycle(error),
+        CutoverError::Group(error) => of_cycle(&error.error),
+        CutoverError::Image(error) => of_image(error),
+        CutoverError::Journal { error: JournalError::Version { .. }, .. } => Exit::Unsupported,
+        CutoverError::Journal { error: JournalError::Damaged(_), .. } => Exit::Damaged,
+    }
+}
+
+fn of_cycle(error: &CycleError) -> Exit {
+    match error {
+        CycleError::Conflict(_) => Exit::Conflict,
+        CycleError::Defect(_) => Exit::Failed,
+        CycleError::State { .. } => Exit::Damaged,
+        CycleError::SnapshotLost { .. } => Exit::Temporary,
+        CycleError::Interrupted { .. } => Exit::Interrupted,
+        CycleError::Pipeline(error) => of_pipeline(error),
+        CycleError::Diff(error) => of_diff(error),
+        CycleError::Image(error) => of_image(error),
     }
 }
 
@@ -236,6 +277,21 @@ mod tests {
         assert!(TABLE.windows(2).all(|pair| pair[0].1 < pair[1].1));
         assert_eq!(Exit::Interrupted.code(), 130);
         assert_eq!(Exit::Success.code(), 0);
+    }
+
+    #[test]
+    fn how_a_cutover_failed_is_told_by_its_code() {
+        let server = || "web-1".to_owned();
+        let of = |error: CutoverError| Exit::of(&error.into());
+        let space = || ImageError::new(ErrorKind::NoSpace, "rbd:sas/web-1", "write");
+        assert_eq!(of(CutoverError::NotReady { server: server(), preconditions: Vec::new() }), Exit::NotReady);
+        assert_eq!(of(CutoverError::Interrupted { server: server() }), Exit::Interrupted);
+        // What is passed through keeps its code; a server that may be down is worse than what brought it down.
+        assert_eq!(of(space().into()), Exit::NoSpace);
+        assert_eq!(of(CycleError::Image(space()).into()), Exit::NoSpace);
+        let inner = Box::new(CutoverError::Image(space()));
+        let error = CutoverError::NotBrought { server: server(), error: inner, because: "no space".into() };
+        assert_eq!(of(error), Exit::NeedsPerson);
     }
 
     #[test]

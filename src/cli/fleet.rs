@@ -10,7 +10,7 @@ use super::config::{CephAccess, Config, Create};
 use super::terminal::Terminal;
 use super::{Context, images};
 use crate::fleet::{Images, Opener};
-use crate::image::{ErrorKind, ImageError};
+use crate::image::{ErrorKind, ImageError, TargetImage};
 use crate::plan::{ClusterAccess, Plan, Volume};
 use crate::replicate::CycleError;
 
@@ -86,5 +86,9 @@ impl Opener for PlanImages {
             Ok((source.image(), target))
         };
         open().await.map_err(|error| cycle_error(volume, error))
+    }
+
+    async fn open_target(&self, volume: &Volume) -> Result<Arc<dyn TargetImage>, CycleError> {
+        Ok(images::existing_target(&self.context(), &volume.target, None).await?)
     }
 }

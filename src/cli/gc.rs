@@ -1,6 +1,7 @@
 //! `poolshift gc`: removes what poolshift made for a plan's volumes and nothing needs any more.
 
 use super::config::Gc;
+use super::cutover::look::hands_off;
 use super::exit::Exit;
 use super::fleet::PlanImages;
 use super::output::{self, Facts};
@@ -44,17 +45,24 @@ pub(super) async fn run(context: &Context<'_>, settings: &Gc) -> anyhow::Result<
     Ok(if left { Exit::Failed } else { Exit::Success })
 }
 
-/// Opens both sides of every volume. One that has no target yet has nothing that poolshift made.
+/// Opens both sides of every volume. One that has no target yet has nothing that poolshift made; a server that was cut
+/// over needs what both sides have in common for its way back.
 async fn open(context: &Context<'_>, settings: &Gc, plan: &Plan) -> anyhow::Result<Vec<Sides>> {
     let mut pairs = Vec::new();
-    for volume in plan.servers.iter().flat_map(|server| &server.volumes) {
-        let source = images::source(context, &volume.source).await?;
-        let Some(target) = images::target(context, &volume.target, settings.state_dir.as_deref()).await? else {
-            tracing::warn!("{} does not exist yet: volume {} is passed over", volume.target, volume.name);
+    for server in &plan.servers {
+        if let Some(reason) = hands_off(context, server).await? {
+            tracing::warn!("server {} is passed over: {reason}", server.name);
             continue;
-        };
-        images::refuse_same(&source, target.as_ref())?;
-        pairs.push((source.image(), target));
+        }
+        for volume in &server.volumes {
+            let source = images::source(context, &volume.source).await?;
+            let Some(target) = images::target(context, &volume.target, settings.state_dir.as_deref()).await? else {
+                tracing::warn!("{} does not exist yet: volume {} is passed over", volume.target, volume.name);
+                continue;
+            };
+            images::refuse_same(&source, target.as_ref())?;
+            pairs.push((source.image(), target));
+        }
     }
     Ok(pairs)
 }

@@ -129,7 +129,7 @@ pub(super) async fn target(
 }
 
 /// Whether the pool and namespace, or the folder, of a missing image are there.
-async fn place_exists(context: &Context<'_>, spec: &ImageSpec) -> Result<bool, ImageError> {
+pub(super) async fn place_exists(context: &Context<'_>, spec: &ImageSpec) -> Result<bool, ImageError> {
     match spec {
         ImageSpec::Rbd { pool, namespace, image, .. } => {
             let connector = connect(context, &context.config.target_ceph).await?;

@@ -15,6 +15,8 @@ mod act;
 mod args;
 mod check;
 pub mod config;
+mod cutover;
+mod cutover_args;
 mod daemon;
 mod demo;
 mod deps;
@@ -36,6 +38,7 @@ mod plan;
 mod progress;
 mod receive;
 mod replicate;
+mod rollback;
 mod send;
 mod status;
 mod streams;
@@ -89,7 +92,7 @@ struct Context<'a> {
 
 /// Does what the configuration says.
 pub fn run(config: &Config) -> anyhow::Result<Exit> {
-    let terminal = Terminal::new(config.verbosity);
+    let terminal = Terminal::new(config.verbosity, config.log_format);
     terminal.start_log(config.verbosity, config.log_format);
     if let Command::Completions(shell) = config.command {
         return completions(shell);
@@ -126,6 +129,8 @@ async fn dispatch(context: &Context<'_>) -> anyhow::Result<Exit> {
         Command::Act(settings) => act::run(settings).await,
         Command::Throttle(settings) => act::throttle(settings).await,
         Command::Replicate(settings) => replicate::run(context, settings).await,
+        Command::Cutover(settings) => cutover::run(context, settings).await,
+        Command::Rollback(settings) => rollback::run(context, settings).await,
         Command::Deps(settings) => deps::run(context, settings).await,
         Command::Flatten(settings) => flatten::run(context, settings).await,
         Command::Gc(settings) => gc::run(context, settings).await,
@@ -140,6 +145,9 @@ async fn dispatch(context: &Context<'_>) -> anyhow::Result<Exit> {
 fn stopping(command: &Command) -> Option<&'static str> {
     match command {
         Command::FleetStatus(_) | Command::Act(_) | Command::Throttle(_) => None,
+        Command::Cutover(_) | Command::Rollback(_) => Some(
+            "stopping: a server that stands still is brought back; once more to end at once, and leave it as it is",
+        ),
         _ => Some("stopping at the next checkpoint; once more to stop at once"),
     }
 }

@@ -245,6 +245,9 @@ const SERVER: &str = r#"
 # source = {source}
 # target = {target}
 # boot = true
+#
+# [server.cutover]  # how poolshift cutover stops it and starts it from its targets; by hand without
+# libvirt = { domain = "web-1", method = "warm", limit = "5m" }
 "#;
 
 #[cfg(test)]

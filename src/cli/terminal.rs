@@ -18,17 +18,20 @@ const DRAWS_PER_SECOND: u8 = 8;
 pub(super) struct Terminal {
     bars: MultiProgress,
     shows_progress: bool,
+    is_quiet: bool,
+    format: LogFormat,
 }
 
 impl Terminal {
-    pub(super) fn new(verbosity: Verbosity) -> Self {
-        let shows_progress = verbosity > Verbosity::Quiet && std::io::stderr().is_terminal();
+    pub(super) fn new(verbosity: Verbosity, format: LogFormat) -> Self {
+        let is_quiet = verbosity == Verbosity::Quiet;
+        let shows_progress = !is_quiet && std::io::stderr().is_terminal();
         let target = if shows_progress {
             ProgressDrawTarget::stderr_with_hz(DRAWS_PER_SECOND)
         } else {
             ProgressDrawTarget::hidden()
         };
-        Self { bars: MultiProgress::with_draw_target(target), shows_progress }
+        Self { bars: MultiProgress::with_draw_target(target), shows_progress, is_quiet, format }
     }
 
     /// Sends log lines here from now on. `POOLSHIFT_LOG` overrides the verbosity with a filter such as
@@ -59,6 +62,22 @@ impl Terminal {
         if self.shows_progress {
             self.write(format!("{text}\n").as_bytes());
         }
+    }
+
+    /// Lines that are written whether somebody watches or not: what goes on, where that is half of the result.
+    pub(super) fn say(&self, text: &str) {
+        match self.format {
+            _ if self.is_quiet => {}
+            LogFormat::Text => self.write(format!("{text}\n").as_bytes()),
+            LogFormat::Json => {
+                self.write(format!("{}\n", serde_json::json!({"level": "INFO", "message": text})).as_bytes())
+            }
+        }
+    }
+
+    /// A question, whose answer is typed behind it.
+    pub(super) fn ask(&self, text: &str) {
+        self.write(text.as_bytes());
     }
 
     /// A bar of bytes, with rate and time left, which vanishes when it is dropped. Before its first
@@ -112,6 +131,11 @@ pub(super) struct Bar {
 }
 
 impl Bar {
+    /// Says something else.
+    pub(super) fn say(&self, text: String) {
+        self.bar.set_message(text);
+    }
+
     /// So many bytes are done, of so many.
     pub(super) fn set(&self, done_bytes: u64, total_bytes: u64) {
         if self.bar.length().is_none() {

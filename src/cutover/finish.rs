@@ -9,7 +9,7 @@ use super::phase::Phase;
 use super::provider::{Observed, Power, Side};
 use super::server::{CutoverError, Report, Result};
 use super::sides::store_journal;
-use crate::fleet::PAUSED;
+use crate::fleet::CUTOVER_NOTE;
 use crate::image::{ErrorKind, LockHolder};
 use crate::pipeline::Limits;
 use crate::replicate;
@@ -44,7 +44,7 @@ impl Walk<'_> {
         match to {
             Side::Target => {
                 let at = self.journal.ended.as_deref().unwrap_or_default();
-                self.leave_note(Some(&format!("{PAUSED}: cut over to its targets at {at}"))).await?;
+                self.leave_note(Some(&format!("{CUTOVER_NOTE} cut over to its targets at {at}"))).await?;
                 store_journal(server, Some(&self.journal)).await?;
             }
             Side::Source => {

@@ -54,7 +54,7 @@ use recover::Next;
 pub use server::{CutoverError, Observer, Options, PhaseTime, Proof, Readiness, Report, Result, Server, Volume};
 use sides::Sides;
 
-use crate::fleet::PAUSED;
+use crate::fleet::CUTOVER_NOTE;
 use crate::image::LockHolder;
 
 /// What stands in the way of leaving for `to`, and how long it would take. Changes nothing.
@@ -136,6 +136,11 @@ pub async fn rollback(
     }
 }
 
+/// What the fleet's workers are told while this is under way.
+fn own_note(by: &str) -> String {
+    format!("{CUTOVER_NOTE} for its cutover{by}")
+}
+
 /// How a cutover that was not over ended when it was given up.
 enum GivenUp {
     /// The server runs where it came from.
@@ -181,10 +186,10 @@ impl Walk<'_> {
             return Ok(());
         }
         let note = first.target.load_note().await?;
-        let own = |note: &String| note.starts_with(&format!("{PAUSED} for its cutover"));
+        let own = |note: &String| note.starts_with(&own_note(""));
         self.journal.note_before = note.filter(|note| !own(note)).or_else(|| self.journal.note_before.take());
         let worker = &self.journal.worker;
-        let text = format!("{PAUSED} for its cutover by process {} on {}", worker.pid, worker.host);
+        let text = own_note(&format!(" by process {} on {}", worker.pid, worker.host));
         self.leave_note(Some(&text)).await
     }
 

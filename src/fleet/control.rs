@@ -24,6 +24,9 @@ pub enum ActionError {
     /// The plan limits no such pool, and no volume reads from it.
     #[error("no volume of the plan reads from a pool {0:?}")]
     UnknownPool(String),
+    /// A cutover has paused the server, and nobody else resumes it.
+    #[error("{0} is paused by its cutover, and can't be resumed by hand")]
+    CutOver(String),
     /// It could not be noted where all workers see it.
     #[error("the action could not be stored: {0}")]
     NotStored(String),

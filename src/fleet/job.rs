@@ -6,10 +6,10 @@ use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
 use super::group::{self, GroupEnd, GroupError, GroupOptions, GroupReport, Member};
-use super::shared::{PAUSED, Shared};
+use super::shared::{self, Shared};
 use super::status::EventKind;
 use crate::pipeline::Limits;
-use crate::plan::Server;
+use crate::plan::{Server, Volume};
 use crate::replicate::{CycleError, Progress};
 
 /// How a job ended.
@@ -35,6 +35,7 @@ pub(super) async fn run(shared: Arc<Shared>, server: Server, forced: bool, cance
                 let progress = Arc::new(Progress::default());
                 members.push(Member { name: volume.name.clone(), source, target, progress });
             }
+            Err(error) if shared::is_missing(&error) => return why_missing(&shared, &server, volume, error).await,
             Err(error) => return JobEnd::NotOpened(volume.name.clone(), error),
         }
     }
@@ -46,10 +47,10 @@ pub(super) async fn run(shared: Arc<Shared>, server: Server, forced: bool, cance
         shared.keep_idle(&server.name, idle);
         return JobEnd::Group(Ok(GroupEnd::Unchanged { point }), looked);
     }
-    match first.target.load_note().await {
-        Ok(Some(note)) if note.starts_with(PAUSED) => return JobEnd::Paused(note[PAUSED.len()..].trim().to_owned()),
-        Ok(_) => {}
-        Err(error) => return JobEnd::NotOpened(first.name.clone(), error.into()),
+    match shared::pausing_note(first.target.as_ref()).await {
+        Ok(Some(reason)) => return JobEnd::Paused(reason),
+        Ok(None) => {}
+        Err(error) => return JobEnd::NotOpened(first.name.clone(), error),
     }
     let begun = Timestamp::now();
     let limits = {
@@ -79,6 +80,17 @@ pub(super) async fn run(shared: Arc<Shared>, server: Server, forced: bool, cance
         shared.keep_idle(&server.name, group::Idle::new(seen));
     }
     JobEnd::Group(end, begun)
+}
+
+/// Whether a note explains that an image is missing: the sources of a server that was cut over have other names.
+async fn why_missing(shared: &Shared, server: &Server, volume: &Volume, missing: CycleError) -> JobEnd {
+    match shared.pausing_note(server).await {
+        Ok(Some(reason)) => JobEnd::Paused(reason),
+        Ok(None) => JobEnd::NotOpened(volume.name.clone(), missing),
+        // Without a target there is nothing that could explain it.
+        Err(error) if shared::is_missing(&error) => JobEnd::NotOpened(volume.name.clone(), missing),
+        Err(error) => JobEnd::NotOpened(volume.name.clone(), error),
+    }
 }
 
 /// Takes in how far a job is.
@@ -115,18 +127,31 @@ impl group::Observer for Observer<'_> {
 pub(super) async fn ask_paused(shared: Arc<Shared>) {
     let paused: Vec<Server> = {
         let core = shared.core();
-        let by_note = |server: &&Server| core.paused_by_note.contains(&server.name);
+        let by_note = |server: &&Server| core.paused_by_note.contains_key(&server.name);
         core.plan.servers.iter().filter(by_note).cloned().collect()
     };
     for server in paused {
         let Some(volume) = server.volumes.first() else { continue };
-        let Ok((_, target)) = shared.images(volume, true).await else { continue };
+        let opened = match shared.images(volume, true).await {
+            Ok((_, target)) => Ok(target),
+            Err(error) if shared::is_missing(&error) => shared.opener.open_target(volume).await,
+            Err(error) => Err(error),
+        };
+        let Ok(target) = opened else { continue };
         // A backend that keeps no notes has not lost one.
-        if target.keeps_notes() && matches!(target.load_note().await, Ok(None)) {
-            let mut core = shared.core();
-            if core.paused_by_note.remove(&server.name) {
+        if !target.keeps_notes() {
+            continue;
+        }
+        let note = shared::pausing_note(target.as_ref()).await;
+        let mut core = shared.core();
+        match (note, core.paused_by_note.contains_key(&server.name)) {
+            (Ok(None), true) => {
+                core.paused_by_note.remove(&server.name);
                 core.scheduler.resume(&server.name, super::worker::now_millis());
             }
+            // Whoever paused it may have gone on: from a cutover that runs to one that is done.
+            (Ok(Some(reason)), true) => drop(core.paused_by_note.insert(server.name.clone(), reason)),
+            _ => {}
         }
     }
 }

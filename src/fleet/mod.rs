@@ -28,6 +28,5 @@ mod tracker;
 mod worker;
 
 pub use images_only::status_from_images;
-pub(crate) use shared::PAUSED;
-pub use shared::{Fleet, Images, Opener};
+pub use shared::{CUTOVER_NOTE, Fleet, Images, Opener};
 pub use worker::Worker;

@@ -1,6 +1,6 @@
 //! What the worker's loop, its jobs and the API share.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -32,6 +32,9 @@ pub trait Opener: Send + Sync {
     /// Opens both sides of a volume. The target is created like the source if it does not exist, unless `to_look` says
     /// that nothing may be changed; then it is [`crate::image::ErrorKind::NotFound`].
     async fn open(&self, volume: &Volume, to_look: bool) -> Result<Images, CycleError>;
+
+    /// Opens the target of a volume alone, to read what is noted with it. Creates nothing.
+    async fn open_target(&self, volume: &Volume) -> Result<Arc<dyn TargetImage>, CycleError>;
 }
 
 /// What a person asks of servers.
@@ -68,8 +71,8 @@ pub(super) struct Core {
     pub(super) tracks: BTreeMap<String, ServerTrack>,
     /// What all volumes together may have in flight.
     pub(super) memory: Budget,
-    /// Paused by a note with their images, not by the plan.
-    pub(super) paused_by_note: HashSet<String>,
+    /// Paused by a note with their images, not by the plan: what the note says.
+    pub(super) paused_by_note: HashMap<String, String>,
     /// With another worker, by the last look: who has the lease.
     pub(super) elsewhere: HashMap<String, String>,
 }
@@ -99,7 +102,7 @@ impl Shared {
         }
         let throttles = Throttles::new(&plan);
         let memory = Budget::new(plan.limits.memory);
-        let core = Core { plan, scheduler, tracks, memory, paused_by_note: HashSet::new(), elsewhere: HashMap::new() };
+        let core = Core { plan, scheduler, tracks, memory, paused_by_note: HashMap::new(), elsewhere: HashMap::new() };
         Self {
             core: Mutex::new(core),
             events: Events::default(),
@@ -174,6 +177,7 @@ impl Shared {
             if let Some(holder) = core.elsewhere.get(&server.name) {
                 status.volumes.iter_mut().for_each(|volume| volume.lease = Some(holder.clone()));
             }
+            status.paused_because = paused_because(&core, server);
             Some(status)
         });
         FleetStatus {
@@ -221,38 +225,66 @@ impl Shared {
     }
 
     /// Leaves a note with the first volume of each server, where every worker finds it. Tries all of them, whatever
-    /// becomes of one.
-    async fn note(&self, servers: &[Server], note: Option<&str>) -> Result<(), ActionError> {
+    /// becomes of one. Gives back the servers that a cutover has paused: their notes stay.
+    async fn note(&self, servers: &[Server], note: Option<&str>) -> Result<Vec<String>, ActionError> {
         let mut stores = Vec::new();
         for server in servers {
             let Some(volume) = server.volumes.first() else { continue };
-            stores.push(async move {
-                let stored = self.note_one(volume, note).await;
-                stored.err().map(|error| format!("{}: {error}", server.name))
-            });
+            stores.push(async move { (server.name.clone(), self.note_one(volume, note).await) });
         }
-        let stored: Vec<Option<String>> = stream::iter(stores).buffer_unordered(NOTES_AT_A_TIME).collect().await;
-        let failed: Vec<String> = stored.into_iter().flatten().collect();
+        let stored: Vec<_> = stream::iter(stores).buffer_unordered(NOTES_AT_A_TIME).collect().await;
+        let (mut failed, mut kept) = (Vec::new(), Vec::new());
+        for (server, stored) in stored {
+            match stored {
+                Ok(true) => {}
+                Ok(false) => kept.push(server),
+                Err(error) => failed.push(format!("{server}: {error}")),
+            }
+        }
         if failed.is_empty() {
-            return Ok(());
+            return Ok(kept);
         }
         let what = "done here, but other workers may not learn of it, and neither may this one after a restart";
         Err(ActionError::NotStored(format!("{what}: {}", failed.join("; "))))
     }
 
-    async fn note_one(&self, volume: &Volume, note: Option<&str>) -> Result<(), CycleError> {
-        let target = match self.images(volume, true).await {
-            Ok((_, target)) => target,
+    /// The note with a server's first volume that pauses it. What it takes to read it when a source can't be opened: that
+    /// of a server that was cut over has another name.
+    pub(super) async fn pausing_note(&self, server: &Server) -> Result<Option<String>, CycleError> {
+        let Some(first) = server.volumes.first() else { return Ok(None) };
+        pausing_note(self.opener.open_target(first).await?.as_ref()).await
+    }
+
+    /// Whether it was stored: a cutover's note stays.
+    async fn note_one(&self, volume: &Volume, note: Option<&str>) -> Result<bool, CycleError> {
+        let opened = match self.images(volume, true).await {
+            Ok((_, target)) => Ok(target),
+            // The source of a server that was cut over has another name.
+            Err(error) if is_missing(&error) => self.opener.open_target(volume).await,
+            Err(error) => Err(error),
+        };
+        let target = match opened {
+            Ok(target) => target,
             // Nothing to note it with, and nothing that another worker could go on with but a first copy.
-            Err(CycleError::Image(error)) if error.kind == ErrorKind::NotFound && note.is_none() => return Ok(()),
+            Err(CycleError::Image(error)) if error.kind == ErrorKind::NotFound && note.is_none() => return Ok(true),
             Err(error) => return Err(error),
         };
+        if target.load_note().await?.is_some_and(|known| known.starts_with(CUTOVER_NOTE)) {
+            return Ok(false);
+        }
         match target.store_note(note).await {
             // Files are worked on by one worker; it remembers for as long as it runs.
-            Err(error) if error.kind == ErrorKind::Unsupported => Ok(()),
-            stored => Ok(stored?),
+            Err(error) if error.kind == ErrorKind::Unsupported => Ok(true),
+            stored => Ok(stored.map(|()| true)?),
         }
     }
+}
+
+/// Why a server is paused, if it is.
+fn paused_because(core: &Core, server: &Server) -> Option<String> {
+    core.scheduler.view(&server.name).filter(|view| view.phase == Phase::Paused)?;
+    let note = core.paused_by_note.get(&server.name);
+    Some(note.map_or(BY_THE_PLAN, String::as_str).to_owned())
 }
 
 /// What a server is doing.
@@ -286,7 +318,29 @@ pub struct Fleet(pub(super) Arc<Shared>);
 const NOTES_AT_A_TIME: usize = 8;
 
 /// The note of a server that is paused. Any note that starts like this pauses it.
-pub(crate) const PAUSED: &str = "paused";
+pub(super) const PAUSED: &str = "paused";
+
+/// How the note of a server begins that a cutover has paused. It takes it away itself: whoever resumed such a server would
+/// copy an old source over the disk that it runs from.
+pub const CUTOVER_NOTE: &str = "paused:";
+
+/// Why a server is paused, until its note says more.
+pub(super) const BY_A_PERSON: &str = "by a person";
+
+/// Why a server is paused that the plan pauses.
+pub(super) const BY_THE_PLAN: &str = "by the plan";
+
+/// What a note with an image says after `paused`; `None` if it does not pause.
+pub(super) async fn pausing_note(target: &dyn TargetImage) -> Result<Option<String>, CycleError> {
+    let note = target.load_note().await?;
+    let reason = note.as_deref().and_then(|note| note.strip_prefix(PAUSED));
+    Ok(reason.map(|reason| reason.trim_start_matches([':', ' ']).trim().to_owned()))
+}
+
+/// Whether an image is not there.
+pub(super) fn is_missing(error: &CycleError) -> bool {
+    matches!(error, CycleError::Image(error) if error.kind == ErrorKind::NotFound)
+}
 
 #[async_trait]
 impl FleetControl for Fleet {
@@ -315,9 +369,13 @@ impl FleetControl for Fleet {
     }
 
     async fn resume(&self, scope: &Scope) -> Result<Vec<String>, ActionError> {
-        let servers = self.0.servers(scope)?;
-        self.0.note(&servers, None).await?;
-        self.0.act(Verb::Resume, servers).await
+        let mut servers = self.0.servers(scope)?;
+        let kept = self.0.note(&servers, None).await?;
+        servers.retain(|server| !kept.contains(&server.name));
+        match (scope, kept.into_iter().next()) {
+            (Scope::Named(_), Some(server)) => Err(ActionError::CutOver(server)),
+            _ => self.0.act(Verb::Resume, servers).await,
+        }
     }
 
     async fn sync_now(&self, scope: &Scope) -> Result<Vec<String>, ActionError> {

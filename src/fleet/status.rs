@@ -80,6 +80,9 @@ pub struct ServerStatus {
     pub name: String,
     /// What it is doing.
     pub activity: Activity,
+    /// Why it is paused, if it is: `by the plan`, `by a person at …`, `cut over to its targets at …`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub paused_because: Option<String>,
     /// The newest point that all its volumes have on the target.
     pub point: Option<PointStatus>,
     /// The age of that point or, where nothing has changed since, of the last look that saw so; in seconds.

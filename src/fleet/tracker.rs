@@ -179,6 +179,12 @@ impl ServerTrack {
         }
     }
 
+    /// It was found paused: what went wrong before is not what it waits for.
+    pub(super) fn paused(&mut self) {
+        self.last_error = None;
+        self.clear_failures();
+    }
+
     fn clear_failures(&mut self) {
         for volume in &mut self.volumes {
             volume.failed = false;
@@ -250,6 +256,7 @@ impl ServerTrack {
         ServerStatus {
             name: server.name.clone(),
             activity,
+            paused_because: None,
             point: self.point.as_ref().map(point_status),
             lag_seconds: lag,
             target_lag_seconds: target_lag,

@@ -17,7 +17,7 @@ use super::control::ActionError;
 use super::group::{GroupEnd, GroupError};
 use super::job::{self, JobEnd};
 use super::scheduler::{Demand, Millis, Outcome, Phase};
-use super::shared::{Command, Core, Fleet, Shared, Verb};
+use super::shared::{BY_A_PERSON, Command, Core, Fleet, Shared, Verb};
 use super::status::EventKind;
 use super::tracker::ServerTrack;
 use crate::image::{LeaseOwner, rbd};
@@ -259,12 +259,15 @@ impl Worker {
             }
             JobEnd::Group(Err(error), _) => self.failed(name, &error, now),
             JobEnd::NotOpened(volume, error) => self.failed(name, &GroupError { volume, error }, now),
-            JobEnd::Paused(by) => {
+            JobEnd::Paused(reason) => {
                 let mut core = self.shared.core();
                 core.scheduler.pause(name);
-                core.paused_by_note.insert(name.to_owned());
+                core.paused_by_note.insert(name.to_owned(), reason.clone());
+                if let Some(track) = core.tracks.get_mut(name) {
+                    track.paused();
+                }
                 drop(core);
-                self.tell(EventKind::Action, Some(name), format!("paused {by}"));
+                self.tell(EventKind::Action, Some(name), format!("paused: {reason}"));
                 Outcome::Interrupted
             }
             JobEnd::Defect(text) => {
@@ -314,7 +317,7 @@ impl Worker {
             match verb {
                 Verb::Pause => {
                     core.scheduler.pause(name);
-                    core.paused_by_note.insert(name.clone());
+                    core.paused_by_note.insert(name.clone(), BY_A_PERSON.to_owned());
                     if let Some(running) = self.running.get(name) {
                         running.cancel.cancel();
                     }

@@ -1,13 +1,13 @@
 //! A worker over in-memory images: what goes wrong with one server stays with it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Mutex;
 
 use async_trait::async_trait;
 
 use super::*;
-use crate::fleet::control::{FleetControl, Scope};
+use crate::fleet::control::{ActionError, FleetControl, Scope};
 use crate::fleet::status::{Activity, FleetStatus, ServerStatus};
 use crate::fleet::{Images, Opener};
 use crate::image::memory::MemoryImage;
@@ -18,12 +18,16 @@ const LAYOUT: Layout = Layout { object_size: 64 << 10, stripe_unit: 64 << 10, st
 
 /// Images by the names of volumes; each opening is a handle of its own, as another process has.
 #[derive(Default)]
-struct Disks(Mutex<BTreeMap<String, (MemoryImage, MemoryImage)>>);
+struct Disks {
+    images: Mutex<BTreeMap<String, (MemoryImage, MemoryImage)>>,
+    /// Volumes whose sources are called something else by now.
+    left: Mutex<BTreeSet<String>>,
+}
 
 impl Disks {
     fn disk(&self, name: &str) -> (MemoryImage, MemoryImage) {
         let image = |side: &str| MemoryImage::new(&format!("{side}-{name}"), 256 << 10, LAYOUT);
-        let mut disks = self.0.lock().unwrap();
+        let mut disks = self.images.lock().unwrap();
         disks.entry(name.to_owned()).or_insert_with(|| (image("source"), image("target"))).clone()
     }
 }
@@ -34,8 +38,19 @@ impl Opener for Disks {
         if volume.name.contains("missing") {
             return Err(ImageError::new(ErrorKind::NotFound, "memory:missing", "open the image").into());
         }
+        // As the sources of a server that was cut over, which have other names.
+        if self.left.lock().unwrap().contains(&volume.name) {
+            return Err(ImageError::new(ErrorKind::NotFound, volume.source.to_string(), "open the image").into());
+        }
         let (source, target) = self.disk(&volume.name);
         Ok((Arc::new(source.reopen()), Arc::new(target.reopen())))
+    }
+
+    async fn open_target(&self, volume: &Volume) -> Result<Arc<dyn TargetImage>, CycleError> {
+        if volume.name.contains("missing") {
+            return Err(ImageError::new(ErrorKind::NotFound, "memory:missing", "open the image").into());
+        }
+        Ok(Arc::new(self.disk(&volume.name).1.reopen()))
     }
 }
 
@@ -204,4 +219,67 @@ async fn two_workers_share_a_fleet_and_agree() {
     let opened = plan(servers());
     let status = crate::fleet::status_from_images(&opened, disks.as_ref()).await;
     assert!(status.servers.iter().all(|server| server.point.is_some() && server.activity == Activity::Waiting));
+}
+
+/// Cuts a server over, as far as a worker can see that: its sources are renamed, and its first target has a note.
+async fn cut_over(disks: &Disks, server: &Server) {
+    let first = disks.disk(&server.volumes[0].name).1.reopen();
+    first.store_note(Some("paused: cut over to its targets at 2026-11-25T22:00:00Z")).await.unwrap();
+    disks.left.lock().unwrap().extend(server.volumes.iter().map(|volume| volume.name.clone()));
+    for volume in &server.volumes {
+        let (_, target) = disks.disk(&volume.name);
+        target.write_as_server(8192, b"written where it runs now");
+    }
+}
+
+const REASON: &str = "cut over to its targets at 2026-11-25T22:00:00Z";
+
+fn is_paused_by_its_cutover(status: &FleetStatus) -> bool {
+    let web = of(status, "web");
+    web.activity == Activity::Paused && web.paused_because.as_deref() == Some(REASON) && web.last_error.is_none()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_was_cut_over_is_paused_for_a_worker_that_ran_and_for_a_new_one() {
+    let disks = Arc::new(Disks::default());
+    let servers = || vec![server("web", 2), server("db", 1)];
+    let first = start(plan(servers()), &disks);
+    first.until("points", |s| s.servers.iter().all(|server| server.point.is_some())).await;
+    cut_over(&disks, &server("web", 2)).await;
+    // What it left still counts as written: the worker that has it open looks again.
+    disks.disk("web-1").0.write_as_server(0, b"late");
+    first.until("paused", is_paused_by_its_cutover).await;
+    first.stop().await;
+    let written: Vec<u64> = (0..2).map(|index| disks.disk(&format!("web-{index}")).1.bytes_written()).collect();
+
+    let second = start(plan(servers()), &disks);
+    second.until("paused again", is_paused_by_its_cutover).await;
+    let held = second.fleet.recent_events().into_iter().find(|event| event.kind == EventKind::Held);
+    assert!(held.is_none(), "{held:?}");
+    // Nobody resumes it by hand, alone or with all others.
+    let refused = second.fleet.resume(&Scope::Named("web".into())).await.unwrap_err();
+    assert_eq!(refused, ActionError::CutOver("web".into()));
+    assert_eq!(second.fleet.resume(&Scope::All).await.unwrap(), ["db"]);
+    second.fleet.pause(&Scope::Named("web".into())).await.unwrap();
+    let status = crate::fleet::status_from_images(&plan(servers()), disks.as_ref()).await;
+    assert!(is_paused_by_its_cutover(&status), "{status:#?}");
+    assert_eq!(of(&status, "db").paused_because, None);
+    let after: Vec<u64> = (0..2).map(|index| disks.disk(&format!("web-{index}")).1.bytes_written()).collect();
+    assert_eq!(after, written);
+
+    // Brought back: the sources have their names, and the note is gone.
+    disks.left.lock().unwrap().clear();
+    disks.disk("web-0").1.reopen().store_note(None).await.unwrap();
+    second.until("resumed", |s| of(s, "web").activity != Activity::Paused).await;
+    second.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_is_missing_without_a_note_holds_its_server() {
+    let disks = Arc::new(Disks::default());
+    disks.left.lock().unwrap().insert("web-1".into());
+    let running = start(plan(vec![server("web", 2)]), &disks);
+    let held = running.until("held", |s| of(s, "web").activity == Activity::Held).await;
+    assert!(of(&held, "web").last_error.as_ref().unwrap().message.contains("rbd:sata/web-1"));
+    running.stop().await;
 }

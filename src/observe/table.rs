@@ -320,7 +320,9 @@ fn ansi(colour: Color) -> Option<u8> {
 /// What can't be said in a column.
 fn remarks(server: &ServerStatus) -> Vec<String> {
     let name = plain(&server.name);
-    let mut remarks: Vec<String> = server.last_error.iter().map(|error| failure(&name, error)).collect();
+    let mut remarks: Vec<String> =
+        server.paused_because.iter().map(|reason| format!("{name} is paused: {}", plain(reason))).collect();
+    remarks.extend(server.last_error.iter().map(|error| failure(&name, error)));
     for volume in &server.volumes {
         let error = volume.last_error.as_ref();
         // The server's error is mostly that of one of its volumes.

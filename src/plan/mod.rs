@@ -20,6 +20,7 @@ use crate::throttle::Rate;
 pub use crate::throttle::Window;
 
 mod check;
+mod cutover;
 mod error;
 mod fields;
 mod read;
@@ -29,6 +30,7 @@ pub mod values;
 #[cfg(test)]
 mod tests;
 
+pub use cutover::{CommandCutover, Cutover, LibvirtCutover, Method};
 pub use error::{PlanError, PlanProblem};
 
 /// The largest plan file, in bytes.
@@ -179,67 +181,6 @@ pub enum Quiesce {
         /// How long they may stay frozen.
         limit: Duration,
     },
-}
-
-/// How a server is stopped, given its other disks, and started, at its cutover.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum Cutover {
-    /// By a person: poolshift carries the last changes over, proves the copy, and says what to swap.
-    #[default]
-    None,
-    /// By libvirt.
-    Libvirt(LibvirtCutover),
-    /// By commands of the operator's.
-    Command(CommandCutover),
-}
-
-/// A libvirt domain.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LibvirtCutover {
-    /// The domain.
-    pub domain: String,
-    /// libvirt's URI; virsh's own default otherwise.
-    pub uri: Option<String>,
-    /// How it is brought over; a command may ask for another.
-    pub method: Method,
-    /// Where its memory is saved meanwhile, a folder on libvirt's host.
-    pub save_folder: PathBuf,
-    /// How long it may take to stop.
-    pub limit: Duration,
-}
-
-/// How a libvirt domain is brought over.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Method {
-    /// It is shut down, and boots.
-    Cold,
-    /// Its memory is saved, and it goes on without a boot.
-    #[default]
-    Warm,
-    /// It is suspended, and its disks are opened anew below it.
-    Hot,
-}
-
-/// Commands that are run by `/bin/sh -c`; [`crate::cutover::provider`] has their contract.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CommandCutover {
-    /// Has the writers come to rest, before `stop`, if it is given.
-    pub quiesce: Option<String>,
-    /// Stops the server, or has it let go of its disks.
-    pub stop: String,
-    /// Gives it the disks of the side in `POOLSHIFT_SIDE`.
-    pub swap: String,
-    /// Starts it on the side in `POOLSHIFT_SIDE`.
-    pub start: String,
-    /// Brings it back instead of `swap` and `start`, if it is given.
-    pub undo: Option<String>,
-    /// Prints what the server is doing and on which side: `running source`.
-    pub state: String,
-    /// Has a throw-away server boot from the clones of a rehearsal, check itself, and go, if it is given.
-    pub rehearse: Option<String>,
-    /// How long each may take.
-    pub limit: Duration,
 }
 
 /// What a process may do at a time.

@@ -7,11 +7,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::check::{self, Names};
+use super::cutover;
 use super::error::PlanError;
 use super::fields::{self, Report, Section, Value, shown};
-use super::{
-    Api, ClusterAccess, Cutover, FILE_MAX, FleetLimits, Pace, Plan, Quiesce, Retention, Server, VOLUMES_MAX, Volume,
-};
+use super::{Api, ClusterAccess, FILE_MAX, FleetLimits, Pace, Plan, Quiesce, Retention, Server, VOLUMES_MAX, Volume};
 use crate::image::ImageSpec;
 use crate::throttle::Rate;
 
@@ -214,6 +213,7 @@ fn server(
     let at = section.span.start;
     let name = name(&mut section, names, report);
     let (settings, paused, quiesce) = server_settings(&mut section, inherited, report);
+    let cutover = cutover::read(&mut section, report);
     let given = section.count("volume");
     let mut volumes = Vec::new();
     let mut boots: Option<usize> = None;
@@ -240,15 +240,7 @@ fn server(
     section.finish(report);
     Some((
         at,
-        Server {
-            name: name?,
-            volumes,
-            pace: settings.pace(),
-            retention: settings.retention,
-            quiesce,
-            paused,
-            cutover: Cutover::None,
-        },
+        Server { name: name?, volumes, pace: settings.pace(), retention: settings.retention, quiesce, paused, cutover },
     ))
 }
 
@@ -262,6 +254,7 @@ fn single(
     let at = section.span.start;
     let name = name(&mut section, names, report);
     let (settings, paused, quiesce) = server_settings(&mut section, inherited, report);
+    let cutover = cutover::read(&mut section, report);
     let volume = volume(&mut section, name.clone(), names, report);
     let boot = section.value("boot").and_then(|value| value.flag(report));
     let volumes: Vec<Volume> =
@@ -270,15 +263,7 @@ fn single(
     section.finish(report);
     Some((
         at,
-        Server {
-            name: name?,
-            volumes,
-            pace: settings.pace(),
-            retention: settings.retention,
-            quiesce,
-            paused,
-            cutover: Cutover::None,
-        },
+        Server { name: name?, volumes, pace: settings.pace(), retention: settings.retention, quiesce, paused, cutover },
     ))
 }
 

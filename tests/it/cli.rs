@@ -22,6 +22,8 @@ const COMMANDS: &[&str] = &[
     "resume",
     "sync-now",
     "throttle",
+    "cutover",
+    "rollback",
     "deps",
     "flatten",
     "gc",
@@ -82,6 +84,15 @@ fn refusals_go_to_standard_error_with_exit_code_2() {
         "throttle plan.toml sata --bytes-per-second 0",
         "throttle plan.toml sata --bytes-per-second 100M",
         "throttle plan.toml sata --reset --bytes-per-second 100M",
+        "cutover plan.toml",
+        "cutover plan.toml web-1 --all",
+        "cutover plan.toml web-1 --parallel 2",
+        "cutover plan.toml web-1 --method luke",
+        "cutover plan.toml web-1 --max-outage 0s",
+        "cutover plan.toml web-1 --at tomorrow",
+        "cutover plan.toml web-1 --at 22:00 --dry-run",
+        "cutover plan.toml web-1 --yes --dry-run",
+        "rollback plan.toml web-1 --with-changes --discard-changes",
     ] {
         let run = poolshift(line.split_whitespace()).expect_code(2);
         assert_eq!(run.stdout, "", "{line}");
@@ -93,6 +104,46 @@ fn refusals_go_to_standard_error_with_exit_code_2() {
         text.push_str(&format!("$ poolshift {line}\n{}\n", run.stderr));
     }
     golden("refusals", &text);
+}
+
+/// A plan of a server on files, which nobody can cut over, and of a volume on RBD.
+const PLAN: &str = r#"
+[[server]]
+name = "web-1"
+
+[[server.volume]]
+name = "web-1-root"
+source = "rbd:sata/web-1-root"
+target = "file:/nowhere/web-1-root"
+
+[[volume]]
+name = "archive"
+source = "file:/nowhere/archive"
+target = "rbd:sas/archive"
+"#;
+
+#[test]
+fn what_can_not_be_cut_over_says_why_and_what_to_do() {
+    let folder = tempfile::tempdir().unwrap();
+    let plan = folder.path().join("plan.toml");
+    std::fs::write(&plan, PLAN).unwrap();
+    let mut text = String::new();
+    for (command, code) in [
+        ("cutover PLAN web-2 --yes", 5),
+        ("rollback PLAN web-1-root", 5),
+        ("cutover PLAN web-1 --dry-run", 9),
+        ("rollback PLAN archive --yes", 9),
+        ("cutover PLAN web-1 --at 2020-02-02T02:02:02Z --yes", 2),
+        ("cutover PLAN --all --yes --parallel 2", 9),
+        ("cutover PLAN --all --yes --json", 9),
+    ] {
+        let line: Vec<&str> =
+            command.split(' ').map(|word| if word == "PLAN" { plan.to_str().unwrap() } else { word }).collect();
+        let run = poolshift(line).expect_code(code);
+        let shown = |text: &str| text.replace(plan.to_str().unwrap(), "PLAN");
+        text.push_str(&format!("$ poolshift {command}\n{}{}\n", shown(&run.stdout), shown(&run.stderr)));
+    }
+    golden("cutover-refusals", &text);
 }
 
 #[test]

@@ -4,14 +4,19 @@ use serde::Serialize;
 
 use super::{Finding, Verdict};
 use crate::cli::Context;
+use crate::cli::cutover::look::hands_off;
+use crate::cli::exit::Exit;
 use crate::cli::images::{self, Source};
 use crate::cli::values::human_bytes;
 use crate::delta::{self, Method};
 use crate::extent::total_length;
 use crate::image::rbd::RbdImage;
 use crate::image::{ImageError, Point, SourceImage, TargetImage};
-use crate::plan::Volume;
+use crate::plan::{Server, Volume};
 use crate::replicate::{self, CycleError};
+
+/// What is said of the target of a server that was cut over.
+const CUT_OVER: &str = "cut over";
 
 /// What was found out of a volume.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -31,18 +36,26 @@ pub(super) struct Looked {
     /// Who has it open for writing.
     pub(super) writers: Vec<String>,
     /// What the target is: `absent`, `empty`, or what `poolshift status` says of it: `behind`, `in-step`, `in-flight`,
-    /// `conflict`. `None` where it can't be told.
+    /// `conflict`; `cut over` if the server runs from there. `None` where it can't be told.
     pub(super) target_state: Option<&'static str>,
     /// What a first copy reads, in bytes, at most; 0 where only changes are missing.
     pub(super) first_copy_bytes: u64,
 }
 
 /// Looks at a volume. What fails is a finding.
-pub(super) async fn look(context: &Context<'_>, volume: &Volume) -> (Looked, Vec<Finding>) {
+pub(super) async fn look(context: &Context<'_>, server: &Server, volume: &Volume) -> (Looked, Vec<Finding>) {
     let (mut looked, mut findings) = (Looked::default(), Vec::new());
     let source = match images::source(context, &volume.source).await {
         Ok(source) => Some(source),
         Err(error) => {
+            // The source of a server that was cut over has another name.
+            if Exit::of(&error) == Exit::NotFound
+                && let Ok(Some(reason)) = hands_off(context, server).await
+            {
+                findings.push(Finding::new(Verdict::Ok, format!("it is not at work: {reason}")));
+                looked.target_state = Some(CUT_OVER);
+                return (looked, findings);
+            }
             findings.push(failure(&error));
             None
         }

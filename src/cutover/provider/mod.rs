@@ -16,15 +16,28 @@
 //! in [`Notes`]; the driver stores them in its journal before it calls the next step.
 //!
 //! **Cancellation.** A dropped call is like a crash in its middle.
+//!
+//! The contract of the commands that [`crate::plan::CommandCutover`] has is in [`command`].
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 
 use crate::image::ImageSpec;
+use crate::plan::{self, Cutover, Method};
 pub use crate::replicate::state::Side;
+
+pub mod command;
+pub mod libvirt;
+pub mod none;
+mod run;
+
+pub use command::Commands;
+pub use libvirt::Libvirt;
+pub use none::ByHand;
 
 /// A volume of a server, with where it is on both sides, by the names that it has while it is in use.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -146,7 +159,9 @@ pub trait Provider: Send + Sync + Debug {
         false
     }
 
-    /// Whether poolshift is to end with the proof, and leave the rest to a person.
+    /// Whether poolshift is to end with the proof, and leave the rest to a person. Then all steps do nothing, nobody can be
+    /// asked ([`Self::observe`] gives a running server on no side), and only the images' watchers tell whether it is
+    /// stopped; [`Self::settle`] gives what to swap.
     fn by_hand(&self) -> bool {
         false
     }
@@ -183,4 +198,36 @@ pub trait Provider: Send + Sync + Debug {
 
     /// Cleans up, after the server was seen running on `on`. Gives back what a person has to know or to do.
     async fn settle(&self, on: Side, notes: &mut Notes) -> Result<Vec<String>, ProviderError>;
+}
+
+/// The disks of a plan's server.
+pub fn disks_of(server: &plan::Server) -> Vec<ServerDisk> {
+    let disk = |volume: &plan::Volume| ServerDisk {
+        volume: volume.name.clone(),
+        source: volume.source.clone(),
+        target: volume.target.clone(),
+        boot: volume.boot,
+    };
+    server.volumes.iter().map(disk).collect()
+}
+
+/// The provider that the plan has for a server; `method` is another one than the plan's, for a libvirt domain.
+///
+/// # Errors
+/// If a method is asked for that the server has no choice of.
+pub fn of(server: &plan::Server, method: Option<Method>) -> Result<Arc<dyn Provider>, ProviderError> {
+    let disks = disks_of(server);
+    if let (Some(_), Cutover::None | Cutover::Command(_)) = (method, &server.cutover) {
+        return Err(ProviderError {
+            operation: "cutover".into(),
+            server: format!("server {}", server.name),
+            problem: "there is a choice of methods for libvirt domains only".into(),
+            hint: Some("leave the method out, or name the domain in the plan".into()),
+        });
+    }
+    Ok(match &server.cutover {
+        Cutover::None => Arc::new(ByHand::new(&server.name, disks)),
+        Cutover::Libvirt(config) => Arc::new(Libvirt::new(disks, config.clone(), method)),
+        Cutover::Command(config) => Arc::new(Commands::new(&server.name, disks, config.clone())),
+    })
 }

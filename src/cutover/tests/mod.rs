@@ -7,7 +7,6 @@ use super::phase::Phase;
 use super::provider::Side;
 use super::*;
 use crate::fleet::group;
-use crate::image::Disk as _;
 use crate::image::memory::Fault;
 use crate::plan::Method;
 use sim::{Trouble, World};

@@ -81,6 +81,8 @@ impl From<ActionError> for Refusal {
             ActionError::UnknownPool(_) => {
                 Self::new(StatusCode::NOT_FOUND, "unknown-pool", message).hint("GET /v1/fleet names the sources")
             }
+            ActionError::CutOver(_) => Self::new(StatusCode::CONFLICT, "cut-over", message)
+                .hint("it goes on by itself once it is back on its sources: poolshift rollback PLAN SERVER"),
             ActionError::NotStored(_) => Self::new(StatusCode::SERVICE_UNAVAILABLE, "not-stored", message)
                 .hint("nothing has changed for certain; try again when the storage answers"),
         }

@@ -98,6 +98,8 @@ struct ServerSummary {
     changed_bytes: Option<u64>,
     change_rate: Option<f64>,
     throughput: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    paused_because: Option<String>,
     predicted_outage_seconds: Option<f64>,
     convergence: Convergence,
     next_at: Option<String>,
@@ -117,6 +119,7 @@ impl From<ServerStatus> for ServerSummary {
             changed_bytes: server.changed_bytes,
             change_rate: server.change_rate,
             throughput: server.throughput,
+            paused_because: server.paused_because,
             predicted_outage_seconds: server.predicted_outage_seconds,
             convergence: server.convergence,
             next_at: server.next_at,

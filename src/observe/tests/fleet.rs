@@ -144,6 +144,7 @@ pub(in crate::observe) fn server(name: &str) -> ServerStatus {
     ServerStatus {
         name: name.into(),
         activity: Activity::Waiting,
+        paused_because: None,
         point: Some(point()),
         lag_seconds: Some(42.0),
         target_lag_seconds: 300.0,

@@ -90,6 +90,21 @@ fn quiesce() -> impl Strategy<Value = Quiesce> {
     ]
 }
 
+fn cutover() -> impl Strategy<Value = Cutover> {
+    let libvirt = (text(), proptest::option::of(text()), proptest::sample::select(&Method::ALL[..]), path());
+    let commands = ([text(), text(), text(), text()], proptest::array::uniform3(proptest::option::of(text())));
+    let limit = || millis(1_000, 3_600_000);
+    prop_oneof![
+        Just(Cutover::None),
+        (libvirt, limit()).prop_map(|((domain, uri, method, save_folder), limit)| {
+            Cutover::Libvirt(LibvirtCutover { domain, uri, method, save_folder, limit })
+        }),
+        (commands, limit()).prop_map(|(([stop, swap, start, state], [quiesce, undo, rehearse]), limit)| {
+            Cutover::Command(CommandCutover { quiesce, stop, swap, start, undo, state, rehearse, limit })
+        }),
+    ]
+}
+
 /// A server of some volumes, whose names are made unique later; with none it is a volume that stands by itself.
 fn server() -> impl Strategy<Value = Server> {
     let month = 30 * 86_400_000;
@@ -103,8 +118,8 @@ fn server() -> impl Strategy<Value = Server> {
     let volume = ("[a-z]{1,4}", proptest::option::of("[a-z]{1,4}"), rate());
     let volumes = proptest::collection::vec(volume, 0..4);
     let alone = ("[a-z]{1,4}", proptest::option::of("[a-z]{1,4}"), rate());
-    (pace, retention, quiesce(), any::<(bool, bool)>(), volumes, alone).prop_map(
-        |(pace, retention, quiesce, (paused, boot), volumes, alone)| {
+    (pace, retention, (quiesce(), cutover()), any::<(bool, bool)>(), volumes, alone).prop_map(
+        |(pace, retention, (quiesce, cutover), (paused, boot), volumes, alone)| {
             let by_itself = volumes.is_empty();
             let volumes = if by_itself { vec![alone] } else { volumes };
             let volume = |(number, (pool, namespace, rate)): (usize, (String, Option<String>, Rate))| Volume {
@@ -116,7 +131,7 @@ fn server() -> impl Strategy<Value = Server> {
             };
             let name = if by_itself { "alone" } else { "server" }.to_owned();
             let volumes = volumes.into_iter().enumerate().map(volume).collect();
-            Server { name, volumes, pace, retention, quiesce, paused, cutover: Cutover::None }
+            Server { name, volumes, pace, retention, quiesce, paused, cutover }
         },
     )
 }

@@ -70,6 +70,8 @@ fn the_readmes_plan_means_what_it_says() {
     assert_eq!(web.retention, Retention { keep: 3, keep_for: Some(seconds(86_400)) });
     let expected = Quiesce::Virsh { domain: "web-1".into(), uri: None, limit: seconds(10) };
     assert_eq!((&web.quiesce, web.volumes[0].boot, web.volumes[1].boot), (&expected, true, false));
+    assert!(matches!(&web.cutover, Cutover::Libvirt(libvirt) if libvirt.domain == "web-1"));
+    assert_eq!(archive.cutover, Cutover::None);
     assert_eq!(archive.volumes[0].rate.bytes_per_second, NonZeroU64::new(50 << 20));
     let throttle = plan.throttle("sata").unwrap();
     assert_eq!(throttle.latency_limit, Some(Duration::from_millis(80)));
@@ -194,12 +196,50 @@ fn each_mistake_has_its_line() {
         in_a_volume("quiesce = { virsh = {}, command = {} }"),
         in_a_volume("quiesce = {}"),
         in_a_volume("interval = \"10m\"\ntarget_lag = \"9m\""),
+        in_a_volume("cutover = \"virsh\""),
+        in_a_volume("cutover = {}"),
+        in_a_volume("[volume.cutover]\nlibvirt = { domain = \"v\" }\ncommand = { stop = \"a\" }"),
+        in_a_volume("[volume.cutover]\nlibvrt = { domain = \"v\" }"),
+        in_a_volume(
+            "[volume.cutover.libvirt]\nmethod = \"luke\"\nsave_folder = \"save\"\nlimit = \"2h\"\ndomian = \"v\"",
+        ),
+        in_a_volume("cutover = { command = { stop = \"\", swap = 7, undo = \"u\", limit = \"0s\" } }"),
         beside_a_volume("[[volume]]\nname = \"w\"\nsource = \"file:disk\"\ntarget = \"nbd:sas/w\""),
         beside_a_volume("[[volume]]\nname = \"w\"\nsource = \"rbd:sata/v\"\ntarget = \"rbd:sas/w\""),
     ] {
         text.push_str(&format!("{}\n\n", refusal(&plan)));
     }
     golden("mistakes", &text);
+}
+
+#[test]
+fn a_cutover_has_the_promised_defaults() {
+    let cutover = |text: &str| parse(&in_a_volume(text)).unwrap().servers[0].cutover.clone();
+    assert_eq!(cutover(""), Cutover::None);
+    let domain = LibvirtCutover {
+        domain: "web-1".into(),
+        uri: None,
+        method: Method::Warm,
+        save_folder: "/var/lib/libvirt/qemu/save".into(),
+        limit: seconds(300),
+    };
+    assert_eq!(cutover("[volume.cutover]\nlibvirt = { domain = \"web-1\" }"), Cutover::Libvirt(domain.clone()));
+    let all = "[volume.cutover]\nlibvirt = { domain = \"web-1\", uri = \"qemu+ssh://h/system\", method = \"hot\", \
+               save_folder = \"/save\", limit = \"1h\" }";
+    let expected = LibvirtCutover {
+        uri: Some("qemu+ssh://h/system".into()),
+        method: Method::Hot,
+        save_folder: "/save".into(),
+        limit: seconds(3600),
+        ..domain
+    };
+    assert_eq!(cutover(all), Cutover::Libvirt(expected));
+    let commands = cutover("cutover.command = { stop = \"a\", swap = \"b\", start = \"c\", state = \"d\" }");
+    let Cutover::Command(commands) = commands else { panic!("{commands:?}") };
+    assert_eq!(
+        (commands.stop, commands.state, commands.undo, commands.limit),
+        ("a".into(), "d".into(), None, seconds(300))
+    );
 }
 
 #[test]

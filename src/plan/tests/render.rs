@@ -98,4 +98,32 @@ fn settings(text: &mut String, server: &Server) {
         }
     };
     writeln!(text, "quiesce = {quiesce}").unwrap();
+    writeln!(text, "{}", cutover(&server.cutover)).unwrap();
+}
+
+/// In a line: a table of its own would end that of the server.
+fn cutover(cutover: &Cutover) -> String {
+    let mut keys: Vec<(&str, String)> = Vec::new();
+    let (way, limit) = match cutover {
+        Cutover::None => return String::new(),
+        Cutover::Libvirt(LibvirtCutover { domain, uri, method, save_folder, limit }) => {
+            keys.push(("domain", domain.clone()));
+            keys.extend(uri.clone().map(|uri| ("uri", uri)));
+            keys.push(("method", method.name().to_owned()));
+            keys.push(("save_folder", save_folder.to_str().unwrap().to_owned()));
+            ("libvirt", limit)
+        }
+        Cutover::Command(CommandCutover { quiesce, stop, swap, start, undo, state, rehearse, limit }) => {
+            for (key, command) in [("stop", stop), ("swap", swap), ("start", start), ("state", state)] {
+                keys.push((key, command.clone()));
+            }
+            for (key, command) in [("quiesce", quiesce), ("undo", undo), ("rehearse", rehearse)] {
+                keys.extend(command.clone().map(|command| (key, command)));
+            }
+            ("command", limit)
+        }
+    };
+    keys.push(("limit", duration_text(*limit)));
+    let keys: Vec<String> = keys.iter().map(|(key, value)| format!("{key} = {}", quoted(value))).collect();
+    format!("cutover = {{ {way} = {{ {} }} }}", keys.join(", "))
 }

@@ -1,0 +1,231 @@
+//! `poolshift cutover PLAN --all`: every server by itself. One that fails does not stop the others.
+
+use std::time::Duration;
+
+use futures::stream::{self, StreamExt as _};
+use serde::Serialize;
+
+use super::look::{self, Looked, State, Summary};
+use super::show::{self, Row};
+use super::{bring_over, consent, exit_of, open, wait};
+use crate::cli::config::Cutover;
+use crate::cli::exit::Exit;
+use crate::cli::{Context, Interrupted, error, output};
+use crate::cutover::Report;
+use crate::cutover::provider::Side;
+use crate::plan::{self, Plan};
+
+/// How many servers are looked at at a time.
+const LOOKS_AT_A_TIME: usize = 8;
+
+/// What becomes of a server.
+enum End {
+    /// It was there already.
+    There,
+    /// It was brought over, or went back.
+    Report(Box<Report>),
+    /// It failed, or was not begun.
+    Failed(anyhow::Error),
+}
+
+/// What stands in the JSON for a server.
+#[derive(Serialize)]
+struct Entry<'a> {
+    server: &'a str,
+    exit_code: u8,
+    report: Option<&'a Report>,
+    error: Option<String>,
+}
+
+/// Runs the command for all servers of the plan.
+pub(super) async fn run(
+    context: &Context<'_>,
+    settings: &Cutover,
+    plan: &Plan,
+    parallel: usize,
+    at: Option<jiff::Timestamp>,
+) -> anyhow::Result<Exit> {
+    let (options, consent) = (&settings.options, settings.consent);
+    let looks =
+        plan.servers.iter().map(|server| look::look(context, plan, server, settings.method, Side::Target, options));
+    let looks: Vec<anyhow::Result<Looked>> = stream::iter(looks).buffered(LOOKS_AT_A_TIME).collect().await;
+    if context.cancel.is_cancelled() {
+        return Err(Interrupted.into());
+    }
+    if consent.dry_run {
+        return dry_run(settings, plan, &looks);
+    }
+    let mut ends: Vec<Option<End>> = Vec::new();
+    for (server, looked) in plan.servers.iter().zip(looks) {
+        ends.push(match looked {
+            Err(error) => {
+                context.terminal.say(&format!("{}: {}", server.name, error::render(&error).trim_end()));
+                Some(End::Failed(error))
+            }
+            Ok(looked) if looked.state() == State::OnTargets => Some(End::There),
+            Ok(looked) => {
+                context.terminal.say(show::looked(&looked, options).trim_end());
+                looked.refuse_unready(options).err().map(|error| End::Failed(error.into()))
+            }
+        });
+    }
+    let ready = ends.iter().filter(|end| end.is_none()).count();
+    if ready > 0 {
+        let what = format!("{ready} of {} servers are brought over to their targets, {parallel} at a time", ends.len());
+        consent::ask(context, consent, &what, "all").await?;
+        if let Some(at) = at {
+            wait::until(context, "all servers", at).await?;
+        }
+    }
+    let works = plan.servers.iter().zip(ends).enumerate().map(|(index, (server, end))| async move {
+        match end {
+            Some(end) => (index, end),
+            None => (index, one(context, settings, plan, server).await),
+        }
+    });
+    // Whoever is done makes room for the next, whatever their order.
+    let mut ends: Vec<(usize, End)> = stream::iter(works).buffer_unordered(parallel).collect().await;
+    ends.sort_by_key(|(index, _)| *index);
+    let ends: Vec<End> = ends.into_iter().map(|(_, end)| end).collect();
+    finish(settings, plan, &ends)
+}
+
+fn dry_run(settings: &Cutover, plan: &Plan, looks: &[anyhow::Result<Looked>]) -> anyhow::Result<Exit> {
+    let options = &settings.options;
+    if settings.consent.json {
+        #[derive(Serialize)]
+        #[serde(untagged)]
+        enum Look<'a> {
+            Looked(Summary<'a>),
+            Failed { server: &'a str, ready: bool, error: String },
+        }
+        let looks = plan.servers.iter().zip(looks).map(|(server, looked)| match looked {
+            Ok(looked) => Look::Looked(looked.summary(options)),
+            Err(error) => Look::Failed { server: &server.name, ready: false, error: format!("{error:#}") },
+        });
+        output::json(&looks.collect::<Vec<_>>())?;
+    } else {
+        let mut text = String::new();
+        for (server, looked) in plan.servers.iter().zip(looks) {
+            text.push_str(&match looked {
+                Ok(looked) if looked.state() == State::OnTargets => {
+                    format!("{}: runs from its targets already\n", server.name)
+                }
+                Ok(looked) => show::looked(looked, options),
+                Err(error) => format!("{}: {}", server.name, error::render(error)),
+            });
+        }
+        output::bytes(text.as_bytes())?;
+    }
+    let ready = looks.iter().all(|looked| looked.as_ref().is_ok_and(|looked| looked.is_ready(options)));
+    Ok(if ready { Exit::Success } else { Exit::Failed })
+}
+
+async fn one(context: &Context<'_>, settings: &Cutover, plan: &Plan, server: &plan::Server) -> End {
+    let work = async {
+        if context.cancel.is_cancelled() {
+            return Err(Interrupted.into());
+        }
+        // Those that were looked at an hour ago are opened anew: what was true then need not be now.
+        let open = open::open_server(context, plan, server, settings.method).await?;
+        let report = bring_over(context, settings, &open).await?;
+        for remark in &report.remarks {
+            context.terminal.say(&format!("{}: {remark}", server.name));
+        }
+        anyhow::Ok(report)
+    };
+    match work.await {
+        Ok(report) => {
+            context.terminal.say(show::ended(&report).trim_end());
+            End::Report(Box::new(report))
+        }
+        Err(error) => {
+            context.terminal.say(&format!("{}: {}", server.name, error::render(&error).trim_end()));
+            End::Failed(error)
+        }
+    }
+}
+
+impl End {
+    fn exit(&self) -> Exit {
+        match self {
+            Self::There => Exit::Success,
+            Self::Report(report) => exit_of(report),
+            Self::Failed(error) => Exit::of(error),
+        }
+    }
+
+    fn row(&self, server: &str) -> Row {
+        let row = |runs_from: Option<Side>, outage: Option<Duration>, result: String| Row {
+            server: server.to_owned(),
+            runs_from,
+            outage,
+            result,
+        };
+        match self {
+            Self::There => row(Some(Side::Target), None, "was there already".to_owned()),
+            Self::Report(report) => {
+                let result = match &report.rolled_back_because {
+                    Some(because) => format!("went back: {because}"),
+                    None => "done".to_owned(),
+                };
+                row(Some(report.runs_from), report.outage, result)
+            }
+            Self::Failed(error) => row(None, None, error.to_string()),
+        }
+    }
+
+    fn entry<'a>(&'a self, server: &'a str) -> Entry<'a> {
+        let (report, error) = match self {
+            Self::There => (None, None),
+            Self::Report(report) => (Some(report.as_ref()), None),
+            Self::Failed(error) => (None, Some(format!("{error:#}"))),
+        };
+        Entry { server, exit_code: self.exit().code(), report, error }
+    }
+}
+
+fn finish(settings: &Cutover, plan: &Plan, ends: &[End]) -> anyhow::Result<Exit> {
+    let named = || plan.servers.iter().map(|server| server.name.as_str()).zip(ends);
+    if settings.consent.json {
+        output::json(&named().map(|(server, end)| end.entry(server)).collect::<Vec<_>>())?;
+    } else {
+        let rows: Vec<Row> = named().map(|(server, end)| end.row(server)).collect();
+        output::bytes(show::table(&rows).as_bytes())?;
+    }
+    Ok(worst(ends.iter().map(End::exit)))
+}
+
+/// The exit of many: that of the server that needs a person most.
+fn worst(exits: impl Iterator<Item = Exit>) -> Exit {
+    let weight = |exit: &Exit| match exit {
+        Exit::Success => 0,
+        Exit::NotReady => 1,
+        Exit::WentBack => 2,
+        Exit::Interrupted => 4,
+        Exit::NeedsPerson => 5,
+        _ => 3,
+    };
+    exits.max_by_key(weight).unwrap_or(Exit::Success)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_worst_is_what_needs_a_person_most() {
+        let of = |exits: &[Exit]| worst(exits.iter().copied());
+        assert_eq!(of(&[]), Exit::Success);
+        assert_eq!(of(&[Exit::Success, Exit::WentBack, Exit::NotReady]), Exit::WentBack);
+        assert_eq!(of(&[Exit::NeedsPerson, Exit::Interrupted, Exit::Temporary]), Exit::NeedsPerson);
+        assert_eq!(of(&[Exit::Success, Exit::Temporary, Exit::WentBack]), Exit::Temporary);
+    }
+
+    #[test]
+    fn a_server_that_was_there_is_no_failure() {
+        assert_eq!(End::There.exit(), Exit::Success);
+        let failed = End::Failed(Interrupted.into());
+        assert_eq!((failed.exit(), failed.entry("web-1").exit_code), (Exit::Interrupted, 130));
+    }
+}

@@ -1,0 +1,100 @@
+//! From a server of a plan to one whose images are open on both sides.
+
+use std::sync::Arc;
+
+use super::errors::AskError;
+use crate::cli::config::{CephAccess, UsageError};
+use crate::cli::{Context, images};
+use crate::cutover::journal::kept_name;
+use crate::cutover::provider;
+use crate::cutover::{CutoverError, Server, Volume};
+use crate::image::rbd::RbdImage;
+use crate::image::{ErrorKind, ImageError, ImageSpec, SourceImage as _};
+use crate::plan::{self, Method, Plan};
+
+/// The server of that name.
+pub(in crate::cli) fn find<'p>(plan: &'p Plan, name: &str) -> Result<&'p plan::Server, AskError> {
+    if let Some(server) = plan.servers.iter().find(|server| server.name == name) {
+        return Ok(server);
+    }
+    let owner = plan.volumes().find(|(_, volume)| volume.name == name).map(|(server, _)| server.name.clone());
+    let servers = plan.servers.iter().map(|server| server.name.clone()).collect();
+    Err(AskError::UnknownServer { plan: plan.path.clone(), name: name.to_owned(), owner, servers })
+}
+
+/// Opens both sides of every volume, in the context of the plan. A source that was left is opened under its other name.
+pub(in crate::cli) async fn open_server(
+    context: &Context<'_>,
+    plan: &Plan,
+    server: &plan::Server,
+    method: Option<Method>,
+) -> anyhow::Result<Server> {
+    for spec in server.volumes.iter().flat_map(|volume| [&volume.source, &volume.target]) {
+        refuse_file(spec)?;
+    }
+    let provider = provider::of(server, method).map_err(CutoverError::from)?;
+    let mut volumes = Vec::new();
+    for disk in provider::disks_of(server) {
+        let source = source(context, &disk.source).await?;
+        let target = match open(context, &context.config.target_ceph, &disk.target).await {
+            Ok(target) => target,
+            Err(error) if error.kind == ErrorKind::NotFound && images::place_exists(context, &disk.target).await? => {
+                let plan = plan.path.display();
+                let hint = format!("{} was never copied: run poolshift replicate {plan} first", disk.volume);
+                return Err(error.hint(hint).into());
+            }
+            Err(error) => return Err(error.into()),
+        };
+        if source.identity() == target.identity() {
+            let text = format!("source and target of {} are the same image: {}", disk.volume, source.identity());
+            return Err(UsageError(text).into());
+        }
+        volumes.push(Volume { disk, source, target });
+    }
+    Ok(Server { name: server.name.clone(), volumes, provider, retention: server.retention })
+}
+
+fn refuse_file(spec: &ImageSpec) -> Result<(), ImageError> {
+    match spec {
+        ImageSpec::Rbd { .. } => Ok(()),
+        ImageSpec::File { .. } => Err(ImageError::new(ErrorKind::Unsupported, spec.to_string(), "cut over")
+            .detail("a cutover needs RBD images on both sides")
+            .hint("by hand: stop the server, run poolshift sync SOURCE TARGET, start it on the target")),
+    }
+}
+
+async fn source(context: &Context<'_>, spec: &ImageSpec) -> Result<Arc<RbdImage>, ImageError> {
+    let missing = match open(context, &context.config.source_ceph, spec).await {
+        Err(error) if error.kind == ErrorKind::NotFound => error,
+        opened => return opened,
+    };
+    let ImageSpec::Rbd { pool, namespace, image, snapshot } = spec.clone() else { return Err(missing) };
+    let kept = ImageSpec::Rbd { pool, namespace, image: kept_name(&image), snapshot };
+    match open(context, &context.config.source_ceph, &kept).await {
+        Ok(image) => {
+            tracing::debug!("{spec} was left, and is kept as {kept}");
+            Ok(image)
+        }
+        // The name in the plan is what a person looks for.
+        Err(error) if error.kind == ErrorKind::NotFound => Err(missing),
+        Err(error) => Err(error),
+    }
+}
+
+/// Opens an image to write to, as each side may be.
+async fn open(context: &Context<'_>, access: &CephAccess, spec: &ImageSpec) -> Result<Arc<RbdImage>, ImageError> {
+    let ImageSpec::Rbd { pool, namespace, image, .. } = spec else {
+        return refuse_file(spec).and_then(|()| Err(ImageError::new(ErrorKind::Unsupported, spec.to_string(), "open")));
+    };
+    let connector = images::connect(context, access).await?;
+    let image = RbdImage::open_target(&connector, pool, namespace.as_deref(), image).await?;
+    Ok(Arc::new(image))
+}
+
+/// Opens a target that keeps a journal; `None` where it is a file, which keeps none.
+pub(super) async fn target(context: &Context<'_>, spec: &ImageSpec) -> Result<Option<Arc<RbdImage>>, ImageError> {
+    match spec {
+        ImageSpec::Rbd { .. } => open(context, &context.config.target_ceph, spec).await.map(Some),
+        ImageSpec::File { .. } => Ok(None),
+    }
+}

@@ -1,0 +1,1 @@
+//! Commands that work, fail, hang and talk nonsense.

@@ -1,0 +1,255 @@
+//! A domain of libvirt, by `virsh` and, for what libvirt does not know, by QEMU's monitor through it.
+//!
+//! | method | quiesce | swap | start |
+//! |---|---|---|---|
+//! | cold | the power button, until it is off | the definition | boots |
+//! | warm | `virsh save` | the definition | `virsh restore` with the other disks, paused; then it goes on |
+//! | hot | `virsh suspend` | the definition; QEMU opens the other disks below it | `virsh resume` |
+//!
+//! **The definition** that the domain starts from is what decides for it while it is off: it names the side that it left
+//! until the swap, and the other from then on. So whoever starts the domain, or the host after a crash, starts it from
+//! the side that counts.
+//!
+//! **The saved memory** is good once, and only with the disks as they were. Its file has a name that no other cutover
+//! has, and gets another one, by which it is not found again, after the domain was restored and before it goes on: it was
+//! not used if it is there and the domain is off.
+//!
+//! **The disks of a domain in memory** are asked of QEMU. After a hot cutover libvirt's XML of the *running* domain names
+//! the images that it left, up to the next cold start. They are renamed after the commit, so that what libvirt would do
+//! with them (restore a save that was made meanwhile) fails, rather than runs from old disks. Images are opened when the
+//! last changes are on them and not before, so that no cache of librbd's can hold what was there earlier.
+
+mod blocks;
+mod cold;
+mod hot;
+mod preconditions;
+mod virsh;
+mod warm;
+mod xml;
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+use super::{Notes, Observed, Power, Precondition, Provider, ProviderError, ServerDisk, Side};
+use crate::plan::{LibvirtCutover, Method};
+use virsh::{QUESTION, Virsh};
+use xml::{Domain, XmlError};
+
+/// A server that is a domain of libvirt.
+#[derive(Debug)]
+pub struct Libvirt {
+    virsh: Virsh,
+    disks: Vec<ServerDisk>,
+    method: Method,
+    config: LibvirtCutover,
+}
+
+fn name(side: Side) -> &'static str {
+    match side {
+        Side::Source => "source",
+        Side::Target => "target",
+    }
+}
+
+fn starting(side: Side) -> String {
+    format!("start on the {}", name(side))
+}
+
+impl Libvirt {
+    /// The domain, with the disks of its server.
+    pub fn new(disks: Vec<ServerDisk>, config: LibvirtCutover, method: Option<Method>) -> Self {
+        let virsh = Virsh { domain: config.domain.clone(), uri: config.uri.clone() };
+        Self { virsh, disks, method: method.unwrap_or(config.method), config }
+    }
+
+    /// How long what is not a question may take.
+    fn limit(&self) -> Duration {
+        self.config.limit.max(QUESTION)
+    }
+
+    fn xml_error(&self, operation: &str, error: &XmlError) -> ProviderError {
+        let hint = "compare the plan with `virsh dumpxml`";
+        self.virsh.error(operation, error.to_string(), Some(hint))
+    }
+
+    async fn look(&self, operation: &str, notes: &Notes) -> Result<Observed, ProviderError> {
+        let power = self.virsh.power_at_rest(operation, self.limit()).await?;
+        if matches!(power, Power::Running | Power::Suspended) {
+            let side = match blocks::devices(&self.virsh, operation).await {
+                Ok(devices) => blocks::side(&devices, &self.disks),
+                // It has ended meanwhile, and has to be looked at as one that is off.
+                Err(_) if self.virsh.power(operation).await? == Power::Off => {
+                    return self.look_at_rest(operation, notes).await;
+                }
+                Err(error) => return Err(error),
+            };
+            return Ok(Observed { power, side });
+        }
+        self.look_at_rest(operation, notes).await
+    }
+
+    async fn look_at_rest(&self, operation: &str, notes: &Notes) -> Result<Observed, ProviderError> {
+        let saved = self.saved(operation, notes).await?.is_some();
+        let definition = self.virsh.definition(operation).await?;
+        let domain = Domain::read(&definition, &self.disks).map_err(|error| self.xml_error(operation, &error))?;
+        let power = if saved { Power::Saved } else { Power::Off };
+        Ok(Observed { power, side: domain.side(self.disks.len()) })
+    }
+
+    /// Has the definition that it starts from name the disks on `to`.
+    async fn define(&self, operation: &str, to: Side) -> Result<(), ProviderError> {
+        let old = self.virsh.definition(operation).await?;
+        let new = xml::on_side(&old, &self.disks, to).map_err(|error| self.xml_error(operation, &error))?;
+        if new == old {
+            return Ok(());
+        }
+        self.virsh.define(operation, &new).await
+    }
+
+    /// Ends a domain in memory whose memory is not needed any more.
+    async fn destroy(&self, operation: &str) -> Result<(), ProviderError> {
+        match self.virsh.with_domain(operation, "destroy", &[], self.limit()).await {
+            Err(_) if self.virsh.power(operation).await? == Power::Off => Ok(()),
+            other => other.map(drop),
+        }
+    }
+
+    /// The last step of each way to start: it runs, and from where it should.
+    async fn expect_running(&self, operation: &str, on: Side, notes: &Notes) -> Result<(), ProviderError> {
+        let observed = self.look(operation, notes).await?;
+        if observed == (Observed { power: Power::Running, side: Some(on) }) {
+            return Ok(());
+        }
+        let side = observed.side.map_or("nobody knows which side", name);
+        let problem = format!("after it the domain is {:?}, with its disks on {side}", observed.power);
+        let hint = "see why with `virsh domstate --reason`, and in /var/log/libvirt/qemu";
+        Err(self.virsh.error(operation, problem, Some(hint)))
+    }
+
+    async fn bring(&self, to: Side, fresh: bool, notes: &mut Notes) -> Result<(), ProviderError> {
+        let operation = format!("swap to the {}", name(to));
+        let observed = self.look(&operation, notes).await?;
+        let suspended = observed.power == Power::Suspended;
+        match observed {
+            Observed { power: Power::Off | Power::Saved, .. } => self.define(&operation, to).await,
+            Observed { side: Some(side), .. } if side == to => {
+                self.define(&operation, to).await?;
+                // What a swap that was interrupted has left open.
+                if suspended { self.close(&operation, to).await } else { Ok(()) }
+            }
+            // Its memory is in the file, as it is here; or it is not wanted.
+            _ if suspended && (fresh || self.saved(&operation, notes).await?.is_some()) => {
+                self.destroy(&operation).await?;
+                self.define(&operation, to).await
+            }
+            _ if suspended && self.method == Method::Hot => {
+                self.define(&operation, to).await?;
+                self.reopen(&operation, to).await
+            }
+            Observed { power, .. } => {
+                let problem = format!("the domain is {power:?}, with its disks on the other side");
+                let hint = "it has to be stopped first: `virsh shutdown`, and the same command again";
+                Err(self.virsh.error(&operation, problem, Some(hint)))
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl Provider for Libvirt {
+    fn describe(&self) -> String {
+        let method = match self.method {
+            Method::Cold => "cold",
+            Method::Warm => "warm",
+            Method::Hot => "hot",
+        };
+        format!("libvirt domain {}, {method}", self.virsh.domain)
+    }
+
+    fn stays_open(&self) -> bool {
+        self.method == Method::Hot
+    }
+
+    fn keeps_memory(&self) -> bool {
+        self.method != Method::Cold
+    }
+
+    async fn preconditions(&self, from: Side) -> Vec<Precondition> {
+        preconditions::of(self, from).await
+    }
+
+    async fn observe(&self, notes: &Notes) -> Result<Observed, ProviderError> {
+        self.look("state", notes).await
+    }
+
+    async fn prepare(&self, from: Side, notes: &mut Notes) -> Result<(), ProviderError> {
+        // Whatever can't be read or rewritten is found before the server stands still.
+        let operation = "preparation";
+        let definition = self.virsh.definition(operation).await?;
+        xml::on_side(&definition, &self.disks, from.other()).map_err(|error| self.xml_error(operation, &error))?;
+        self.choose_save(operation, notes)
+    }
+
+    async fn quiesce(&self, notes: &mut Notes) -> Result<(), ProviderError> {
+        match self.method {
+            Method::Cold => self.shut_down().await,
+            Method::Warm => self.save(notes).await,
+            Method::Hot => self.suspend().await,
+        }
+    }
+
+    async fn swap(&self, to: Side, notes: &mut Notes) -> Result<(), ProviderError> {
+        self.bring(to, false, notes).await
+    }
+
+    async fn start(&self, on: Side, fresh: bool, notes: &mut Notes) -> Result<(), ProviderError> {
+        let operation = starting(on);
+        let observed = self.look(&operation, notes).await?;
+        if observed.side != Some(on) {
+            let problem = format!("the domain is {:?}, and its disks are not on the {}", observed.power, name(on));
+            return Err(self.virsh.error(&operation, problem, Some("compare the plan with `virsh dumpxml`")));
+        }
+        match observed.power {
+            // Whoever started it: what was saved before is of no use any more.
+            Power::Running => return self.spend_save(&operation, notes),
+            Power::Suspended if fresh => {
+                self.destroy(&operation).await?;
+                self.spend_save(&operation, notes)?;
+                self.boot(&operation, fresh).await?;
+            }
+            Power::Suspended => self.go_on(&operation, notes).await?,
+            Power::Saved if !fresh => {
+                self.restore(&operation, on, notes).await?;
+                self.go_on(&operation, notes).await?;
+            }
+            Power::Saved | Power::Off => {
+                self.spend_save(&operation, notes)?;
+                self.boot(&operation, fresh).await?;
+            }
+        }
+        self.expect_running(&operation, on, notes).await
+    }
+
+    async fn undo(&self, from: Side, fresh: bool, notes: &mut Notes) -> Result<(), ProviderError> {
+        self.bring(from, fresh, notes).await?;
+        self.start(from, fresh, notes).await
+    }
+
+    async fn settle(&self, on: Side, notes: &mut Notes) -> Result<Vec<String>, ProviderError> {
+        let operation = "cleaning up";
+        // The next start is from here, whatever was interrupted.
+        self.define(operation, on).await?;
+        self.remove_save(operation, notes)?;
+        if self.virsh.power(operation).await? == Power::Off {
+            return Ok(Vec::new());
+        }
+        let live = self.virsh.with_domain(operation, "dumpxml", &[], QUESTION).await?;
+        let live = Domain::read(&live, &self.disks).map_err(|error| self.xml_error(operation, &error))?;
+        Ok(if live.side(self.disks.len()) == Some(on) { Vec::new() } else { vec![self.stale(on)] })
+    }
+}
+
+#[cfg(test)]
+#[path = "tests.rs"]
+mod tests;

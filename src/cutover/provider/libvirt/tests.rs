@@ -1,0 +1,1 @@
+//! The domain provider without a libvirt.

@@ -1,0 +1,1 @@
+//! XML as libvirt gives it, odd XML, and no XML.
