@@ -161,15 +161,30 @@ pub struct Idle {
     tokens: Vec<Option<String>>,
     /// How often it was found unchanged.
     times: u32,
+    /// When the note with its first target was read last.
+    noted: Instant,
 }
 
 /// So often tokens are believed; then the sources are looked at again.
 const TOKENS_BELIEVED: u32 = 15;
 
+/// How long the note of an idle server is believed to be what it was: nothing else tells that somebody has paused it, or
+/// cut it over.
+const NOTE_BELIEVED: Duration = Duration::from_secs(60);
+
 impl Idle {
     /// What a whole look has found.
     pub fn new(seen: Vec<Seen>) -> Self {
-        Self { tokens: vec![None; seen.len()], seen, times: 0 }
+        Self { tokens: vec![None; seen.len()], seen, times: 0, noted: Instant::now() }
+    }
+
+    /// Whether the note is to be read again, which is then taken to be done.
+    pub fn note_is_due(&mut self, now: Instant) -> bool {
+        let is_due = now.saturating_duration_since(self.noted) >= NOTE_BELIEVED;
+        if is_due {
+            self.noted = now;
+        }
+        is_due
     }
 }
 

@@ -344,3 +344,11 @@ async fn an_interrupted_snapshot_of_a_person_stays_theirs() {
         assert!(held(source).contains_key("before-upgrade"), "a person's snapshot was removed");
     }
 }
+
+#[test]
+fn the_note_of_an_idle_server_is_read_once_a_minute() {
+    let mut idle = Idle::new(Vec::new());
+    let begun = Instant::now();
+    let due = [30, 61, 90, 121, 182].map(|seconds| idle.note_is_due(begun + Duration::from_secs(seconds)));
+    assert_eq!(due, [false, true, false, true, true]);
+}

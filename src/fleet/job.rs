@@ -1,6 +1,7 @@
 //! One job: a server's volumes are opened and carried through one cycle.
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
@@ -44,6 +45,11 @@ pub(super) async fn run(shared: Arc<Shared>, server: Server, forced: bool, cance
     if let Some(mut idle) = shared.take_idle(&server.name)
         && let Some(point) = group::still_unchanged(&members, &mut idle).await
     {
+        if idle.note_is_due(Instant::now())
+            && let Ok(Some(reason)) = shared::pausing_note(first.target.as_ref()).await
+        {
+            return JobEnd::Paused(reason);
+        }
         shared.keep_idle(&server.name, idle);
         return JobEnd::Group(Ok(GroupEnd::Unchanged { point }), looked);
     }

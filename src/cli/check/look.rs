@@ -49,12 +49,18 @@ pub(super) async fn look(context: &Context<'_>, server: &Server, volume: &Volume
         Ok(source) => Some(source),
         Err(error) => {
             // The source of a server that was cut over has another name.
-            if Exit::of(&error) == Exit::NotFound
-                && let Ok(Some(reason)) = hands_off(context, server).await
-            {
-                findings.push(Finding::new(Verdict::Ok, format!("it is not at work: {reason}")));
-                looked.target_state = Some(CUT_OVER);
-                return (looked, findings);
+            let explained = match Exit::of(&error) {
+                Exit::NotFound => hands_off(context, server).await,
+                _ => Ok(None),
+            };
+            match explained {
+                Ok(Some(reason)) => {
+                    findings.push(Finding::new(Verdict::Ok, format!("{CUT_OVER}: {reason}")));
+                    looked.target_state = Some(CUT_OVER);
+                    return (looked, findings);
+                }
+                Ok(None) => {}
+                Err(unread) => findings.push(failure(&unread)),
             }
             findings.push(failure(&error));
             None
