@@ -14,9 +14,8 @@ use std::sync::atomic::AtomicU64;
 
 use rustix::io::Errno;
 
-use super::image::CreateSpec;
 use super::library::{Handle, Rbd, count_progress, library};
-use super::{CephError, Features, Image, Pool, Result, c_string, check};
+use super::{CephError, CreateSpec, Features, Image, Pool, Result, c_string, check};
 
 /// `RBD_IMAGE_OPTION_*` of librbd.h.
 mod option {
