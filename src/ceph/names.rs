@@ -14,9 +14,8 @@ use std::sync::atomic::AtomicU64;
 
 use rustix::io::Errno;
 
-use super::image::CreateSpec;
 use super::library::{Handle, Rbd, count_progress, library};
-use super::{CephError, Features, Image, Pool, Result, c_string, check};
+use super::{CephError, CreateSpec, Features, Image, Pool, Result, c_string, check};
 
 /// `RBD_IMAGE_OPTION_*` of librbd.h.
 mod option {
@@ -28,7 +27,7 @@ mod option {
     pub(super) const STRIPE_UNIT: c_int = 3;
     pub(super) const STRIPE_COUNT: c_int = 4;
     pub(super) const DATA_POOL: c_int = 10;
-    pub(super) const CLONE_FORMAT: c_int = 11;
+    pub(super) const CLONE_FORMAT: c_int = 12;
 }
 
 /// The longest name that is read back, with its NUL; librbd's own tools stop at 96.

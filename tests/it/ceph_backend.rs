@@ -13,7 +13,7 @@ use crate::support::{CephEnv, ceph};
 
 mod delta;
 mod faults;
-mod lease;
+pub(crate) mod lease;
 mod object_map;
 mod rollback;
 

@@ -158,6 +158,12 @@ def spoil(place):
         ioctx.write_full("rbd_object_map." + image.id(), b"\x0e\x00\x00\x00nonsense")
 
 
+def cut_rename(place, name):
+    """Leaves another name that opens the image, as a client that dies while it renames does."""
+    ioctx, old = context(place)
+    ioctx.write_full("rbd_id." + name, ioctx.read("rbd_id." + old))
+
+
 def answer(words, payload):
     what, place, *rest = words
     if what == "create":
@@ -184,6 +190,12 @@ def answer(words, payload):
         return writer(place).read(int(rest[0]), int(rest[1]))
     elif what == "lock":
         writer(place).lock_acquire(rbd.RBD_LOCK_MODE_EXCLUSIVE)
+    elif what == "open":
+        writer(place)
+    elif what == "owns":
+        return str(int(writer(place).is_exclusive_lock_owner())).encode()
+    elif what == "cut-rename":
+        cut_rename(place, rest[0])
     elif what == "hammer":
         hammers[place] = Hammer(writer(place), int(rest[0]))
     elif what == "hammered":

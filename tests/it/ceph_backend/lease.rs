@@ -5,23 +5,32 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use poolshift::image::rbd::{CreateOptions, RbdImage};
-use poolshift::image::{ChangedObjects, ErrorKind, LeaseOwner, Point, SourceImage, TargetImage};
+use poolshift::image::{ChangedObjects, Disk, ErrorKind, LeaseOwner, LockHolder, Point, SourceImage, TargetImage};
 
 use super::{MIB, connect, content, leased, make, name, noise, range, remove};
 use crate::support::{CephEnv, ceph, ceph_alone};
 
 /// Another process, which takes the lease and then does what it is told, a word a line.
-struct Holder {
-    child: Child,
+pub(crate) struct Holder {
+    pub(crate) child: Child,
     answers: BufReader<std::process::ChildStdout>,
 }
 
 impl Holder {
     /// Starts one; `dead` has it leave a record of a process that is no more.
     fn start(image: &str, dead: bool) -> Self {
+        Self::start_as(image, if dead { "dead" } else { "" })
+    }
+
+    /// Starts one that fences the image, and asks whoever has the lock.
+    pub(crate) fn fencing(image: &str) -> Self {
+        Self::start_as(image, "fence")
+    }
+
+    fn start_as(image: &str, how: &str) -> Self {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["--exact", "ceph_backend::lease::a_holder_of_a_lease", "--nocapture"]);
-        command.env("POOLSHIFT_TEST_HOLD", image).env("POOLSHIFT_TEST_HOLD_DEAD", if dead { "1" } else { "" });
+        command.env("POOLSHIFT_TEST_HOLD", image).env("POOLSHIFT_TEST_HOLD_HOW", how);
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let answers = BufReader::new(child.stdout.take().unwrap());
         let mut holder = Self { child, answers };
@@ -41,7 +50,7 @@ impl Holder {
         panic!("the holder ended without an answer");
     }
 
-    fn tell(&mut self, word: &str) -> String {
+    pub(crate) fn tell(&mut self, word: &str) -> String {
         writeln!(self.child.stdin.as_mut().unwrap(), "{word}").unwrap();
         self.answer()
     }
@@ -66,10 +75,13 @@ async fn a_holder_of_a_lease() {
     let env = ceph().unwrap();
     let target = RbdImage::open_target(&connect(&env).await, "sas", None, &image).await.unwrap();
     let mut owner = LeaseOwner::current().unwrap();
-    if std::env::var("POOLSHIFT_TEST_HOLD_DEAD").is_ok_and(|dead| !dead.is_empty()) {
-        owner.start_ticks += 1;
+    match std::env::var("POOLSHIFT_TEST_HOLD_HOW").as_deref() {
+        Ok("fence") => target.fence(&owner, LockHolder::Ask).await.unwrap(),
+        how => {
+            owner.start_ticks += u64::from(how == Ok("dead"));
+            target.acquire_lease(&owner).await.unwrap();
+        }
     }
-    target.acquire_lease(&owner).await.unwrap();
     println!("\nHOLDER leased");
     for word in std::io::stdin().lines() {
         let done = match word.unwrap().as_str() {
