@@ -6,7 +6,7 @@ use crate::support::poolshift;
 use crate::vm::{Guest, GuestDisk, Role, VmEnv, inspect, oracle, vm};
 
 /// One cycle with Ceph's options; enough snapshots are kept for a look at the past.
-fn sync(env: &VmEnv, disk: &GuestDisk, snapshot: &str) {
+pub(crate) fn sync(env: &VmEnv, disk: &GuestDisk, snapshot: &str) {
     let (source, target) = (format!("rbd:{}", disk.source), format!("rbd:{}", disk.target));
     let conf = env.ceph.conf.to_str().expect("a path of text");
     let ceph = ["--ceph-conf", conf, "--ceph-user", &env.ceph.user];

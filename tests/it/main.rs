@@ -10,6 +10,7 @@ mod ceph_model;
 mod ceph_plan;
 mod ceph_relations;
 mod ceph_vm;
+mod ceph_vm_provider;
 mod cli;
 mod files;
 mod fleet_commands;

@@ -59,7 +59,7 @@ fn starting(side: Side) -> String {
 impl Libvirt {
     /// The domain, with the disks of its server.
     pub fn new(disks: Vec<ServerDisk>, config: LibvirtCutover, method: Option<Method>) -> Self {
-        let virsh = Virsh { domain: config.domain.clone(), uri: config.uri.clone() };
+        let virsh = Virsh { program: "virsh".into(), domain: config.domain.clone(), uri: config.uri.clone() };
         Self { virsh, disks, method: method.unwrap_or(config.method), config }
     }
 
@@ -141,6 +141,12 @@ impl Libvirt {
             // Its memory is in the file, as it is here; or it is not wanted.
             _ if suspended && (fresh || self.saved(&operation, notes).await?.is_some()) => {
                 self.destroy(&operation).await?;
+                self.define(&operation, to).await
+            }
+            // It stands still after its memory counted as used: what it is now goes back.
+            _ if suspended && self.method == Method::Warm => {
+                self.choose_save(&operation, notes)?;
+                self.save(notes).await?;
                 self.define(&operation, to).await
             }
             _ if suspended && self.method == Method::Hot => {
@@ -251,5 +257,4 @@ impl Provider for Libvirt {
 }
 
 #[cfg(test)]
-#[path = "tests.rs"]
 mod tests;

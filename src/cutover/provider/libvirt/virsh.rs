@@ -1,5 +1,6 @@
 //! virsh, one call at a time: with a limit, in English, and with what it said in the error.
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use tokio::process::Command;
@@ -16,6 +17,8 @@ pub(super) const POLL: Duration = Duration::from_millis(200);
 /// Calls virsh for one domain.
 #[derive(Debug)]
 pub(super) struct Virsh {
+    /// `virsh`, as it is found in `PATH`.
+    pub(super) program: PathBuf,
     pub(super) domain: String,
     pub(super) uri: Option<String>,
 }
@@ -34,7 +37,7 @@ impl Virsh {
         input: Option<&str>,
         limit: Duration,
     ) -> Result<String, ProviderError> {
-        let mut command = Command::new("virsh");
+        let mut command = Command::new(&self.program);
         // Its words are translated otherwise.
         command.env("LC_ALL", "C").env_remove("LANGUAGE").arg("--quiet");
         if let Some(uri) = &self.uri {
@@ -77,42 +80,53 @@ impl Virsh {
         self.call(operation, &words, None, limit).await
     }
 
+    /// What the domain is doing, and whether libvirt is in the middle of saving or starting it.
+    async fn state(&self, operation: &str) -> Result<(Power, bool), ProviderError> {
+        let state = self.with_domain(operation, "domstate", &["--reason"], QUESTION).await?;
+        let (word, reason) = state.trim().split_once(" (").unwrap_or((state.trim(), ""));
+        match word {
+            "running" | "idle" | "blocked" | "in shutdown" => Ok((Power::Running, false)),
+            "paused" => Ok((Power::Suspended, matches!(reason, "starting up)" | "saving)"))),
+            "pmsuspended" | "crashed" => Ok((Power::Suspended, false)),
+            "shut off" => Ok((Power::Off, false)),
+            _ => Err(self.error(operation, format!("virsh domstate printed {:?}", brief(&state)), None)),
+        }
+    }
+
     /// What the domain is doing.
     pub(super) async fn power(&self, operation: &str) -> Result<Power, ProviderError> {
-        let state = self.with_domain(operation, "domstate", &[], QUESTION).await?;
-        match state.trim() {
-            "running" | "idle" | "blocked" | "in shutdown" => Ok(Power::Running),
-            "paused" | "pmsuspended" | "crashed" => Ok(Power::Suspended),
-            "shut off" => Ok(Power::Off),
-            other => Err(self.error(operation, format!("virsh domstate printed {:?}", brief(other)), None)),
+        Ok(self.state(operation).await?.0)
+    }
+
+    /// Whether libvirt is at something long with a domain that stands still.
+    async fn has_job(&self, operation: &str) -> Result<bool, ProviderError> {
+        match self.with_domain(operation, "domjobinfo", &[], QUESTION).await {
+            Ok(job) => Ok(!job.lines().any(|line| line.split_whitespace().eq(["Job", "type:", "None"]))),
+            // It has gone meanwhile.
+            Err(_) if self.power(operation).await? == Power::Off => Ok(true),
+            Err(error) => Err(error),
         }
     }
 
     /// What the domain is doing when libvirt is not at it: one that is being saved or restored stands still, and what it
-    /// is then is not known before that is over.
+    /// is then is not known before that is over. libvirt goes on when the virsh that asked for it was killed.
     pub(super) async fn power_at_rest(&self, operation: &str, limit: Duration) -> Result<Power, ProviderError> {
         let deadline = Instant::now() + limit;
+        // A restore has no job, and a save has one longer than its state says.
+        let mut idle = false;
         loop {
-            let power = self.power(operation).await?;
-            if power != Power::Suspended {
+            let (power, busy) = self.state(operation).await?;
+            if power != Power::Suspended || (idle && !busy) {
                 return Ok(power);
             }
-            match self.with_domain(operation, "domjobinfo", &[], QUESTION).await {
-                Ok(job) if job.lines().any(|line| line.split_whitespace().eq(["Job", "type:", "None"])) => {
-                    // Asked again, as the job may have ended between the two questions.
-                    let again = self.power(operation).await?;
-                    if again == power {
-                        return Ok(power);
-                    }
-                }
-                Ok(_) => {}
-                // It has gone meanwhile.
-                Err(_) if self.power(operation).await? == Power::Off => return Ok(Power::Off),
-                Err(error) => return Err(error),
+            idle = !busy && !self.has_job(operation).await?;
+            if idle {
+                // Its state is asked once more, as the job may have ended between the two questions.
+                continue;
             }
             if Instant::now() >= deadline {
                 let problem = format!("libvirt is still busy with it after {limit:?}");
-                return Err(self.error(operation, problem, Some("see what with: virsh domjobinfo")));
+                return Err(self.error(operation, problem, Some("see with what: virsh domjobinfo")));
             }
             tokio::time::sleep(POLL).await;
         }

@@ -1,1 +1,0 @@
-//! The domain provider without a libvirt.
