@@ -2,8 +2,9 @@
 //!
 //! A name is kept in two places: the pool's directory, where names and ids stand together, and the object
 //! `rbd_id.NAME`, which holds the id and is what opening by name looks at. librbd 16.2 renames in three steps
-//! (`operation/RenameRequest.cc`): it makes `rbd_id.NEW`, changes the directory, which is atomic and decides, and removes
-//! `rbd_id.OLD`. A client that dies in between leaves an image that opens by both names; see [`Pool::id_of_name`].
+//! (`operation/RenameRequest.cc`): it makes `rbd_id.NEW`, changes the directory, which is atomic and decides, and
+//! removes `rbd_id.OLD`. A client that dies in between leaves an image that opens by both names; see
+//! [`Pool::id_of_name`].
 //!
 //! Everything here blocks.
 
@@ -83,8 +84,8 @@ pub(crate) fn create_image(pool: &Pool, name: &str, spec: &CreateSpec) -> Result
 }
 
 impl Pool {
-    /// Makes a clone, of the second format, of a snapshot that need not be protected; both in this pool. It gets a copy of
-    /// the parent's metadata. EEXIST if there is an image of that name.
+    /// Makes a clone, of the second format, of a snapshot that need not be protected; both in this pool. It gets a
+    /// copy of the parent's metadata. EEXIST if there is an image of that name.
     pub(crate) fn clone_image(&self, parent: &str, snapshot: &str, clone: &str, features: Features) -> Result<()> {
         let (parent, snapshot, clone) = (c_string(parent)?, c_string(snapshot)?, c_string(clone)?);
         let options = Options::new(&[(option::FEATURES, features.0), (option::CLONE_FORMAT, 2)])?;
@@ -139,7 +140,8 @@ impl Pool {
         id.map(Some).ok_or_else(nonsense)
     }
 
-    /// Takes away what opening by this name looks at. For a name that a rename which was cut has left, and for no other.
+    /// Takes away what opening by this name looks at. For a name that a rename which was cut has left, and for no
+    /// other.
     pub(crate) fn forget_name(&self, name: &str) -> Result<()> {
         let object = c_string(&id_object(name))?;
         let _last = self.last.lock().unwrap_or_else(PoisonError::into_inner);

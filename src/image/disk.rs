@@ -19,10 +19,13 @@ pub struct DiskUser {
 /// What is done about a live client that has the lock, when an image is fenced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LockHolder {
-    /// It is named, and nothing changes ([`super::ErrorKind::Busy`]): nobody should have the image open.
+    /// It is named, and nothing changes ([`super::ErrorKind::Busy`]): nobody should have the image open. A server that
+    /// has just ended is given about 2 s to go.
     Refuse,
     /// It is asked to give the lock, and refused it from then on, until the fence is taken down: a server that was
-    /// suspended has the image open, and does not write.
+    /// suspended has the image open, and does not write. What it has in its cache is written first. From then on its
+    /// writes fail at once, they don't wait: it must not be resumed before [`TargetImage::release_lease`]. One that
+    /// does not answer (RBD: for 30 s) is shut out for good.
     Ask,
 }
 
@@ -35,16 +38,22 @@ pub trait Disk: TargetImage {
     /// Who has it open for writing, this process included.
     async fn users(&self) -> Result<Vec<DiskUser>>;
 
-    /// Takes the lock that nobody can write without, and keeps it until [`TargetImage::release_lease`]: it is the lease,
-    /// taken on either side. [`super::ErrorKind::Unsupported`] where the image has no such lock (RBD: the feature
-    /// exclusive-lock), [`super::ErrorKind::Busy`] where another process has it. Idempotent.
+    /// Takes the lock that nobody can write without, and keeps it until [`TargetImage::release_lease`]: it is the
+    /// lease, taken on either side. A holder that is known to be dead loses it at once. Idempotent.
+    ///
+    /// [`super::ErrorKind::Unsupported`] where the image has no such lock (RBD: the feature exclusive-lock),
+    /// [`super::ErrorKind::Busy`] where another process has it, [`super::ErrorKind::Fenced`] where this one had it and
+    /// has lost it.
     async fn fence(&self, owner: &LeaseOwner, holder: LockHolder) -> Result<()>;
 
     /// Its name now, without pool and namespace: the image may have been renamed since it was opened.
     async fn name(&self) -> Result<String>;
 
-    /// Gives it another name in the same pool and namespace; done already is no error.
-    /// [`super::ErrorKind::AlreadyExists`] if another image has that name. Durable and atomic.
+    /// Gives it another name in the same pool and namespace; done already is no error, and one that was cut is
+    /// finished.
+    /// [`super::ErrorKind::AlreadyExists`] if another image has that name. Durable. RBD: a crash in the middle leaves
+    /// the old or the new name, but the image may open by both until this is called again, on an image that was opened
+    /// by the old one where the new one counts already.
     async fn rename(&self, name: &str) -> Result<()>;
 
     /// The journal that was stored last with this image.

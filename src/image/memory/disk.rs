@@ -1,7 +1,7 @@
 //! An image in memory as a server's disk, with the servers that have it open.
 //!
-//! A server behaves as a client of RBD does: it takes the exclusive lock with its first write, gives it when it is asked,
-//! and its writes are refused for as long as somebody holds the lease.
+//! A server behaves as a client of RBD does: it takes the exclusive lock with its first write, gives it when it is
+//! asked, and its writes are refused for as long as somebody holds the lease.
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -39,8 +39,8 @@ impl MemoryImage {
         self.lock().servers.retain(|server| server.address != address);
     }
 
-    /// Writes as a server that has the image open: durable at once, and refused ([`ErrorKind::ReadOnly`]) while somebody
-    /// holds the lease. [`Self::write_as_server`] writes past every lock.
+    /// Writes as a server that has the image open: durable at once, and refused ([`ErrorKind::ReadOnly`]) while
+    /// somebody holds the lease. [`Self::write_as_server`] writes past every lock.
     pub fn write_at_server(&self, address: &str, offset: u64, data: &[u8]) -> Result<()> {
         let operation = format!("write {} bytes at {offset} as the server at {address}", data.len());
         let mut inner = self.alive(&operation)?;

@@ -13,8 +13,8 @@ use crate::image::{Disk, DiskUser, ErrorKind, ImageError, JOURNAL_MAX, LeaseOwne
 pub(super) const JOURNAL_KEY: &str = "poolshift.cutover";
 
 impl RbdImage {
-    /// Opens the image that has this id ([`crate::image::ImageIdentity::image`]), whatever its name is by now, to read and
-    /// to write. [`ErrorKind::NotFound`] when it is not there.
+    /// Opens the image that has this id ([`crate::image::ImageIdentity::image`]), whatever its name is by now, to read
+    /// and to write. [`ErrorKind::NotFound`] when it is not there.
     pub async fn open_by_id(connector: &Connector, pool: &str, namespace: Option<&str>, id: &str) -> Result<Self> {
         let place = Place::new(pool, namespace, id);
         let (opened, wanted) = (connector.pool(&place).await?, id.to_owned());

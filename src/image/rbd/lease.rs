@@ -10,10 +10,10 @@
 //! - A silent owner is waited for until its watch has timed out (30 s), and blocklisted by librbd.
 //! - An owner that is known dead is broken at once, which blocklists it too. A blocklisted client writes nothing.
 //!
-//! A fence is the same lock, taken for a cutover: see [`LockHolder`] for what it does about another live owner. As tried
-//! with librbd 16.2, an owner that is asked writes what it has in its cache, gives the lock, and from then on its writes,
-//! flushes and discards fail with EROFS at once, which a guest sees as errors of its disk; reads go on. Once the lock is
-//! released, or its holder's handle closed, it takes the lock again by itself with its next write.
+//! A fence is the same lock, taken for a cutover: see [`LockHolder`] for what it does about another live owner. As
+//! tried with librbd 16.2, an owner that is asked writes what it has in its cache, gives the lock, and from then on
+//! its writes, flushes and discards fail with EROFS at once, which a guest sees as errors of its disk; reads go on.
+//! Once the lock is released, or its holder's handle closed, it takes the lock again by itself with its next write.
 //!
 //! Without the exclusive-lock feature an advisory lock takes its place. Nothing but poolshift looks at it, and it
 //! doesn't time out; a holder that has no watch any more is taken for dead, and blocklisted.
@@ -86,8 +86,8 @@ struct Patience {
 }
 
 impl Patience {
-    /// To write the record, or to be found dead. It is a server that uses the image, a poolshift that has just begun, or
-    /// one that was killed before it wrote the record: that one's watch times out after 30 s
+    /// To write the record, or to be found dead. It is a server that uses the image, a poolshift that has just begun,
+    /// or one that was killed before it wrote the record: that one's watch times out after 30 s
     /// (`osd_client_watch_timeout`), and only then it is told from the first.
     const FOR_A_RECORD: Duration = Duration::from_secs(35);
     /// To close the image after its server has ended, while that server's users wait.

@@ -60,11 +60,11 @@ impl Connector {
 
 impl RbdImage {
     /// Makes a clone of a snapshot in the same pool and namespace, and leaves `mark` with it. It has the features that
-    /// poolshift wants, and nothing of the state that poolshift keeps with this image. The snapshot need not be protected;
-    /// removed before the clone, it lives on in the trash for as long as that does.
+    /// poolshift wants, and nothing of the state that poolshift keeps with this image. The snapshot need not be
+    /// protected; removed before the clone, it lives on in the trash for as long as that does.
     ///
-    /// [`ErrorKind::NotFound`] without the snapshot, [`ErrorKind::AlreadyExists`] if the name is taken. A crash may leave a
-    /// clone without its mark.
+    /// [`ErrorKind::NotFound`] without the snapshot, [`ErrorKind::AlreadyExists`] if the name is taken. A crash may leave
+    /// a clone without its mark.
     pub async fn clone_of_snapshot(&self, snapshot: &Snapshot, name: &str, mark: &str) -> Result<Self> {
         let operation = format!("clone snapshot {snapshot} as {name:?}");
         let (inner, wanted, child, mark) =
