@@ -1,5 +1,5 @@
-//! The provider for libvirt domains with a real one: each way moves a guest that writes all the time from SATA to SAS, and
-//! brings it back from every point.
+//! The provider for libvirt domains with a real one: each way moves a guest that writes all the time from SATA to SAS,
+//! and brings it back from every point.
 
 use std::future::Future;
 use std::path::Path;
