@@ -1,5 +1,5 @@
-//! The provider for libvirt domains with a real one: each way moves a guest that writes all the time from SATA to SAS, and
-//! brings it back from every point.
+//! The provider for libvirt domains with a real one: each way moves a guest that writes all the time from SATA to SAS,
+//! and brings it back from every point.
 
 use std::future::Future;
 use std::path::Path;
@@ -180,11 +180,11 @@ fn a_server_that_is_shut_down_boots_from_its_targets_and_one_that_won_t_goes_on(
     let bed = Bed::new(&env, "cold");
     let mut notes = Notes::new();
     bed.guest.command("deaf on");
-    let hasty = bed.provider(Method::Cold, Duration::from_secs(12));
+    let hasty = bed.provider(Method::Cold, Duration::from_secs(15));
     bed.check(&hasty, Side::Source);
     bed.run("prepare", hasty.prepare(Side::Source, &mut notes));
     let error = bed.runtime.block_on(hasty.quiesce(&mut notes)).expect_err("nobody listens");
-    assert!(error.problem.contains("ignored its power button for 12s"), "{error}");
+    assert!(error.problem.contains("ignored its power button for 15s"), "{error}");
     assert!(bed.guest.console().all("POWER").count() >= 1, "the button itself was pressed");
     bed.run("undo what never stopped", hasty.undo(Side::Source, false, &mut notes));
     bed.guest.command("deaf off");

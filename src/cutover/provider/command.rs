@@ -10,33 +10,35 @@
 //! | `POOLSHIFT_SERVER` | the server's name in the plan |
 //! | `POOLSHIFT_STEP` | `quiesce`, `stop`, `swap`, `start`, `undo`, `state` or `rehearse` |
 //! | `POOLSHIFT_SIDE` | `source` or `target`: the side to go to. Not set for `quiesce`, `stop` and `state` |
-//! | `POOLSHIFT_FRESH` | for `start` and `undo`: `1` if nothing that was kept of the server, memory or cache, may be used, as the disks are not what they were; `0` otherwise |
-//! | `POOLSHIFT_DISKS` | a JSON list of `{"volume": …, "boot": …, "source": "rbd:POOL/IMAGE", "target": "rbd:POOL/IMAGE"}` |
+//! | `POOLSHIFT_FRESH` | `1` or `0`, for `start` and `undo`: whether the disks are not what the server left |
+//! | `POOLSHIFT_DISKS` | a JSON list of `{"volume": "…", "boot": true, "source": "rbd:…", "target": "rbd:…"}` |
+//!
+//! With `POOLSHIFT_FRESH=1` nothing that was kept of the server, a memory or a cache, may be used.
 //!
 //! It ends with 0 when what it is for is true, and with anything else when it is not, or when that can't be found out;
 //! what it writes on its standard error is then quoted. One that has not ended within the limit is killed with all that
-//! it has started in its process group, and has failed. A process that it leaves running for good belongs into a session
-//! of its own (`setsid`), and must not hold its output.
+//! it has started in its process group, and has failed. A process that it leaves running for good belongs into a
+//! session of its own (`setsid`), and must not hold its output.
 //!
 //! Every command must be *repeatable*: it may be killed at any point, and be run again then, or after it was done, on
 //! this host or another, and ends in the same state. What was done already is no error.
 //!
 //! - **quiesce** has the writers come to rest, so that little is left to write at the stop. The server may go on.
-//! - **stop** has the server stopped, or has it let go of its disks: nothing is written after it, and all that was written
-//!   and acknowledged is on the disks of the side that it runs from. It may return before that is so, since `state` is
-//!   asked until it says so.
+//! - **stop** has the server stopped, or has it let go of its disks: nothing is written after it, and all that was
+//!   written and acknowledged is on the disks of the side that it runs from. It may return before that is so, since
+//!   `state` is asked until it says so.
 //! - **swap** has the stopped server's configuration name the disks of `POOLSHIFT_SIDE`. It starts nothing.
-//! - **start** has it run from the disks of `POOLSHIFT_SIDE`, and takes back what `quiesce` did. It may return early, as
-//!   `stop` may. If the server runs there, it only has its writers go on.
-//! - **undo**, where it is given, takes the place of `swap` and `start` on the way back before the commit. It may find the
-//!   server in any state: still running because it was never stopped, stopped, swapped, or started in vain.
+//! - **start** has it run from the disks of `POOLSHIFT_SIDE`, and takes back what `quiesce` did. It may return early,
+//!   as `stop` may. If the server runs there, it only has its writers go on.
+//! - **undo**, where it is given, takes the place of `swap` and `start` on the way back before the commit. It may find
+//!   the server in any state: still running because it was never stopped, stopped, swapped, or started in vain.
 //! - **state** prints one line, `POWER SIDE`. It must ask whoever runs the server, not remember what was done last.
-//!   - POWER: `running`; `suspended`, it stands still with its disks open; `saved`, its memory is kept and its disks are
-//!     closed; `off`.
+//!   - POWER: `running`; `suspended`, it stands still with its disks open; `saved`, its memory is kept and its disks
+//!     are closed; `off`.
 //!   - SIDE: `source` or `target`, of the disks that it has open, or will start from; `unknown` if they are neither all
 //!     here nor all there.
-//! - **rehearse** has a throw-away server boot from the clones that `POOLSHIFT_DISKS` names as `target`, check itself, and
-//!   be removed again. It must touch nothing of the real server.
+//! - **rehearse** has a throw-away server boot from the clones that `POOLSHIFT_DISKS` names as `target`, check itself,
+//!   and be removed again. It must touch nothing of the real server.
 //!
 //! A gateway that keeps its data in the images on SATA, for example: `quiesce` pauses its sync, `stop` flushes it and
 //! closes the images, `swap` writes the other pool into its configuration, `start` opens the images there and goes on.

@@ -159,9 +159,9 @@ pub trait Provider: Send + Sync + Debug {
         false
     }
 
-    /// Whether poolshift is to end with the proof, and leave the rest to a person. Then all steps do nothing, nobody can be
-    /// asked ([`Self::observe`] gives a running server on no side), and only the images' watchers tell whether it is
-    /// stopped; [`Self::settle`] gives what to swap.
+    /// Whether poolshift is to end with the proof, and leave the rest to a person. Then all steps do nothing, nobody
+    /// can be asked ([`Self::observe`] gives a running server on no side), and only the images' watchers tell whether
+    /// it is stopped; [`Self::settle`] gives what to swap.
     fn by_hand(&self) -> bool {
         false
     }
@@ -186,14 +186,13 @@ pub trait Provider: Send + Sync + Debug {
     /// Gives the quiesced server its disks on `to`. It does not run.
     async fn swap(&self, to: Side, notes: &mut Notes) -> Result<(), ProviderError>;
 
-    /// Has the server go on, or start, from `on`, to which it was swapped. Whoever had the lock of an image there has let
-    /// go of it before: a guest that goes on and can't get it has I/O errors, and its file systems become read-only.
-    /// `fresh` says that its memory is not to be
-    /// used, whatever was saved: the disks are not what they were.
+    /// Has the server go on, or start, from `on`, to which it was swapped. Whoever had the lock of an image there has
+    /// let go of it before: a guest that goes on and can't get it has I/O errors, and its file systems become
+    /// read-only. `fresh` says that its memory is not to be used, whatever was saved: the disks are not what they were.
     async fn start(&self, on: Side, fresh: bool, notes: &mut Notes) -> Result<(), ProviderError>;
 
-    /// Brings the server back to `from`, which it was about to leave, and has it run there. It may never have been stopped.
-    /// The locks of the images on `from` are free, as for [`Self::start`].
+    /// Brings the server back to `from`, which it was about to leave, and has it run there. It may never have been
+    /// stopped. The locks of the images on `from` are free, as for [`Self::start`].
     async fn undo(&self, from: Side, fresh: bool, notes: &mut Notes) -> Result<(), ProviderError> {
         self.swap(from, notes).await?;
         self.start(from, fresh, notes).await

@@ -1,4 +1,5 @@
-//! Running an external command to its end: with a limit, a process group of its own, and a bounded memory of what it says.
+//! Running an external command to its end: with a limit, a process group of its own, and a bounded memory of what it
+//! says.
 
 use std::io;
 use std::process::{ExitStatus, Stdio};
@@ -15,7 +16,8 @@ const OUTPUT_MAX: usize = 4 << 20;
 /// The most of its standard error that is kept, in bytes.
 const ERROR_MAX: usize = 4 << 10;
 
-/// How long what a command has written may take to arrive after its end: something that it left running may hold the pipe.
+/// How long what a command has written may take to arrive after its end: something that it left running may hold the
+/// pipe.
 const GRACE: Duration = Duration::from_millis(500);
 
 /// How a command ended, and what it said.

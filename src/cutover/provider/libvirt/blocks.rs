@@ -1,5 +1,5 @@
-//! What QEMU has open: asked of QEMU itself, as libvirt's XML of a running domain does not know of disks that were opened
-//! anew below it.
+//! What QEMU has open: asked of QEMU itself, as libvirt's XML of a running domain does not know of disks that were
+//! opened anew below it.
 
 use serde_json::{Value, json};
 

@@ -14,7 +14,7 @@ impl Libvirt {
     pub(super) async fn shut_down(&self) -> Result<(), ProviderError> {
         let operation = "shutdown";
         let deadline = Instant::now() + self.config.limit;
-        // By the agent in the guest, if there is one that answers; later by the button alone, as one that has not heard.
+        // By the agent in the guest, if there is one that answers; after that by the button alone.
         let mut how: &[&str] = &[];
         let mut press_at = Instant::now();
         loop {
@@ -34,12 +34,16 @@ impl Libvirt {
                 return Err(self.virsh.error(operation, problem, Some(hint)));
             }
             if now >= press_at {
-                match self.virsh.with_domain(operation, "shutdown", how, QUESTION).await {
+                let first = how.is_empty();
+                let limit = if first { PRESS_AGAIN.min(deadline - now) } else { QUESTION };
+                match self.virsh.with_domain(operation, "shutdown", how, limit).await {
+                    Ok(_) => press_at = now + PRESS_AGAIN,
+                    // An agent that hangs says nothing at all: libvirt would wait for it for minutes.
+                    Err(_) if first => {}
                     Err(_) if self.virsh.power(operation).await? == Power::Off => return Ok(()),
-                    pressed => pressed?,
-                };
+                    Err(error) => return Err(error),
+                }
                 how = &["--mode=acpi"];
-                press_at = now + PRESS_AGAIN;
             }
             tokio::time::sleep(POLL).await;
         }

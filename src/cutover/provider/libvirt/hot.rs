@@ -91,9 +91,9 @@ impl Libvirt {
         let images: Vec<String> = self.disks.iter().filter_map(|disk| rbd_name(disk.on(on))).collect();
         format!(
             "domain {domain} runs from {}, but libvirt's XML of the running domain still names the disks that it left, \
-             until it was shut down and started (a reboot from inside is not enough). Until then don't save, migrate or \
-             snapshot it, and don't change its disks with virsh: libvirt would look for them on the {}. Cold starts are \
-             right already; `virsh shutdown {domain}` and `virsh start {domain}` put the rest right",
+             until it was shut down and started (a reboot from inside is not enough). Until then don't save, \
+             migrate or snapshot it, and don't change its disks with virsh: libvirt would look for them on the {}. \
+             Cold starts are right already; `virsh shutdown {domain}` and `virsh start {domain}` put the rest right",
             images.join(", "),
             name(on.other()),
         )

@@ -6,18 +6,19 @@
 //! | warm | `virsh save` | the definition | `virsh restore` with the other disks, paused; then it goes on |
 //! | hot | `virsh suspend` | the definition; QEMU opens the other disks below it | `virsh resume` |
 //!
-//! **The definition** that the domain starts from is what decides for it while it is off: it names the side that it left
-//! until the swap, and the other from then on. So whoever starts the domain, or the host after a crash, starts it from
-//! the side that counts.
+//! **The definition** that the domain starts from is what decides for it while it is off: it names the side that it
+//! left until the swap, and the other from then on. So whoever starts the domain, or the host after a crash, starts it
+//! from the side that counts.
 //!
 //! **The saved memory** is good once, and only with the disks as they were. Its file has a name that no other cutover
-//! has, and gets another one, by which it is not found again, after the domain was restored and before it goes on: it was
-//! not used if it is there and the domain is off.
+//! has, and gets another one, by which it is not found again, after the domain was restored and before it goes on: it
+//! was not used if it is there and the domain is off.
 //!
-//! **The disks of a domain in memory** are asked of QEMU. After a hot cutover libvirt's XML of the *running* domain names
-//! the images that it left, up to the next cold start. They are renamed after the commit, so that what libvirt would do
-//! with them (restore a save that was made meanwhile) fails, rather than runs from old disks. Images are opened when the
-//! last changes are on them and not before, so that no cache of librbd's can hold what was there earlier.
+//! **The disks of a domain in memory** are asked of QEMU. After a hot cutover libvirt's XML of the *running* domain
+//! names the images that it left, up to the next cold start. They are renamed after the commit, so that what libvirt
+//! would do with them (restore a save that was made meanwhile) fails, rather than runs from old disks. Images are
+//! opened when the last changes are on them and not before, so that no cache of librbd's can hold what was there
+//! earlier.
 
 mod blocks;
 mod cold;

@@ -69,8 +69,8 @@ async fn look(libvirt: &Libvirt, from: Side, what: &str, found: &mut Found) -> R
             Some(side) if side == from => {}
             Some(side) => found.add(what, Error, format!("QEMU has its disks on the {} open already", name(side))),
             None => {
-                let text = "QEMU has not every volume open, or some on one side and some on the other: compare the plan \
-                            with `virsh qemu-monitor-command --hmp 'info block'`";
+                let text = "QEMU has not every volume open, or some here and some there: compare the plan with \
+                            `virsh qemu-monitor-command --hmp 'info block'`";
                 found.add(what, Error, text);
             }
         }

@@ -108,8 +108,8 @@ impl Virsh {
         }
     }
 
-    /// What the domain is doing when libvirt is not at it: one that is being saved or restored stands still, and what it
-    /// is then is not known before that is over. libvirt goes on when the virsh that asked for it was killed.
+    /// What the domain is doing when libvirt is not at it: one that is being saved or restored stands still, and what
+    /// it is then is not known before that is over. libvirt goes on when the virsh that asked for it was killed.
     pub(super) async fn power_at_rest(&self, operation: &str, limit: Duration) -> Result<Power, ProviderError> {
         let deadline = Instant::now() + limit;
         // A restore has no job, and a save has one longer than its state says.

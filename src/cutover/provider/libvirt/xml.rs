@@ -1,7 +1,7 @@
 //! A domain's XML: which of its disks is which volume on which side, and the same XML with the other side.
 //!
-//! Nothing is written anew: the names of the images are replaced where they stand, and everything else stays to the byte
-//! as libvirt had it.
+//! Nothing is written anew: the names of the images are replaced where they stand, and everything else stays to the
+//! byte as libvirt had it.
 
 use std::ops::Range;
 
