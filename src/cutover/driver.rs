@@ -132,9 +132,12 @@ impl<'a> Walk<'a> {
 
     /// Enters the phase that has ended into the report.
     fn lap(&mut self) {
-        let took = self.since.elapsed();
+        let (phase, took) = (self.journal.phase, self.since.elapsed());
         self.since = Instant::now();
-        self.phases.push(PhaseTime { phase: self.journal.phase, took });
+        match self.phases.last_mut() {
+            Some(last) if last.phase == phase => last.took += took,
+            _ => self.phases.push(PhaseTime { phase, took }),
+        }
     }
 
     /// While the server runs, with the leases held: cycles until little is left, and everything is ready for its stop.

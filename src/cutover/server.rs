@@ -76,6 +76,7 @@ pub struct Readiness {
     /// Everything that has to be so, with its verdict.
     pub preconditions: Vec<Precondition>,
     /// How long the server would not run if it began now; `None` where nothing tells.
+    #[serde(rename = "predicted_outage_seconds", serialize_with = "optional_seconds")]
     pub predicted_outage: Option<Duration>,
     /// What would be carried over while it stands still, in bytes, at most.
     pub delta_bytes: Option<u64>,
@@ -87,6 +88,7 @@ pub struct PhaseTime {
     /// The phase.
     pub phase: Phase,
     /// How long.
+    #[serde(rename = "seconds", serialize_with = "seconds")]
     pub took: Duration,
 }
 
@@ -102,6 +104,7 @@ pub struct Report {
     /// [`Phase::Committed`], or [`Phase::RolledBack`] with why in `rolled_back_because`.
     pub ended: Phase,
     /// How long the server did not run; `None` if it was not stopped, or nobody knows since when it was.
+    #[serde(rename = "outage_seconds", serialize_with = "optional_seconds")]
     pub outage: Option<Duration>,
     /// The phases, in their order.
     pub phases: Vec<PhaseTime>,
@@ -113,6 +116,14 @@ pub struct Report {
     pub rolled_back_because: Option<String>,
     /// What a person has to know or to do.
     pub remarks: Vec<String>,
+}
+
+fn seconds<S: serde::Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_f64(duration.as_secs_f64())
+}
+
+fn optional_seconds<S: serde::Serializer>(duration: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
+    duration.map(|duration| duration.as_secs_f64()).serialize(serializer)
 }
 
 /// Why a cutover did not come to its end. What was begun is in the journal.

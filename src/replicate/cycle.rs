@@ -4,11 +4,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use futures::stream::{BoxStream, StreamExt as _, TryStreamExt as _};
 use tokio_util::sync::CancellationToken;
 
 use crate::batch::Compression;
 use crate::delta::{self, Method, Plan};
-use crate::extent::{ByteRange, normalize, subtract};
+use crate::extent::{ByteRange, Extent, normalize, subtract};
 use crate::image::{ImageError, Point, Snapshot, SnapshotSupport, SourceImage, TargetImage, View};
 use crate::pipeline::{self, Applied, ApplyOptions, Counters, Limits, ReadOptions};
 use crate::transport;
@@ -19,6 +20,7 @@ use super::report::{Clock, Stages, SyncReport};
 use super::retention::Keep;
 use super::side::{TargetSide, interrupted, load_state, no_such_base, point_still_there, still_there, with_lease};
 use super::state::{Commit, InFlight, Origin, Retired, Side, TargetState};
+use super::verify::compare_windows;
 
 /// The prefix of the names that poolshift gives.
 pub const NAME_PREFIX: &str = "poolshift-";
@@ -166,9 +168,35 @@ pub(super) async fn gather(source: &dyn SourceImage, target: &dyn TargetImage) -
         facts.target_blank = target.is_blank().await?;
     }
     if let Some(newest) = lineage::needs_head_check(&facts) {
-        facts.head_differs = target.head_differs(&newest).await?;
+        facts.head_differs = target.head_differs(&newest).await? && content_differs(target, &newest).await?;
     }
     Ok(facts)
+}
+
+/// Whether HEAD, of which the storage says that it was written since a snapshot, holds anything else than the snapshot
+/// does. A write of equal bytes changes nothing: one of a process that died, say, whose work another one has finished.
+async fn content_differs(target: &dyn TargetImage, newest: &Snapshot) -> Result<bool> {
+    if target.snapshot_support() == SnapshotSupport::HeadOnly {
+        return Ok(true);
+    }
+    let head = target.view(&Point::Head).await?;
+    let then = target.view(&Point::Snapshot(newest.clone())).await?;
+    let plan = delta::plan(head.as_ref(), Some(newest)).await?;
+    let written = ranges(delta::extents(head.clone(), &plan, target.layout(), 0));
+    let found = compare_windows(then, head, written, &Limits::default()).await?;
+    let location = target.location();
+    match found.first_difference {
+        Some(range) => tracing::warn!("{location} does not hold at {range} what its snapshot {newest} does"),
+        None => tracing::info!("{location} was written since its snapshot {newest}, with the same content"),
+    }
+    Ok(found.first_difference.is_some())
+}
+
+/// Where extents are, whatever they are.
+pub(super) fn ranges(
+    extents: BoxStream<'static, Result<Vec<Extent>, ImageError>>,
+) -> BoxStream<'static, Result<Vec<ByteRange>, ImageError>> {
+    extents.map_ok(|window| window.into_iter().map(|extent| extent.range).collect()).boxed()
 }
 
 /// A conflict with both lists of snapshots.

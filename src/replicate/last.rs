@@ -7,17 +7,15 @@
 
 use std::sync::Arc;
 
-use futures::stream::{StreamExt, TryStreamExt};
 use tokio_util::sync::CancellationToken;
 
 use crate::batch::Compression;
 use crate::delta::{self, Plan};
-use crate::extent::ByteRange;
 use crate::image::{Point, Snapshot, SourceImage, TargetImage, View};
 use crate::pipeline::{self, Applied, ApplyOptions, Limits, ReadOptions};
 use crate::transport;
 
-use super::cycle::{Progress, conflict, gather, name_of_now};
+use super::cycle::{Progress, conflict, gather, name_of_now, ranges};
 use super::error::{ConflictKind, CycleError, Result};
 use super::rewind::{NoCheckpoint, rewind};
 use super::side::{interrupted, load_state, no_such_base, still_there, store};
@@ -134,12 +132,6 @@ pub async fn compare_heads(
     still_there(source.as_ref(), &base.on_source()).await?;
     still_there(target.as_ref(), &base.on_target()).await?;
     Ok(found)
-}
-
-fn ranges(
-    extents: futures::stream::BoxStream<'static, crate::image::Result<Vec<crate::extent::Extent>>>,
-) -> futures::stream::BoxStream<'static, crate::image::Result<Vec<ByteRange>>> {
-    extents.map_ok(|window| window.into_iter().map(|extent| extent.range).collect()).boxed()
 }
 
 /// Compares what changed between two points that both sides have, at the later one.

@@ -3,6 +3,7 @@
 mod ceph_backend;
 mod ceph_busy;
 mod ceph_crash;
+mod ceph_cutover;
 mod ceph_disk;
 mod ceph_faults;
 mod ceph_interop;
