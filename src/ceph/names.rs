@@ -126,7 +126,7 @@ impl Pool {
     /// The id of the image that opening by this name opens, whatever the directory says. `None` if there is none.
     pub(crate) fn id_of_name(&self, name: &str) -> Result<Option<String>> {
         // The answer is a string as Ceph encodes it: its length in four bytes, little-endian, and its bytes.
-        let answer = match self.exec(&id_object(name), c"get_id", NAME_ROOM) {
+        let answer = match self.exec(&id_object(name), c"get_id", &[], NAME_ROOM) {
             Err(error) if error.is(Errno::NOENT) => return Ok(None),
             answer => answer?.0,
         };

@@ -17,7 +17,6 @@
 //! | 4            | the footer's length: 0, because there are no CRCs                         |
 
 use std::ffi::CStr;
-use std::ptr;
 use std::sync::PoisonError;
 
 use rustix::io::Errno;
@@ -112,7 +111,7 @@ impl Pool {
             Some(id) => format!("rbd_object_map.{image}.{id:016x}"),
         };
         let capacity = HEADER.len() + 8 + bytes_of(objects + SURPLUS) + FOOTER.len();
-        ObjectMap::decode(self.exec(&object, c"object_map_load", capacity)?.0, objects)
+        ObjectMap::decode(self.exec(&object, c"object_map_load", &[], capacity)?.0, objects)
     }
 
     /// The highest id of any snapshot that the image with this id ever had, also of one that has gone: the first number of
@@ -120,7 +119,7 @@ impl Pool {
     /// shrinks. Blocks.
     pub(crate) fn snapshot_sequence(&self, image: &str) -> Result<u64> {
         // Behind it are as many ids as there are snapshots.
-        let (answer, _) = self.exec(&format!("rbd_header.{image}"), c"get_snapcontext", SNAPSHOTS_MAX)?;
+        let (answer, _) = self.exec(&format!("rbd_header.{image}"), c"get_snapcontext", &[], SNAPSHOTS_MAX)?;
         let sequence = answer.first_chunk::<8>().map(|bytes| u64::from_le_bytes(*bytes));
         sequence.ok_or_else(|| CephError::Nonsense {
             function: FUNCTION,
@@ -136,12 +135,12 @@ impl Pool {
     /// so yet; size, snapshots, features and flags are in the header. Watching an image changes no version
     /// (`PrimaryLogPG::do_osd_ops`).
     pub(crate) fn quiet_versions(&self, image: &str) -> Result<Option<(u64, u64)>> {
-        let (_, header) = self.exec(&format!("rbd_header.{image}"), c"get_snapcontext", SNAPSHOTS_MAX)?;
+        let (_, header) = self.exec(&format!("rbd_header.{image}"), c"get_snapcontext", &[], SNAPSHOTS_MAX)?;
         let object = format!("rbd_object_map.{image}");
         // Sizes for 2, 32 and 1024 TiB of 4 MiB objects: what is too small costs a request.
         for capacity in [128 << 10, 2 << 20, 62 << 20] {
             let out_of_space = |error: &CephError| error.is(Errno::RANGE);
-            match self.exec(&object, c"object_map_load", capacity + HEADER.len() + 8 + FOOTER.len()) {
+            match self.exec(&object, c"object_map_load", &[], capacity + HEADER.len() + 8 + FOOTER.len()) {
                 Ok((map, version)) => return Ok(is_quiet(&map).then_some((header, version))),
                 Err(error) if out_of_space(&error) => {}
                 Err(error) if error.is(Errno::NOENT) => break,
@@ -151,22 +150,21 @@ impl Pool {
         Ok(None)
     }
 
-    /// What a method of the class `rbd` without arguments answers for an object: at most `capacity` bytes, or ERANGE; and
-    /// that object's version.
-    pub(super) fn exec(&self, object: &str, method: &CStr, capacity: usize) -> Result<(Vec<u8>, u64)> {
+    /// What a method of the class `rbd` answers for an object, given its encoded arguments: at most `capacity` bytes, or
+    /// ERANGE; and that object's version.
+    pub(super) fn exec(&self, object: &str, method: &CStr, input: &[u8], capacity: usize) -> Result<(Vec<u8>, u64)> {
         let object = c_string(object)?;
         let _last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         let mut answer = vec![0; capacity];
-        // SAFETY: the handle is valid, the three names end with NUL, there is no input, and the buffer is as long as
-        // said.
+        // SAFETY: the handle is valid, the three names end with NUL, and both buffers are as long as said.
         let length = unsafe {
             (library()?.rados.rados_exec)(
                 self.raw.0,
                 object.as_ptr(),
                 c"rbd".as_ptr(),
                 method.as_ptr(),
-                ptr::null(),
-                0,
+                input.as_ptr().cast(),
+                input.len(),
                 answer.as_mut_ptr().cast(),
                 answer.len(),
             )
@@ -181,6 +179,38 @@ impl Pool {
         Ok((answer, version))
     }
 }
+
+impl Pool {
+    /// Sets, or with `None` removes, a key of an image's metadata, on its header itself (`cls_rbd`'s `metadata_set` and
+    /// `metadata_remove`), so that the image need not be opened and nobody is asked for its lock: a server may be using
+    /// it. Removing what isn't there is no error.
+    pub(crate) fn set_image_metadata(&self, image: &str, key: &str, value: Option<&str>) -> Result<()> {
+        let header = format!("rbd_header.{image}");
+        // As Ceph encodes texts and maps of them: lengths and counts are 32 bits, little-endian.
+        let encode = |text: &str, into: &mut Vec<u8>| -> Result<()> {
+            let length = u32::try_from(text.len());
+            let long = |_| CephError::Nonsense { function: FUNCTION, what: "a text of over 4 GiB".into() };
+            into.extend(length.map_err(long)?.to_le_bytes());
+            into.extend(text.as_bytes());
+            Ok(())
+        };
+        let mut input = Vec::new();
+        let Some(value) = value else {
+            encode(key, &mut input)?;
+            return match self.exec(&header, c"metadata_remove", &input, ANSWER) {
+                Err(error) if !error.is(Errno::NOENT) => Err(error),
+                _ => Ok(()),
+            };
+        };
+        input.extend(1u32.to_le_bytes());
+        encode(key, &mut input)?;
+        encode(value, &mut input)?;
+        self.exec(&header, c"metadata_set", &input, ANSWER).map(drop)
+    }
+}
+
+/// More than methods answer that only change something.
+const ANSWER: usize = 4096;
 
 /// Whether no object of an encoded map was written since the last snapshot, or is being removed.
 fn is_quiet(encoded: &[u8]) -> bool {

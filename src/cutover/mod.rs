@@ -67,6 +67,12 @@ pub async fn journal(server: &Server) -> Result<Option<Journal>> {
     sides::load_journal(server).await
 }
 
+/// Whether the server is paused by a cutover that has not got further than that, and may be gone.
+pub async fn is_paused_by_a_cutover(server: &Server) -> Result<bool> {
+    let Some(first) = server.volumes.first() else { return Ok(false) };
+    Ok(first.target.load_note().await?.is_some_and(|note| note.starts_with(&own_note(""))))
+}
+
 /// Brings a server over to its targets, or finishes what was begun. A failure before the commit brings it back, which is
 /// an `Ok` with [`Phase::RolledBack`]. `cancel` is heeded until the server was stopped, and brings it back after.
 pub async fn cutover(
@@ -110,6 +116,7 @@ pub async fn rollback(
         hint: "say what becomes of that: --with-changes carries it back, --discard-changes loses it".into(),
     };
     match sides::load_journal(server).await? {
+        None if is_paused_by_a_cutover(server).await? => there(None)?.take_note_away().await,
         None => Err(CutoverError::WrongState {
             server: server.name.clone(),
             problem: "was not cut over: there is nothing to go back from".into(),
@@ -176,6 +183,14 @@ impl Walk<'_> {
                 Err(error)
             }
         }
+    }
+
+    /// A cutover that has only paused the server is gone: the leases say so.
+    async fn take_note_away(mut self) -> Result<Report> {
+        self.sides.take_leases(self.observer, self.cancel).await?;
+        let because = self.asked_for();
+        self.end_before_the_stop().await?;
+        Ok(self.report(Phase::RolledBack, Some(&because)))
     }
 
     /// Has the fleet's workers leave the server alone.

@@ -39,6 +39,8 @@ pub(in crate::cli) struct Looked {
     pub(in crate::cli) server: Server,
     /// Its journal.
     pub(in crate::cli) journal: Option<Journal>,
+    /// A cutover has paused it, and has not got to its journal.
+    pub(in crate::cli) paused: bool,
     /// What stands in the way; `None` where something was begun, or there is no way to go.
     pub(in crate::cli) readiness: Option<Readiness>,
 }
@@ -46,7 +48,10 @@ pub(in crate::cli) struct Looked {
 impl Looked {
     /// Where it is.
     pub(in crate::cli) fn state(&self) -> State {
-        State::of(self.journal.as_ref())
+        match State::of(self.journal.as_ref()) {
+            State::OnSources if self.paused => State::Begun,
+            state => state,
+        }
     }
 
     /// Whether something stands in the way.
@@ -115,7 +120,9 @@ pub(in crate::cli) async fn look(
     let work = async {
         let server = open::open_server(context, plan, server, method).await?;
         let journal = cutover::journal(&server).await?;
-        let mut looked = Looked { server, journal, readiness: None };
+        // On its way over it begins anew, which needs a look.
+        let paused = to == Side::Source && cutover::is_paused_by_a_cutover(&server).await?;
+        let mut looked = Looked { server, journal, paused, readiness: None };
         let there = if to == Side::Target { State::OnTargets } else { State::OnSources };
         // What was begun is finished, whatever stands in the way: the server may be down.
         if looked.state() != State::Begun && looked.state() != there {

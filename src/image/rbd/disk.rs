@@ -29,13 +29,11 @@ impl RbdImage {
         Self::open(connector, Place { image: name, ..place }, Some(id.to_owned()), true).await
     }
 
-    /// Changes a key of the image's metadata. Where a server has the lock, librbd asks for it, and the server takes it back
-    /// with its next write.
-    async fn store(&self, key: &'static str, value: Option<&str>, operation: &str) -> Result<()> {
-        let (writer, value) = (self.writer().await?, value.map(str::to_owned));
-        let store = move || writer.set_metadata(key, value.as_deref());
-        let stored = ceph::blocking("rbd_metadata_set", self.inner.timeout(), store).await;
-        stored.map_err(|error| self.write_error(operation.to_owned(), error))
+    /// Changes a key of the image's metadata without its lock: a server that has it need not give it.
+    pub(super) async fn store(&self, key: &'static str, value: Option<&str>, operation: &str) -> Result<()> {
+        let (inner, value) = (Arc::clone(&self.inner), value.map(str::to_owned));
+        let store = move || inner.pool.set_image_metadata(&inner.id, key, value.as_deref());
+        self.inner.call(operation, "rados_exec", store).await
     }
 }
 

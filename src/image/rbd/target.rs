@@ -164,9 +164,7 @@ impl TargetImage for RbdImage {
             let large = ImageError::new(ErrorKind::OutOfBounds, self.inner.location.clone(), operation);
             return Err(large.detail(format!("it has {} bytes; the most is {NOTE_MAX}", note.len())));
         }
-        let (writer, note) = (self.writer().await?, note.map(str::to_owned));
-        // Where somebody else has the lock, librbd has the owner write it.
-        self.inner.call(operation, "rbd_metadata_set", move || writer.set_metadata(NOTE_KEY, note.as_deref())).await
+        self.store(NOTE_KEY, note, operation).await
     }
 
     async fn resize(&self, size: u64) -> Result<()> {
