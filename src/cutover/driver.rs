@@ -83,6 +83,7 @@ impl<'a> Walk<'a> {
             by: server.provider.describe(),
             phase: Phase::Syncing,
             done: false,
+            swapped: false,
             worker,
             begun: Timestamp::now().to_string(),
             stopped: None,
@@ -110,11 +111,12 @@ impl<'a> Walk<'a> {
     }
 
     /// The same for one that was begun by a process that is gone.
-    pub(super) fn again(mut self, found: Journal) -> Self {
+    pub(super) fn again(mut self, found: Journal) -> Result<Self> {
+        self.sides.refuse_others(&found)?;
         let worker = self.journal.worker.clone();
         self.stopped = found.stopped.as_deref().and_then(|at| at.parse().ok());
         self.journal = Journal { worker, ..found };
-        self
+        Ok(self)
     }
 
     pub(super) fn server(&self) -> &'a Server {
@@ -179,11 +181,14 @@ impl<'a> Walk<'a> {
         self.stopped.get_or_insert_with(Timestamp::now);
         self.journal.stopped = self.stopped.map(|at| at.to_string());
         self.enter(Phase::Quiescing).await?;
-        self.within_limit(async |walk: &mut Self| walk.quiesce(&before).await).await?;
+        self.within_limit(async |walk: &mut Self| walk.quiesce().await).await?;
+        // Whole or not at all: a lock that comes late would be a broken disk to a server that was brought back.
+        self.shut_out(&before).await?;
         self.enter(Phase::FinalDelta).await?;
         self.within_limit(async |walk: &mut Self| walk.last_delta().await).await?;
         self.enter(Phase::Verifying).await?;
         self.within_limit(async |walk: &mut Self| walk.prove().await).await?;
+        self.journal.swapped = true;
         self.enter(Phase::Swapping).await?;
         let server = self.server();
         if self.sides.to == Side::Source {
@@ -198,7 +203,7 @@ impl<'a> Walk<'a> {
     pub(super) async fn go(&mut self) -> Result<()> {
         self.enter(Phase::Resuming).await?;
         let (server, to) = (self.server(), self.sides.to);
-        self.sides.release_leases().await;
+        self.sides.give_leases_back().await?;
         // Whoever keeps its memory goes on with disks that are, to the byte, what it knows: not so after a discard.
         let fresh = self.fresh || self.journal.changes == Some(Changes::Discard);
         server.provider.start(to, fresh, &mut self.journal.notes).await?;
@@ -237,8 +242,8 @@ impl<'a> Walk<'a> {
         .into()
     }
 
-    async fn quiesce(&mut self, before: &[Vec<DiskUser>]) -> Result<()> {
-        let (server, from) = (self.server(), self.sides.to.other());
+    async fn quiesce(&mut self) -> Result<()> {
+        let server = self.server();
         if server.provider.by_hand() {
             return self.wait_for_a_person().await;
         }
@@ -247,13 +252,22 @@ impl<'a> Walk<'a> {
         if observed.power == Power::Running {
             return Err(self.unexpected("stop", &observed));
         }
-        let stays = server.provider.stays_open() && observed.power == Power::Suspended && observed.side == Some(from);
-        let (may_stay, holder) = if stays { (before, LockHolder::Ask) } else { (&[][..], LockHolder::Refuse) };
-        self.shut_out(may_stay, holder).await
+        Ok(())
     }
 
-    /// Keeps everybody from writing what is left, and makes sure that nobody is there who might.
-    async fn shut_out(&mut self, may_stay: &[Vec<DiskUser>], holder: LockHolder) -> Result<()> {
+    /// How the side that is left is to be fenced, as the server is now.
+    pub(super) fn holder(&self, observed: &Observed) -> LockHolder {
+        let from = self.sides.to.other();
+        let stays = self.server().provider.stays_open()
+            && *observed == (Observed { power: Power::Suspended, side: Some(from) });
+        if stays { LockHolder::Ask } else { LockHolder::Refuse }
+    }
+
+    /// Keeps everybody from writing what is left, and makes sure that nobody is there who might: but the server, where it
+    /// stands still with its disks open.
+    async fn shut_out(&mut self, before: &[Vec<DiskUser>]) -> Result<()> {
+        let holder = self.holder(&self.observe().await?);
+        let may_stay = if holder == LockHolder::Ask { before } else { &[] };
         if let Some(stranger) = self.sides.wait_until_closed(may_stay).await? {
             return Err(self.in_use(stranger));
         }
@@ -261,6 +275,11 @@ impl<'a> Walk<'a> {
         if let Some(stranger) = self.sides.wait_until_closed(may_stay).await? {
             return Err(self.in_use(stranger));
         }
+        self.note_fences().await
+    }
+
+    /// Enters who keeps others from writing what is left.
+    pub(super) async fn note_fences(&mut self) -> Result<()> {
         let mut fences = Vec::new();
         for image in self.sides.leaving() {
             fences.push(image.lease_owner().await?);
@@ -291,7 +310,7 @@ impl<'a> Walk<'a> {
             if self.sides.users().await?.iter().all(Vec::is_empty) {
                 // Its outage begins when its images are closed, as far as anybody here can tell.
                 self.stopped = Some(Timestamp::now());
-                return self.shut_out(&[], LockHolder::Refuse).await;
+                return Ok(());
             }
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
@@ -355,7 +374,13 @@ impl<'a> Walk<'a> {
 
     /// For a server that stands still since an earlier walk: whatever that had done, a whole cycle puts it right.
     pub(super) async fn from_quiesced(&mut self) -> Result<()> {
-        let server = self.server();
+        let (server, from) = (self.server(), self.sides.to.other());
+        if self.journal.swapped {
+            // While its targets are made anew nothing may start it from there.
+            server.provider.swap(from, &mut self.journal.notes).await?;
+            self.journal.swapped = false;
+        }
+        self.enter(Phase::Quiescing).await?;
         if self.carries() {
             if self.sides.to == Side::Source {
                 for volume in &server.volumes {

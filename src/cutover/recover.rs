@@ -28,6 +28,7 @@ pub fn next(phase: Phase, to: Side, observed: &Observed, by_hand: bool) -> Next 
     let runs_on = |side| observed.power == Power::Running && observed.side == Some(side);
     match phase {
         Phase::RollingBack => Next::GoBack,
+        Phase::Committed if runs_on(to.other()) && !by_hand => Next::Diverged,
         Phase::Committed => Next::Commit,
         // Nothing was stopped yet, or it was over.
         Phase::Syncing | Phase::Converged | Phase::RolledBack => Next::Afresh,
@@ -37,6 +38,8 @@ pub fn next(phase: Phase, to: Side, observed: &Observed, by_hand: bool) -> Next 
             // Both sides were proved to be equal before the swap, so that whoever started it there lost nothing.
             () if runs_on(to) && phase == Phase::Swapping => Next::Commit,
             () if observed.power == Power::Running => Next::Diverged,
+            // Whoever started it there, and stopped it, has had it write there.
+            () if phase == Phase::Swapping && observed.side != Some(to.other()) => Next::AskTheImages,
             () => Next::FromQuiesced,
         },
         Phase::Resuming => match () {
@@ -102,7 +105,7 @@ mod tests {
     fn a_suspended_server_with_its_disks_on_the_other_side_is_told_to_go_on() {
         let there = Observed { power: Power::Suspended, side: Some(Side::Target) };
         assert_eq!(next(Phase::Resuming, Side::Target, &there, false), Next::Start);
-        assert_eq!(next(Phase::Swapping, Side::Target, &there, false), Next::FromQuiesced);
+        assert_eq!(next(Phase::Swapping, Side::Target, &there, false), Next::AskTheImages);
         let here = Observed { power: Power::Suspended, side: Some(Side::Source) };
         assert_eq!(next(Phase::Resuming, Side::Target, &here, false), Next::AskTheImages);
     }

@@ -135,7 +135,12 @@ impl Sides<'_> {
     }
 
     pub(super) async fn release_leases(&self) {
-        release(self.arriving()).await;
+        let _ = self.give_leases_back().await;
+    }
+
+    /// The same where the server is to use the images next: a lock that is kept would be a broken disk to it.
+    pub(super) async fn give_leases_back(&self) -> Result<()> {
+        release(self.arriving()).await
     }
 
     /// Keeps everybody from writing to what is left.
@@ -150,8 +155,33 @@ impl Sides<'_> {
         try_join_all(self.leaving().map(fence)).await.map(drop)
     }
 
-    pub(super) async fn release_fences(&self) {
-        release(self.leaving()).await;
+    pub(super) async fn release_fences(&self) -> Result<()> {
+        release(self.leaving()).await
+    }
+
+    /// Refuses images that are not those of the journal: a name may have been given to another one.
+    pub(super) fn refuse_others(&self, journal: &Journal) -> Result<()> {
+        let other = |problem: String| CutoverError::WrongState {
+            server: self.server.name.clone(),
+            problem,
+            hint: "the journal of its cutover names others: give the images their names back, and the plan its volumes"
+                .into(),
+        };
+        if journal.volumes.len() != self.server.volumes.len() {
+            let problem = format!("has {} volumes, and had {}", self.server.volumes.len(), journal.volumes.len());
+            return Err(other(problem));
+        }
+        for (volume, known) in self.server.volumes.iter().zip(&journal.volumes) {
+            let same = volume.disk.volume == known.name
+                && *volume.source.identity() == known.source
+                && *volume.target.identity() == known.target;
+            if !same {
+                let (source, target) = (volume.source.location(), volume.target.location());
+                let problem = format!("has other images than it had: {} is {source} and {target} now", known.name);
+                return Err(other(problem));
+            }
+        }
+        Ok(())
     }
 
     /// Who has each image open that is left, beside this process.
@@ -188,11 +218,14 @@ impl Sides<'_> {
     }
 }
 
-async fn release(images: impl Iterator<Item = &Arc<dyn Disk>>) {
+async fn release(images: impl Iterator<Item = &Arc<dyn Disk>>) -> Result<()> {
+    let mut first = Ok(());
     for error in join_all(images.map(|image| image.release_lease())).await.into_iter().filter_map(Result::err) {
         // It is taken over by whoever comes next: this process will be gone, or its watch will.
         tracing::warn!(%error, "a lease was not given back");
+        first = first.and(Err(error.into()));
     }
+    first
 }
 
 async fn users(images: impl Iterator<Item = &Arc<dyn Disk>>) -> Result<Vec<Vec<DiskUser>>> {

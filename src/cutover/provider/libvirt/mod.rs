@@ -195,6 +195,8 @@ impl Provider for Libvirt {
         let operation = "preparation";
         let definition = self.virsh.definition(operation).await?;
         xml::on_side(&definition, &self.disks, from.other()).map_err(|error| self.xml_error(operation, &error))?;
+        // It runs: what an earlier walk has saved of it is old.
+        self.remove_save(operation, notes)?;
         self.choose_save(operation, notes)
     }
 
