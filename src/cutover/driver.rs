@@ -90,6 +90,7 @@ impl<'a> Walk<'a> {
             volumes: volumes.collect(),
             notes: super::provider::Notes::new(),
             note_before: None,
+            finalizing: false,
         };
         Ok(Self {
             sides,

@@ -16,6 +16,7 @@
 //! | `driver`, `warm_up`, `proof`, `finish` | the walk, from the first cycle to either end |
 //! | [`recover`] | what is to be done about a walk that was cut: a pure function of the phase and the world |
 //! | `readiness` | what stands in the way, and how long it would take |
+//! | [`farewell`], [`finalize`] | the end of the way back: what would be lost, and removing it |
 //!
 //! # What a crash leaves, and what the next run does
 //!
@@ -31,6 +32,8 @@
 //! lock that fenced them is still that of the process that took it, dead or alive.
 
 mod driver;
+pub mod farewell;
+pub mod finalize;
 mod finish;
 pub mod journal;
 pub mod phase;
@@ -77,6 +80,7 @@ pub async fn cutover(
 ) -> Result<Report> {
     let walk = Walk::new(Sides { server, to: Side::Target }, options, (observer, cancel), None)?;
     match sides::load_journal(server).await? {
+        Some(found) if found.finalizing => Err(being_finalized(&server.name)),
         Some(found) if found.is_cut_over() => Err(CutoverError::WrongState {
             server: server.name.clone(),
             problem: "runs from its targets already".into(),
@@ -115,6 +119,7 @@ pub async fn rollback(
             problem: "was not cut over: there is nothing to go back from".into(),
             hint: "poolshift status shows where it is".into(),
         }),
+        Some(found) if found.finalizing => Err(being_finalized(&server.name)),
         Some(found) if found.is_cut_over() => {
             let mut walk = back(Some(changes.ok_or_else(needs_a_word)?))?;
             walk.journal.note_before.clone_from(&found.note_before);
@@ -133,6 +138,15 @@ pub async fn rollback(
                 walk.begin().await
             }
         },
+    }
+}
+
+/// A server whose sources are going goes nowhere.
+pub fn being_finalized(server: &str) -> CutoverError {
+    CutoverError::WrongState {
+        server: server.to_owned(),
+        problem: "is being finalized: its sources are going, or have gone, and there is no way back".into(),
+        hint: "it runs from its targets; finish what was begun: poolshift finalize PLAN SERVER".into(),
     }
 }
 
