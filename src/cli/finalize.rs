@@ -134,6 +134,9 @@ fn shown(farewell: &Farewell, flatten: bool, obstacles: &[String]) -> String {
             let loses = count(target.snapshots.len(), "snapshot");
             text.push_str(&format!("    stays {location}, and loses {loses} of poolshift's\n"));
             text.push_str(&snapshot_lines(&target.snapshots));
+            for clone in target.snapshots.iter().flat_map(|going| &going.clones) {
+                text.push_str(&format!("      clone {} keeps its snapshot in the trash\n", plain(&clone.to_string())));
+            }
         }
     }
     for obstacle in obstacles {
@@ -223,6 +226,21 @@ mod tests {
                 volume("data", None, target("rbd:sas/b", vec![])),
             ],
         };
-        insta::assert_snapshot!(shown(&farewell, false, &farewell.obstacles(false)), @"");
+        insta::assert_snapshot!(shown(&farewell, false, &farewell.obstacles(false)), @r"
+        web: commands of the plan; from its targets since 2026-11-25T22:00:00Z
+          finalizing was begun, and has not ended: it is finished
+          root
+            lost  rbd:sata/a.poolshift-kept, 8.0 MiB, 4.0 MiB of its own
+              @poolshift-20261123T220511.123Z (id 3), 8.0 MiB
+              @before upgrade (id 4), 8.0 MiB, protected; FOREIGN: not made by poolshift
+              clone rbd:sata/c hangs on it; flattening copies at most 4.0 MiB
+              open at 10.0.0.1:0/1
+            stays rbd:sas/a, and loses 1 snapshot of poolshift's
+              @poolshift-20261123T220511.123Z (id 11), 8.0 MiB
+          data
+            its source has gone already
+            stays rbd:sas/b, with all its snapshots
+          error    rbd:sata/c is a clone that hangs on rbd:sata/a.poolshift-kept: give --flatten, or remove it
+        ");
     }
 }

@@ -355,7 +355,7 @@ impl<'a> Walk<'a> {
     }
 
     /// For a server that stands still since an earlier walk: whatever that had done, a whole cycle puts it right.
-    pub(super) async fn from_quiesced(&mut self) -> Result<()> {
+    pub(super) async fn go_on_quiesced(&mut self) -> Result<()> {
         let server = self.server();
         if self.carries() {
             if self.sides.to == Side::Source {

@@ -2,15 +2,15 @@
 //!
 //! # The order
 //!
-//! 1. The leases of the sources, so that no way back begins meanwhile; then the journal is read again, and says from now
-//!    on that the server is being finalized: a way back is refused.
+//! 1. The leases of the sources, so that no way back begins meanwhile; then the journal is read again, and says from
+//!    now on that the server is being finalized: a way back is refused.
 //! 2. The clones of the sources are flattened.
 //! 3. The snapshots of the sources are removed, and the sources.
 //! 4. On the targets poolshift's snapshots are removed, by their ids, and then the state that knows them; the note.
 //! 5. The journal.
 //!
-//! What is done already is no error, so that a run that was cut is finished by the next one. The server runs meanwhile, and
-//! has the locks of the targets: librbd has it do what needs them.
+//! What is done already is no error, so that a run that was cut is finished by the next one. The server runs meanwhile,
+//! and has the locks of the targets: librbd has it do what needs them.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -69,11 +69,12 @@ pub struct Finalized {
     pub removed_snapshots: usize,
 }
 
-fn place(spec: &ImageSpec) -> Result<(&str, Option<&str>, &str), ImageError> {
+/// Where an image is: pool, namespace, name. A file can't have been cut over.
+pub fn place(spec: &ImageSpec) -> Result<(&str, Option<&str>, &str), ImageError> {
     match spec {
         ImageSpec::Rbd { pool, namespace, image, .. } => Ok((pool, namespace.as_deref(), image)),
-        ImageSpec::File { .. } => Err(ImageError::new(ErrorKind::Unsupported, spec.to_string(), "finalize it")
-            .detail("only a server on RBD images can have been cut over")),
+        ImageSpec::File { .. } => Err(ImageError::new(ErrorKind::Unsupported, spec.to_string(), "finalize")
+            .detail("only a server that is on RBD images can have been cut over")),
     }
 }
 

@@ -240,7 +240,7 @@ impl Walk<'_> {
             Next::Afresh => return self.begin().await,
             Next::FromQuiesced => {
                 self.fresh = memory_is_lost;
-                self.from_quiesced().await
+                self.go_on_quiesced().await
             }
             Next::Start => self.go().await,
             Next::AskTheImages => {

@@ -1,4 +1,5 @@
-//! `poolshift finalize` on a real cluster: a server of two disks, run by shell commands, is cut over and loses its sources.
+//! `poolshift finalize` on a real cluster: a server of two disks, run by shell commands, is cut over and loses its
+//! sources.
 
 use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Command, Stdio};
@@ -7,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use crate::librbd::Librbd;
 use crate::support::{CephEnv, Run, binary, ceph, poolshift};
 
 /// Nothing here takes as long; what does has failed.
@@ -61,7 +63,8 @@ impl Bed {
             );
         }
         text + &format!(
-            "[server.cutover.command]\nlimit = \"20s\"\nstate = \"cat {state}\"\nstop = \"sed -i s/running/off/ {state}\"\n\
+            "[server.cutover.command]\nlimit = \"20s\"\nstate = \"cat {state}\"\n\
+             stop = \"sed -i s/running/off/ {state}\"\n\
              swap = \"echo off $POOLSHIFT_SIDE > {state}\"\nstart = \"echo running $POOLSHIFT_SIDE > {state}\"\n"
         )
     }
@@ -141,7 +144,6 @@ impl Bed {
     #[track_caller]
     fn expect_finalized(&self, foreign: &[&str]) {
         let sources = self.rbd("ls sata");
-        assert!(!sources.contains("-kept") || !sources.lines().any(|image| self.is_source(image)), "{sources}");
         assert!(!sources.lines().any(|image| self.is_source(image)), "{sources}");
         for disk in DISKS {
             let target = format!("sas/NAME-{disk}");
@@ -254,23 +256,36 @@ fn a_server_is_finalized_and_nothing_is_left_but_its_targets() {
     assert!(back.stderr.contains("if the server was finalized"), "{}", back.stderr);
 }
 
-#[test]
-fn a_source_in_use_is_not_removed() {
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_in_use_is_not_removed() {
     let Some(bed) = Bed::new() else { return };
     bed.cut_over();
-    let mut command = Command::new("rbd");
-    command.arg("--conf").arg(&bed.env.conf).args(["--id", &bed.env.user]).env_remove("CEPH_ARGS");
-    command.args(bed.args("watch sata/NAME-data.poolshift-kept"));
-    // It prints a line once it has the image open.
-    let user = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("rbd runs");
-    let _user = Daemon(user);
-    let begin = Instant::now();
-    while !bed.rbd("status sata/NAME-data.poolshift-kept").contains("watcher=") {
-        assert!(begin.elapsed() < PATIENCE);
-    }
+    let kept = format!("sata/{}-data.poolshift-kept", bed.name);
+    let mut user = Librbd::start(&bed.env);
+    user.try_call(&format!("write {kept} 0"), &[1; 4096]).await.unwrap();
     let open = bed.run("finalize PLAN web --yes").expect_code(14);
     assert!(open.stderr.contains("-data.poolshift-kept is open at "), "{}", open.stderr);
     assert!(bed.has_metadata("sas/NAME-root", "poolshift.note"));
+    assert!(!bed.rbd("image-meta get sas/NAME-root poolshift.cutover").contains("finalizing"));
+    user.kill().await;
+}
+
+/// A removal takes the header away before the name.
+#[test]
+fn the_name_that_a_removal_which_was_cut_has_left_goes_as_well() {
+    let Some(bed) = Bed::new() else { return };
+    bed.cut_over();
+    let kept = "sata/NAME-data.poolshift-kept";
+    bed.rbd(&format!("snap purge --no-progress {kept}"));
+    let info: Value = serde_json::from_str(&bed.rbd(&format!("info {kept} --format json"))).unwrap();
+    let mut command = Command::new("rados");
+    command.arg("-c").arg(&bed.env.conf).args(["--id", &bed.env.user, "-p", "sata", "rm"]).env_remove("CEPH_ARGS");
+    let header = format!("rbd_header.{}", info["id"].as_str().unwrap());
+    assert!(command.arg(header).status().expect("rados runs").success());
+    assert!(bed.try_rbd(&format!("info {kept}")).is_err());
+    let done = bed.run("finalize PLAN web --yes").expect_code(0);
+    assert!(done.stderr.contains("its source has gone already"), "{}", done.stderr);
+    bed.expect_finalized(&[]);
 }
 
 #[test]

@@ -94,7 +94,7 @@ async fn open(context: &Context<'_>, access: &CephAccess, spec: &ImageSpec) -> R
     Ok(Arc::new(image))
 }
 
-/// Refuses a server that is being finalized: its sources are going, or have gone, so that it can't be opened as a whole.
+/// Refuses a server that is being finalized: its sources are going, or have gone, and it can't be opened as a whole.
 pub(in crate::cli) async fn refuse_finalizing(context: &Context<'_>, server: &plan::Server) -> anyhow::Result<()> {
     let Some(first) = server.volumes.first() else { return Ok(()) };
     match target(context, &first.target).await {
@@ -107,7 +107,7 @@ pub(in crate::cli) async fn refuse_finalizing(context: &Context<'_>, server: &pl
 /// Opens what is kept of a server that was cut over, in the context of the plan.
 pub(in crate::cli) async fn open_kept(context: &Context<'_>, server: &plan::Server) -> anyhow::Result<Kept> {
     for spec in server.volumes.iter().flat_map(|volume| [&volume.source, &volume.target]) {
-        refuse_file(spec)?;
+        finalize::place(spec)?;
     }
     let provider = provider::of(server, None).map_err(CutoverError::from)?;
     let sources = images::connect(context, &context.config.source_ceph).await?;

@@ -31,8 +31,8 @@ impl RbdImage {
         Self::open(connector, Place { image: name, ..place }, Some(id.to_owned()), true).await
     }
 
-    /// Opens the image of that identity, whatever its name is by now, to read and to write. `None` when it is gone, also
-    /// where only its name is left ([`Connector::remove_remains`]), or in the trash.
+    /// Opens the image of that identity, whatever its name is by now, to read and to write. `None` when it is gone,
+    /// also where only its name is left ([`Connector::remove_remains`]), or in the trash.
     ///
     /// [`ErrorKind::Unsupported`] if the identity is of another cluster, pool or namespace.
     pub async fn open_known(
