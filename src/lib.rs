@@ -62,6 +62,7 @@
 //! - **lag**: the age of the newest committed point, or of the last look that found nothing changed since.
 //! - **rewind**: brings a dirty HEAD of the target back to the base, where the snapshot that was in flight has gone.
 //! - **cutover**: the server stops writing, the last cycle runs and is verified, and the server starts on the target.
+//! - **kept source**: what a server left at its cutover, renamed, for the way back; until it is **finalized**.
 //! - **rehearsal**: a throw-away clone of the target's newest snapshot, to boot and to test before the cutover.
 //!
 //! Cutover and rehearsal are done by hand so far, with the commands of one volume; nothing here drives them.

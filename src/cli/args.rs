@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
-use super::cutover_args::{CutoverArgs, RollbackArgs};
+use super::cutover_args::{CutoverArgs, FinalizeArgs, RollbackArgs};
 use super::exit;
 use super::fleet_args::{ActArgs, StatusArgs, ThrottleArgs};
 use super::values::{
@@ -147,6 +147,12 @@ pub(super) enum CommandArgs {
     /// For as long as the sources are kept. A server that has run from its targets has written there: one of
     /// --with-changes and --discard-changes says what becomes of that.
     Rollback(RollbackArgs),
+    /// Remove the kept sources of a server that runs from its targets, and poolshift's snapshots: there is no way back
+    ///
+    /// Shows what would be lost, foreign snapshots included, and asks. Clones that hang on a source stand in the way,
+    /// unless --flatten cuts them loose. What was cut is finished by the same command. Take the server out of the plan
+    /// then.
+    Finalize(FinalizeArgs),
     /// Show what an RBD image is bound to: parents, snapshots, clones, and what must go before it can
     ///
     /// For each clone it says what flattening it would copy, at most.

@@ -11,7 +11,7 @@ use super::args::{
     GlobalArgs, ImageFeature, ImportDiffArgs, InspectArgs, LogFormat, MergeDiffArgs, PlanArgs, ReceiveArgs,
     ReplicateArgs, SendArgs, SyncArgs, VerifyArgs,
 };
-pub use super::cutover_args::{At, Consent, Cutover, Rollback, Whom};
+pub use super::cutover_args::{At, Consent, Cutover, Finalize, Rollback, Whom};
 pub use super::fleet_args::{Act, FleetStatus, Throttle};
 use super::values::{PoolName, SnapshotName};
 use crate::batch::CompressionChoice;
@@ -99,6 +99,8 @@ pub enum Command {
     Cutover(Cutover),
     /// `poolshift rollback`
     Rollback(Rollback),
+    /// `poolshift finalize`
+    Finalize(Finalize),
     /// `poolshift deps`
     Deps(Deps),
     /// `poolshift flatten`
@@ -446,6 +448,7 @@ impl TryFrom<CommandArgs> for Command {
             }
             CommandArgs::Cutover(args) => args.validated(),
             CommandArgs::Rollback(args) => args.validated(),
+            CommandArgs::Finalize(args) => args.validated(),
             CommandArgs::Deps(DepsArgs { image, json }) => {
                 on_rbd(&image)?;
                 Self::Deps(Deps { image, json })

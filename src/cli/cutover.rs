@@ -23,7 +23,7 @@ pub(super) mod show;
 mod wait;
 
 use look::State;
-pub(super) use open::find;
+pub(super) use open::{find, open_kept, refuse_finalizing};
 
 /// Runs the command.
 pub(super) async fn run(context: &Context<'_>, settings: &Cutover) -> anyhow::Result<Exit> {
@@ -45,6 +45,7 @@ async fn one(
     at: Option<jiff::Timestamp>,
 ) -> anyhow::Result<Exit> {
     let (options, consent, name) = (&settings.options, settings.consent, planned.name.as_str());
+    refuse_finalizing(context, planned).await?;
     let looked = look::look(context, plan, planned, settings.method, Side::Target, options).await?;
     refuse_there(&looked)?;
     if consent.dry_run {

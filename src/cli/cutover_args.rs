@@ -64,6 +64,19 @@ pub(super) struct RollbackArgs {
 }
 
 #[derive(Args, Debug)]
+pub(super) struct FinalizeArgs {
+    /// The plan file
+    plan: PathBuf,
+    /// The server
+    server: String,
+    /// Copy into the clones that hang on a source what they share with it, and cut them loose
+    #[arg(long)]
+    flatten: bool,
+    #[command(flatten)]
+    consent: ConsentArgs,
+}
+
+#[derive(Args, Debug)]
 struct ProofArgs {
     /// How much of the copy is proved, by reading both sides, before the server is started on it
     #[arg(long = "verify", value_enum, value_name = "HOW", default_value_t)]
@@ -75,7 +88,7 @@ struct ConsentArgs {
     /// Do it without asking; needed where no terminal is there to ask on
     #[arg(long, conflicts_with = "dry_run")]
     yes: bool,
-    /// End after the preconditions, and change nothing; exits with 1 if one stands in the way
+    /// End after the look at what stands in the way, and change nothing; exits with 1 if something does
     #[arg(long)]
     dry_run: bool,
     /// Print the report as one JSON value
@@ -116,6 +129,16 @@ pub struct Rollback {
     pub consent: Consent,
 }
 
+/// See `poolshift finalize --help`.
+#[derive(Clone, Debug)]
+#[allow(missing_docs)]
+pub struct Finalize {
+    pub plan: PathBuf,
+    pub server: String,
+    pub flatten: bool,
+    pub consent: Consent,
+}
+
 /// What the person at the keys, or the script, has agreed to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Consent {
@@ -153,6 +176,13 @@ impl RollbackArgs {
         let options = Options { proof: self.proof.proof, max_outage: None };
         let consent = self.consent.validated();
         Command::Rollback(Rollback { plan: self.plan, server: self.server, changes, options, consent })
+    }
+}
+
+impl FinalizeArgs {
+    pub(super) fn validated(self) -> Command {
+        let consent = self.consent.validated();
+        Command::Finalize(Finalize { plan: self.plan, server: self.server, flatten: self.flatten, consent })
     }
 }
 

@@ -177,7 +177,7 @@ pub(super) fn image_error<'a>(error: &'a (dyn std::error::Error + 'static)) -> O
 
 fn of_cutover(error: &CutoverError) -> Exit {
     match error {
-        CutoverError::NotReady { .. } | CutoverError::TooLong { .. } => Exit::NotReady,
+        CutoverError::NotReady { .. } | CutoverError::TooLong { .. } | CutoverError::Bound { .. } => Exit::NotReady,
         CutoverError::Diverged { .. } | CutoverError::NotBrought { .. } => Exit::NeedsPerson,
         CutoverError::Different { .. } => Exit::Different,
         CutoverError::Interrupted { .. } => Exit::Interrupted,

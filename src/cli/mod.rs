@@ -24,6 +24,7 @@ mod diff;
 mod error;
 pub mod exit;
 mod export_diff;
+mod finalize;
 mod flatten;
 mod fleet;
 mod fleet_args;
@@ -131,6 +132,7 @@ async fn dispatch(context: &Context<'_>) -> anyhow::Result<Exit> {
         Command::Replicate(settings) => replicate::run(context, settings).await,
         Command::Cutover(settings) => cutover::run(context, settings).await,
         Command::Rollback(settings) => rollback::run(context, settings).await,
+        Command::Finalize(settings) => finalize::run(context, settings).await,
         Command::Deps(settings) => deps::run(context, settings).await,
         Command::Flatten(settings) => flatten::run(context, settings).await,
         Command::Gc(settings) => gc::run(context, settings).await,

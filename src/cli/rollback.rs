@@ -3,7 +3,7 @@
 use super::config::Rollback;
 use super::cutover::errors::AskError;
 use super::cutover::look::{self, Looked, State};
-use super::cutover::{consent, find, phases, show, tell};
+use super::cutover::{consent, find, phases, refuse_finalizing, show, tell};
 use super::exit::Exit;
 use super::fleet::PlanImages;
 use super::{Context, daemon};
@@ -22,6 +22,7 @@ pub(super) async fn run(context: &Context<'_>, settings: &Rollback) -> anyhow::R
     // What is given up was written by a server whose memory knows of it: that one boots.
     let is_domain = matches!(planned.cutover, plan::Cutover::Libvirt(_));
     let method = (settings.changes == Some(Changes::Discard) && is_domain).then_some(Method::Cold);
+    refuse_finalizing(context, planned).await?;
     let looked = look::look(context, &plan, planned, method, Side::Source, options).await?;
     if looked.state() == State::OnSources {
         return Err(CutoverError::WrongState {

@@ -5,6 +5,9 @@ use super::exit::Exit;
 use super::output::{self, Facts};
 use super::values::human_bytes;
 use super::{Context, images, progress};
+use crate::cutover::CutoverError;
+use crate::fleet::CUTOVER_NOTE;
+use crate::image::TargetImage;
 use crate::pipeline::Limits;
 use crate::replicate::lineage::Request;
 use crate::replicate::{self, DryRun, Progress, SyncOptions, SyncReport};
@@ -40,6 +43,7 @@ pub(super) async fn cycle(context: &Context<'_>, sync: &Sync) -> anyhow::Result<
         None => images::create(context, &sync.target, source.model().await?, &sync.create).await?,
     };
     images::refuse_same(&source, target.as_ref())?;
+    refuse_cut_over(target.as_ref()).await?;
     let options = SyncOptions {
         request: request(sync),
         keep: sync.keep as usize,
@@ -52,6 +56,19 @@ pub(super) async fn cycle(context: &Context<'_>, sync: &Sync) -> anyhow::Result<
     let shown = Progress::default();
     let work = replicate::sync(source.image(), target, &options, &shown, &context.cancel);
     Ok(progress::shown(context, "sync", &shown, work).await?)
+}
+
+/// A server that was cut over runs from its target: a cycle would write over what it has written.
+async fn refuse_cut_over(target: &dyn TargetImage) -> anyhow::Result<()> {
+    match target.load_note().await?.filter(|note| note.starts_with(CUTOVER_NOTE)) {
+        None => Ok(()),
+        Some(note) => Err(CutoverError::WrongState {
+            server: target.location().to_owned(),
+            problem: format!("belongs to a server that is {note}"),
+            hint: "poolshift rollback brings that server back to its sources".into(),
+        }
+        .into()),
+    }
 }
 
 async fn plan(context: &Context<'_>, sync: &Sync) -> anyhow::Result<DryRun> {

@@ -91,6 +91,7 @@ impl<'a> Walk<'a> {
             volumes: volumes.collect(),
             notes: super::provider::Notes::new(),
             note_before: None,
+            finalizing: false,
         };
         Ok(Self {
             sides,
@@ -373,7 +374,7 @@ impl<'a> Walk<'a> {
     }
 
     /// For a server that stands still since an earlier walk: whatever that had done, a whole cycle puts it right.
-    pub(super) async fn from_quiesced(&mut self) -> Result<()> {
+    pub(super) async fn go_on_quiesced(&mut self) -> Result<()> {
         let (server, from) = (self.server(), self.sides.to.other());
         if self.journal.swapped {
             // While its targets are made anew nothing may start it from there.

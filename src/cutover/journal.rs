@@ -61,6 +61,9 @@ pub struct Journal {
     /// The note that paused the server before the cutover did, if somebody had.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub note_before: Option<String>,
+    /// `finalize` has begun to remove the sources: there is no way back any more, and it has to be finished.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub finalizing: bool,
 }
 
 /// What becomes of the writes on the target, on the way back.

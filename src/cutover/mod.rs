@@ -16,6 +16,7 @@
 //! | `driver`, `warm_up`, `proof`, `finish` | the walk, from the first cycle to either end |
 //! | [`recover`] | what is to be done about a walk that was cut: a pure function of the phase and the world |
 //! | `readiness` | what stands in the way, and how long it would take |
+//! | [`farewell`], [`finalize`] | the end of the way back: what would be lost, and removing it |
 //!
 //! # What a crash leaves, and what the next run does
 //!
@@ -31,6 +32,8 @@
 //! lock that fenced them is still that of the process that took it, dead or alive.
 
 mod driver;
+pub mod farewell;
+pub mod finalize;
 mod finish;
 pub mod journal;
 pub mod phase;
@@ -83,6 +86,7 @@ pub async fn cutover(
 ) -> Result<Report> {
     let walk = Walk::new(Sides { server, to: Side::Target }, options, (observer, cancel), None)?;
     match sides::load_journal(server).await? {
+        Some(found) if found.finalizing => Err(being_finalized(&server.name)),
         Some(found) if found.is_cut_over() => Err(CutoverError::WrongState {
             server: server.name.clone(),
             problem: "runs from its targets already".into(),
@@ -122,6 +126,7 @@ pub async fn rollback(
             problem: "was not cut over: there is nothing to go back from".into(),
             hint: "poolshift status shows where it is".into(),
         }),
+        Some(found) if found.finalizing => Err(being_finalized(&server.name)),
         Some(found) if found.is_cut_over() => {
             let mut walk = back(Some(changes.ok_or_else(needs_a_word)?))?;
             walk.sides.refuse_others(&found)?;
@@ -142,6 +147,15 @@ pub async fn rollback(
                 walk.begin().await
             }
         },
+    }
+}
+
+/// A server whose sources are going goes nowhere.
+pub fn being_finalized(server: &str) -> CutoverError {
+    CutoverError::WrongState {
+        server: server.to_owned(),
+        problem: "is being finalized: its sources are going, or have gone, and there is no way back".into(),
+        hint: "it runs from its targets; finish what was begun: poolshift finalize PLAN SERVER".into(),
     }
 }
 
@@ -325,7 +339,7 @@ impl Walk<'_> {
             Next::FromQuiesced => {
                 self.fresh = memory_is_lost;
                 self.stay_out(&observed).await?;
-                self.from_quiesced().await
+                self.go_on_quiesced().await
             }
             Next::Start => self.go().await,
             Next::AskTheImages => {
@@ -333,7 +347,7 @@ impl Walk<'_> {
                 self.stay_out(&observed).await?;
                 self.fresh = written || memory_is_lost;
                 match self.journal.phase {
-                    Phase::Swapping if !written => self.from_quiesced().await,
+                    Phase::Swapping if !written => self.go_on_quiesced().await,
                     Phase::RollingBack if !written => {
                         let because = self.asked_for();
                         return self.go_back(because).await;

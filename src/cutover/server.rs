@@ -147,6 +147,14 @@ pub enum CutoverError {
         /// What to do about it.
         hint: String,
     },
+    /// It may not be finalized yet; nothing was changed.
+    #[error("{server} can't be finalized now: {}", .obstacles.join("; "))]
+    Bound {
+        /// The server.
+        server: String,
+        /// What stands in the way, a sentence each.
+        obstacles: Vec<String>,
+    },
     /// Both sides may have been written: a person has to say which one counts.
     #[error("{server}: {problem}")]
     Diverged {

@@ -15,6 +15,7 @@ use futures::future::{join_all, try_join_all};
 use tokio_util::sync::CancellationToken;
 
 use super::gate::{Gate, NoSnapshots};
+use super::shared::PAUSED;
 use crate::batch::Compression;
 use crate::image::{ErrorKind, ImageError, LeaseOwner, SnapshotSupport, SourceImage, TargetImage};
 use crate::pipeline::Limits;
@@ -277,6 +278,10 @@ pub async fn run(
     }
     let group = Group { members, options, cancel };
     group.take_leases().await?;
+    if let Err(error) = group.refuse_paused().await {
+        group.give_leases_back().await;
+        return Err(error);
+    }
     observer.leased();
     let outcome = group.with_leases().await;
     group.give_leases_back().await;
@@ -326,6 +331,20 @@ impl Group<'_> {
             Some(error) => {
                 self.give_leases_back().await;
                 Err(error)
+            }
+        }
+    }
+
+    /// Somebody may have paused the server since it was looked at, for its cutover say: with the leases held this is the
+    /// last word.
+    async fn refuse_paused(&self) -> Result<(), GroupError> {
+        let Some(first) = self.members.first() else { return Ok(()) };
+        let note = first.target.load_note().await.map_err(|error| GroupError::of(first, error))?;
+        match note.filter(|note| note.starts_with(PAUSED)) {
+            None => Ok(()),
+            Some(note) => {
+                let kind = ErrorKind::Busy { holder: format!("nobody: the server is {note}") };
+                Err(GroupError::of(first, ImageError::new(kind, first.target.location(), "begin a cycle")))
             }
         }
     }

@@ -24,6 +24,7 @@ const COMMANDS: &[&str] = &[
     "throttle",
     "cutover",
     "rollback",
+    "finalize",
     "deps",
     "flatten",
     "gc",
@@ -93,6 +94,8 @@ fn refusals_go_to_standard_error_with_exit_code_2() {
         "cutover plan.toml web-1 --at 22:00 --dry-run",
         "cutover plan.toml web-1 --yes --dry-run",
         "rollback plan.toml web-1 --with-changes --discard-changes",
+        "finalize plan.toml",
+        "finalize plan.toml web-1 --yes --dry-run",
     ] {
         let run = poolshift(line.split_whitespace()).expect_code(2);
         assert_eq!(run.stdout, "", "{line}");
@@ -133,6 +136,8 @@ fn what_can_not_be_cut_over_says_why_and_what_to_do() {
         ("rollback PLAN web-1-root", 5),
         ("cutover PLAN web-1 --dry-run", 9),
         ("rollback PLAN archive --yes", 9),
+        ("finalize PLAN web-2", 5),
+        ("finalize PLAN web-1 --dry-run", 9),
         ("cutover PLAN web-1 --at 2020-02-02T02:02:02Z --yes", 2),
         ("cutover PLAN --all --yes --parallel 2", 9),
         ("cutover PLAN --all --yes --json", 9),

@@ -6,6 +6,7 @@ mod ceph_crash;
 mod ceph_cutover;
 mod ceph_disk;
 mod ceph_faults;
+mod ceph_finalize;
 mod ceph_interop;
 mod ceph_model;
 mod ceph_plan;

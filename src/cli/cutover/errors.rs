@@ -67,6 +67,7 @@ pub(in crate::cli) fn hint(error: &CutoverError) -> Option<String> {
         CutoverError::NotReady { .. } => {
             Some("nothing was changed; mend what is listed, and look again with --dry-run".to_owned())
         }
+        CutoverError::Bound { .. } => Some("mend what is listed, and look again with --dry-run".to_owned()),
         CutoverError::WrongState { hint, .. } | CutoverError::Diverged { hint, .. } => Some(hint.clone()),
         CutoverError::Different { volume, .. } => Some(format!(
             "nothing runs from it. poolshift verify SOURCE@SNAPSHOT TARGET@SNAPSHOT names what differs in {volume}, with \

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::errors::AskError;
 use crate::cli::config::{CephAccess, UsageError};
 use crate::cli::{Context, images};
+use crate::cutover::finalize::{self, Kept};
 use crate::cutover::journal::kept_name;
 use crate::cutover::provider;
 use crate::cutover::{CutoverError, Server, Volume};
@@ -76,7 +77,9 @@ async fn source(context: &Context<'_>, spec: &ImageSpec) -> Result<Arc<RbdImage>
             Ok(image)
         }
         // The name in the plan is what a person looks for.
-        Err(error) if error.kind == ErrorKind::NotFound => Err(missing),
+        Err(error) if error.kind == ErrorKind::NotFound => Err(missing.hint(format!(
+            "nor is there {kept}, under which it would be kept; if the server was finalized, take it out of the plan"
+        ))),
         Err(error) => Err(error),
     }
 }
@@ -89,6 +92,27 @@ async fn open(context: &Context<'_>, access: &CephAccess, spec: &ImageSpec) -> R
     let connector = images::connect(context, access).await?;
     let image = RbdImage::open_target(&connector, pool, namespace.as_deref(), image).await?;
     Ok(Arc::new(image))
+}
+
+/// Refuses a server that is being finalized: its sources are going, or have gone, and it can't be opened as a whole.
+pub(in crate::cli) async fn refuse_finalizing(context: &Context<'_>, server: &plan::Server) -> anyhow::Result<()> {
+    let Some(first) = server.volumes.first() else { return Ok(()) };
+    match target(context, &first.target).await {
+        Ok(Some(target)) => Ok(finalize::refuse_begun(&server.name, &target).await?),
+        // What is wrong with it is told by those that need it.
+        Ok(None) | Err(_) => Ok(()),
+    }
+}
+
+/// Opens what is kept of a server that was cut over, in the context of the plan.
+pub(in crate::cli) async fn open_kept(context: &Context<'_>, server: &plan::Server) -> anyhow::Result<Kept> {
+    for spec in server.volumes.iter().flat_map(|volume| [&volume.source, &volume.target]) {
+        finalize::place(spec)?;
+    }
+    let provider = provider::of(server, None).map_err(CutoverError::from)?;
+    let sources = images::connect(context, &context.config.source_ceph).await?;
+    let targets = images::connect(context, &context.config.target_ceph).await?;
+    Ok(Kept::open(&server.name, provider, provider::disks_of(server), (&sources, &targets)).await?)
 }
 
 /// Opens a target that keeps a journal; `None` where it is a file, which keeps none.

@@ -1,13 +1,15 @@
 //! An RBD image as a server's disk: who has it open, the fence, its name, and the journal of a cutover.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use async_trait::async_trait;
+use rustix::io::Errno;
 
 use super::target::STATE_KEY;
 use super::{Connector, Inner, Place, RbdImage, RbdWatcher};
 use crate::ceph::{self, CephError, Features, Image, OpenMode};
-use crate::image::{Disk, DiskUser, ErrorKind, ImageError, JOURNAL_MAX, LeaseOwner, LockHolder, Result};
+use crate::image::{Disk, DiskUser, ErrorKind, ImageError, ImageIdentity, JOURNAL_MAX, LeaseOwner, LockHolder, Result};
 
 /// The metadata key of the journal.
 pub(super) const JOURNAL_KEY: &str = "poolshift.cutover";
@@ -29,11 +31,59 @@ impl RbdImage {
         Self::open(connector, Place { image: name, ..place }, Some(id.to_owned()), true).await
     }
 
+    /// Opens the image of that identity, whatever its name is by now, to read and to write. `None` when it is gone,
+    /// also where only its name is left ([`Connector::remove_remains`]), or in the trash.
+    ///
+    /// [`ErrorKind::Unsupported`] if the identity is of another cluster, pool or namespace.
+    pub async fn open_known(
+        connector: &Connector,
+        pool: &str,
+        namespace: Option<&str>,
+        identity: &ImageIdentity,
+    ) -> Result<Option<Self>> {
+        let place = Place::new(pool, namespace, "");
+        let id = connector.pool(&place).await?.id();
+        let there = place.namespace.as_ref().map_or_else(|| id.to_string(), |namespace| format!("{id}/{namespace}"));
+        if (connector.fsid(), &there) != (identity.cluster.as_str(), &identity.pool) {
+            let other = ImageError::new(ErrorKind::Unsupported, place.location(), format!("find the image {identity}"));
+            return Err(other
+                .detail(format!("this is the pool {}/{there}", connector.fsid()))
+                .hint("the plan has to name the pools that it had at the cutover"));
+        }
+        match Self::open_by_id(connector, pool, namespace, &identity.image).await {
+            Ok(image) => Ok(Some(image)),
+            Err(error) if error.kind == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Changes a key of the image's metadata without its lock: a server that has it need not give it.
     pub(super) async fn store(&self, key: &'static str, value: Option<&str>, operation: &str) -> Result<()> {
         let (inner, value) = (Arc::clone(&self.inner), value.map(str::to_owned));
         let store = move || inner.pool.set_image_metadata(&inner.id, key, value.as_deref());
         self.inner.call(operation, "rados_exec", store).await
+    }
+}
+
+impl Connector {
+    /// Takes away the name of an image that is gone: a removal that was cut leaves it in the pool's directory. Nothing
+    /// left is no error.
+    pub async fn remove_remains(&self, pool: &str, namespace: Option<&str>, id: &str) -> Result<()> {
+        let images = self.images(pool, namespace).await?;
+        let Some(image) = images.into_iter().find(|image| image.id.as_deref() == Some(id)) else { return Ok(()) };
+        let place = Place::new(pool, namespace, &image.name);
+        let (opened, id) = (self.pool(&place).await?, id.to_owned());
+        let work = move |steps: &AtomicU64| match Image::open_by_id(&opened, &id, OpenMode::ReadOnly) {
+            Err(error) if error.is(Errno::NOENT) => opened.remove_image(&image.name, steps),
+            // It is whole.
+            Ok(_) => Err(CephError::Nonsense { function: "rbd_open_by_id", what: "an image that had gone".into() }),
+            Err(error) => Err(error),
+        };
+        let work = ceph::blocking_with_progress("rbd_remove_with_progress", self.io_timeout, Arc::default(), work);
+        match work.await {
+            Err(error) if !error.is(Errno::NOENT) => Err(self.failure(&place).of("remove what is left of it", error)),
+            _ => Ok(()),
+        }
     }
 }
 

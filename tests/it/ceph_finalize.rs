@@ -1,0 +1,314 @@
+//! `poolshift finalize` on a real cluster: a server of two disks, run by shell commands, is cut over and loses its
+//! sources.
+
+use std::io::{BufRead as _, BufReader};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::librbd::Librbd;
+use crate::support::{CephEnv, Run, binary, ceph, poolshift};
+
+/// Nothing here takes as long; what does has failed.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+const DISKS: [&str; 2] = ["root", "data"];
+
+/// A server in a plan, cut over.
+struct Bed {
+    env: CephEnv,
+    name: String,
+    dir: tempfile::TempDir,
+}
+
+impl Bed {
+    /// `None` without a Ceph.
+    #[track_caller]
+    fn new() -> Option<Self> {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let env = ceph()?;
+        let name = format!("final-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
+        let bed = Self { env, name, dir: tempfile::tempdir().expect("a folder") };
+        std::fs::write(bed.state_file(), "running source\n").expect("a state");
+        std::fs::write(bed.plan(), bed.plan_text()).expect("a plan");
+        for disk in DISKS {
+            bed.rbd(&format!("create sata/NAME-{disk} --size 32M"));
+            bed.fill(&format!("sata/NAME-{disk}"), 8);
+        }
+        Some(bed)
+    }
+
+    fn state_file(&self) -> String {
+        self.dir.path().join("state").display().to_string()
+    }
+
+    fn plan(&self) -> String {
+        self.dir.path().join("plan.toml").display().to_string()
+    }
+
+    fn plan_text(&self) -> String {
+        let free = std::net::TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
+        let (conf, user, state) = (self.env.conf.display(), &self.env.user, self.state_file());
+        let mut text = format!("[api]\nlisten = \"{}\"\n[defaults]\ninterval = \"1s\"\n", free.expect("a free port"));
+        for side in ["source", "target"] {
+            text += &format!("[{side}]\nconf = \"{conf}\"\nuser = \"{user}\"\n");
+        }
+        text += "[[server]]\nname = \"web\"\n";
+        for disk in DISKS {
+            let image = format!("{}-{disk}", self.name);
+            text += &format!(
+                "[[server.volume]]\nname = \"{disk}\"\nsource = \"rbd:sata/{image}\"\ntarget = \"rbd:sas/{image}\"\n"
+            );
+        }
+        text + &format!(
+            "[server.cutover.command]\nlimit = \"20s\"\nstate = \"cat {state}\"\n\
+             stop = \"sed -i s/running/off/ {state}\"\n\
+             swap = \"echo off $POOLSHIFT_SIDE > {state}\"\nstart = \"echo running $POOLSHIFT_SIDE > {state}\"\n"
+        )
+    }
+
+    fn args(&self, line: &str) -> Vec<String> {
+        line.split_whitespace().map(|word| word.replace("NAME", &self.name).replace("PLAN", &self.plan())).collect()
+    }
+
+    fn try_rbd(&self, line: &str) -> Result<String, String> {
+        let mut command = Command::new("rbd");
+        command.arg("--conf").arg(&self.env.conf).args(["--id", &self.env.user]).args(self.args(line));
+        let output = command.stdin(Stdio::null()).env_remove("CEPH_ARGS").output().expect("rbd runs");
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
+    }
+
+    /// Runs `rbd`; `NAME` stands for the bed's name.
+    #[track_caller]
+    fn rbd(&self, line: &str) -> String {
+        self.try_rbd(line).unwrap_or_else(|error| panic!("rbd {line}: {error}"))
+    }
+
+    fn fill(&self, image: &str, mib: u64) {
+        self.rbd(&format!(
+            "bench {image} --io-type write --io-pattern seq --io-threads 1 --io-size 1M --io-total {mib}M"
+        ));
+    }
+
+    fn run(&self, line: &str) -> Run {
+        poolshift(self.args(line))
+    }
+
+    /// Copies both disks.
+    #[track_caller]
+    fn replicate(&self) {
+        let command = binary().args(self.args("replicate PLAN")).stderr(Stdio::null()).spawn();
+        let mut daemon = Daemon(command.expect("the daemon starts"));
+        let begin = Instant::now();
+        loop {
+            let status: Value = serde_json::from_str(&self.run("status PLAN --json").expect_code(0).stdout).unwrap();
+            if status["servers"][0]["point"].is_object() {
+                break;
+            }
+            assert!(begin.elapsed() < PATIENCE, "{status:#}");
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        daemon.stop();
+    }
+
+    #[track_caller]
+    fn cut_over(&self) {
+        self.replicate();
+        self.run("cutover PLAN web --yes").expect_code(0);
+        assert_eq!(std::fs::read_to_string(self.state_file()).unwrap(), "running target\n");
+    }
+
+    fn snapshots(&self, image: &str) -> Vec<String> {
+        let listed: Value = serde_json::from_str(&self.rbd(&format!("snap ls {image} --format json"))).unwrap();
+        let name = |snapshot: &Value| snapshot["name"].as_str().unwrap().to_owned();
+        listed.as_array().unwrap().iter().map(name).collect()
+    }
+
+    fn has_metadata(&self, image: &str, key: &str) -> bool {
+        self.try_rbd(&format!("image-meta get {image} {key}")).is_ok()
+    }
+
+    fn content(&self, image: &str) -> blake3::Hash {
+        let mut command = Command::new("rbd");
+        command.arg("--conf").arg(&self.env.conf).args(["--id", &self.env.user]);
+        command.args(self.args(&format!("export --no-progress {image} -"))).env_remove("CEPH_ARGS");
+        let output = command.output().expect("rbd runs");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        blake3::hash(&output.stdout)
+    }
+
+    /// Nothing of the sources is left, and nothing of poolshift's on the targets.
+    #[track_caller]
+    fn expect_finalized(&self, foreign: &[&str]) {
+        let sources = self.rbd("ls sata");
+        assert!(!sources.lines().any(|image| self.is_source(image)), "{sources}");
+        for disk in DISKS {
+            let target = format!("sas/NAME-{disk}");
+            let expected: &[&str] = if disk == "root" { foreign } else { &[] };
+            assert_eq!(self.snapshots(&target), expected);
+            for key in ["poolshift.state", "poolshift.cutover", "poolshift.note"] {
+                assert!(!self.has_metadata(&target, key), "{target} {key}");
+            }
+        }
+    }
+
+    fn is_source(&self, image: &str) -> bool {
+        DISKS.iter().any(|disk| image.starts_with(&format!("{}-{disk}", self.name)))
+    }
+
+    /// Starts a finalize and kills it as soon as it says this; says whether it was killed.
+    fn killed_at(&self, step: &str) -> bool {
+        let mut command = binary();
+        command.args(self.args("finalize PLAN web --yes --flatten"));
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("it starts");
+        let lines = BufReader::new(child.stderr.take().expect("a pipe")).lines();
+        let told = lines.map_while(Result::ok).any(|line| line.contains(&format!("web: {step}")));
+        let killed = told && child.try_wait().expect("it can be waited for").is_none();
+        let _ = child.kill();
+        let _ = child.wait();
+        killed
+    }
+}
+
+struct Daemon(Child);
+
+impl Daemon {
+    fn stop(&mut self) {
+        let pid = self.0.id().to_string();
+        let _ = Command::new("kill").args(["-TERM", &pid]).status();
+        let _ = self.0.wait();
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Drop for Bed {
+    fn drop(&mut self) {
+        // Clones first, whatever their order.
+        for _ in 0..3 {
+            for pool in ["sata", "sas"] {
+                let listed = self.try_rbd(&format!("ls {pool}")).unwrap_or_default();
+                let own = format!("{}-", self.name);
+                for image in listed.lines().filter(|image| image.starts_with(&own)) {
+                    let _ = self.try_rbd(&format!("snap unprotect {pool}/{image}@theirs"));
+                    let _ = self.try_rbd(&format!("snap purge --no-progress {pool}/{image}"));
+                    let _ = self.try_rbd(&format!("rm --no-progress {pool}/{image}"));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_server_is_finalized_and_nothing_is_left_but_its_targets() {
+    let Some(bed) = Bed::new() else { return };
+    bed.replicate();
+    let early = bed.run("finalize PLAN web --yes").expect_code(1);
+    assert!(early.stderr.contains("was not cut over"), "{}", early.stderr);
+    bed.cut_over();
+    bed.rbd("snap create --no-progress sata/NAME-root.poolshift-kept@theirs");
+    bed.rbd("snap protect sata/NAME-root.poolshift-kept@theirs");
+    bed.rbd("clone --rbd-default-clone-format 1 sata/NAME-root.poolshift-kept@theirs sata/NAME-hanging");
+    bed.rbd("snap create --no-progress sas/NAME-root@mine");
+    let contents = ["sata/NAME-hanging", "sas/NAME-root", "sas/NAME-data"].map(|image| bed.content(image));
+
+    // A clone hangs on it, and so it is refused; a look says the same, and nothing changes.
+    let dry = bed.run("finalize PLAN web --dry-run").expect_code(1);
+    println!("{}", dry.stdout);
+    assert!(dry.stdout.contains("@theirs") && dry.stdout.contains("FOREIGN") && dry.stdout.contains("give --flatten"));
+    assert!(!dry.stdout.contains("@mine"), "{}", dry.stdout);
+    let hanging = bed.run("finalize PLAN web --yes").expect_code(14);
+    assert!(hanging.stderr.contains("-hanging is a clone"), "{}", hanging.stderr);
+    let json = bed.run("finalize PLAN web --flatten --dry-run --json").expect_code(0).stdout;
+    let json: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!((&json["ready"], &json["begun"]), (&Value::Bool(true), &Value::Bool(false)), "{json:#}");
+    assert!(json["volumes"][0]["source"]["clones"][0]["cost"]["bytes_at_most"].as_u64() > Some(0), "{json:#}");
+    let unasked = bed.run("finalize PLAN web --flatten").expect_code(2);
+    assert!(unasked.stderr.contains("--yes"), "{}", unasked.stderr);
+    // Nobody has agreed to anything yet.
+    assert!(!bed.rbd("image-meta get sas/NAME-root poolshift.cutover").contains("finalizing"));
+
+    // A server that does not run from its targets needs its sources.
+    std::fs::write(bed.state_file(), "running source\n").unwrap();
+    let strayed = bed.run("finalize PLAN web --flatten --yes").expect_code(14);
+    assert!(strayed.stderr.contains("on its sources, which would go"), "{}", strayed.stderr);
+    std::fs::write(bed.state_file(), "running target\n").unwrap();
+
+    let done = bed.run("finalize PLAN web --flatten --yes").expect_code(0);
+    println!("{}{}", done.stderr, done.stdout);
+    assert!(done.stdout.contains("web is finalized: 1 clone flattened, 2 sources and "), "{}", done.stdout);
+    assert!(done.stdout.contains("take it out of the plan"), "{}", done.stdout);
+    bed.expect_finalized(&["mine"]);
+    let images = ["sata/NAME-hanging", "sas/NAME-root", "sas/NAME-data"];
+    assert_eq!(images.map(|image| bed.content(image)), contents);
+
+    let again = bed.run("finalize PLAN web --yes").expect_code(1);
+    assert!(again.stderr.contains("is finalized already") && again.stderr.contains("out of the plan"), "{again:?}");
+    let back = bed.run("rollback PLAN web --with-changes --yes").expect_code(5);
+    assert!(back.stderr.contains("if the server was finalized"), "{}", back.stderr);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_in_use_is_not_removed() {
+    let Some(bed) = Bed::new() else { return };
+    bed.cut_over();
+    let kept = format!("sata/{}-data.poolshift-kept", bed.name);
+    let mut user = Librbd::start(&bed.env);
+    user.try_call(&format!("write {kept} 0"), &[1; 4096]).await.unwrap();
+    let open = bed.run("finalize PLAN web --yes").expect_code(14);
+    assert!(open.stderr.contains("-data.poolshift-kept is open at "), "{}", open.stderr);
+    assert!(bed.has_metadata("sas/NAME-root", "poolshift.note"));
+    assert!(!bed.rbd("image-meta get sas/NAME-root poolshift.cutover").contains("finalizing"));
+    user.kill().await;
+}
+
+/// A removal takes the header away before the name.
+#[test]
+fn the_name_that_a_removal_which_was_cut_has_left_goes_as_well() {
+    let Some(bed) = Bed::new() else { return };
+    bed.cut_over();
+    let kept = "sata/NAME-data.poolshift-kept";
+    bed.rbd(&format!("snap purge --no-progress {kept}"));
+    let info: Value = serde_json::from_str(&bed.rbd(&format!("info {kept} --format json"))).unwrap();
+    let mut command = Command::new("rados");
+    command.arg("-c").arg(&bed.env.conf).args(["--id", &bed.env.user, "-p", "sata", "rm"]).env_remove("CEPH_ARGS");
+    let header = format!("rbd_header.{}", info["id"].as_str().unwrap());
+    assert!(command.arg(header).status().expect("rados runs").success());
+    assert!(bed.try_rbd(&format!("info {kept}")).is_err());
+    let done = bed.run("finalize PLAN web --yes").expect_code(0);
+    assert!(done.stderr.contains("its source has gone already"), "{}", done.stderr);
+    bed.expect_finalized(&[]);
+}
+
+#[test]
+fn a_finalize_that_is_killed_is_finished_and_there_is_no_way_back() {
+    let Some(bed) = Bed::new() else { return };
+    bed.cut_over();
+    bed.rbd("snap create --no-progress sata/NAME-root.poolshift-kept@theirs");
+    bed.rbd("clone --rbd-default-clone-format 2 sata/NAME-root.poolshift-kept@theirs sata/NAME-hanging");
+    let mut killed = Vec::new();
+    for step in ["flattening", "removing", "removing", "tidying up", "tidying up"] {
+        killed.push((step, bed.killed_at(step)));
+        let back = bed.run("rollback PLAN web --with-changes --yes");
+        if bed.has_metadata("sas/NAME-root", "poolshift.cutover") {
+            assert_eq!(back.code, Some(1), "{back:?}");
+            assert!(back.stderr.contains("there is no way back"), "{}", back.stderr);
+            let forth = bed.run("cutover PLAN web --yes").expect_code(1);
+            assert!(forth.stderr.contains("is being finalized"), "{}", forth.stderr);
+        }
+    }
+    println!("{killed:?}");
+    assert!(killed[0].1 && killed[1].1, "{killed:?}");
+    let left = bed.has_metadata("sas/NAME-root", "poolshift.cutover");
+    bed.run("finalize PLAN web --yes --flatten").expect_code(if left { 0 } else { 1 });
+    bed.expect_finalized(&[]);
+    bed.rbd("info sata/NAME-hanging");
+}
