@@ -65,7 +65,7 @@
 //! - **kept source**: what a server left at its cutover, renamed, for the way back; until it is **finalized**.
 //! - **rehearsal**: a throw-away clone of the target's newest snapshot, to boot and to test before the cutover.
 //!
-//! Cutover and rehearsal are done by hand so far, with the commands of one volume; nothing here drives them.
+//! A rehearsal is done by hand so far, with `rbd clone` of a point; nothing here drives it.
 //!
 //! # The guarantees
 //!

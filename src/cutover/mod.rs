@@ -11,7 +11,7 @@
 //! | part | what it is |
 //! |---|---|
 //! | [`phase`] | the phases and the one table of transitions; no I/O |
-//! | [`journal`] | what was meant to be done, kept with the first target |
+//! | [`mod@journal`] | what was meant to be done, kept with the first target |
 //! | [`provider`] | who stops and starts a server and names its disks: the contract, and the ways of doing it |
 //! | `driver`, `warm_up`, `proof`, `finish` | the walk, from the first cycle to either end |
 //! | [`recover`] | what is to be done about a walk that was cut: a pure function of the phase and the world |
