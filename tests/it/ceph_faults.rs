@@ -211,6 +211,30 @@ async fn a_target_that_somebody_else_wrote() {
     volume.remove().await;
 }
 
+/// What a run that is killed while its target snapshot is made may leave, and what a process that is dead by then may still
+/// bring to the disk after another one has finished its work: the same bytes once more.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_that_only_looks_as_if_somebody_had_written_it() {
+    let Some(env) = ceph() else { return };
+    let mut volume = Volume::new(&env, "looks", 31, 8 * MIB).await;
+    volume.converge("at first").await;
+    volume.write().await;
+    volume.converge("with data").await;
+    let target = volume.target.clone();
+    volume.disk.librbd.call(format!("unclean {target}")).await;
+    assert!(!volume.disk.librbd.call(format!("objects {target} {}", newest(&volume).await)).await.is_empty());
+    volume.converge("with a map that was not cleaned").await;
+    let same = volume.disk.librbd.read(&target).await;
+    volume.disk.librbd.try_call(&format!("write {target} 0"), &same).await.expect("librbd writes");
+    volume.disk.librbd.call(format!("close {target}")).await;
+    volume.converge("with the same bytes").await;
+    volume.remove().await;
+}
+
+async fn newest(volume: &Volume) -> String {
+    volume.state().await.and_then(|state| Some(state.newest()?.name.clone())).expect("it has a commit")
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_invalid_object_map_costs_time_and_nothing_else() {
     let Some(env) = ceph() else { return };

@@ -6,6 +6,7 @@ them the number of payload bytes that follow; the answer is a line `ok N` or `er
 
 import hashlib
 import random
+import struct
 import sys
 import threading
 import time
@@ -158,6 +159,16 @@ def spoil(place):
         ioctx.write_full("rbd_object_map." + image.id(), b"\x0e\x00\x00\x00nonsense")
 
 
+def unclean(place):
+    """Leaves all objects of HEAD's object map as they are between a snapshot and the cleaning of the map after it."""
+    ioctx, name = context(place)
+    with rbd.Image(ioctx, name, read_only=True) as image:
+        count = -(-image.size() // (1 << image.stat()["order"]))
+        oid = "rbd_object_map." + image.id()
+    # object_map_update: from EXISTS_CLEAN (3) to EXISTS (1).
+    ioctx.execute(oid, "rbd", "object_map_update", struct.pack("<QQBBB", 0, count, 1, 1, 3))
+
+
 def cut_rename(place, name):
     """Leaves another name that opens the image, as a client that dies while it renames does."""
     ioctx, old = context(place)
@@ -214,6 +225,8 @@ def answer(words, payload):
         return objects(place, *rest)
     elif what == "spoil":
         spoil(place)
+    elif what == "unclean":
+        unclean(place)
     elif what == "throttle":
         with rbd.Image(*context(place)) as image:
             image.config_set("rbd_qos_write_bps_limit", rest[0])
