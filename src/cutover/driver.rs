@@ -53,8 +53,6 @@ pub(super) struct Walk<'a> {
     pub(super) moved: u64,
     pub(super) proved: Proved,
     pub(super) remarks: Vec<String>,
-    /// The saved memory of the server is not to be used.
-    pub(super) fresh: bool,
 }
 
 impl<'a> Walk<'a> {
@@ -84,6 +82,7 @@ impl<'a> Walk<'a> {
             phase: Phase::Syncing,
             done: false,
             swapped: false,
+            memory_lost: false,
             worker,
             begun: Timestamp::now().to_string(),
             stopped: None,
@@ -107,7 +106,6 @@ impl<'a> Walk<'a> {
             moved: 0,
             proved: Proved::default(),
             remarks: Vec::new(),
-            fresh: false,
         })
     }
 
@@ -204,9 +202,12 @@ impl<'a> Walk<'a> {
     pub(super) async fn go(&mut self) -> Result<()> {
         self.enter(Phase::Resuming).await?;
         let (server, to) = (self.server(), self.sides.to);
+        if to == Side::Source {
+            self.sides.name_sources(false).await?;
+        }
         self.sides.give_leases_back().await?;
         // Whoever keeps its memory goes on with disks that are, to the byte, what it knows: not so after a discard.
-        let fresh = self.fresh || self.journal.changes == Some(Changes::Discard);
+        let fresh = self.journal.memory_lost || self.journal.changes == Some(Changes::Discard);
         server.provider.start(to, fresh, &mut self.journal.notes).await?;
         if server.provider.by_hand() {
             return Ok(());

@@ -27,6 +27,7 @@ impl Walk<'_> {
                 self.sides.name_sources(true).await?;
             }
             Side::Source => {
+                self.sides.name_sources(false).await?;
                 if self.carries() {
                     for volume in &server.volumes {
                         replicate::turn_back(volume.source.as_ref(), volume.target.as_ref()).await?;
@@ -87,6 +88,8 @@ impl Walk<'_> {
             Ok(Back::There) => {
                 self.remarks.push(format!("it runs where it was to go all the same, after: {}", error_text(&because)));
                 self.note_outage();
+                // Its disks are its own.
+                self.sides.release_leases().await;
                 self.commit().await
             }
             Err(error) => Err(CutoverError::NotBrought {
@@ -116,13 +119,10 @@ impl Walk<'_> {
             Err(error) => tracing::warn!(error = error_text(&error), "the way back is not in the journal"),
             Ok(()) => {}
         }
-        if to == Side::Source {
-            self.sides.name_sources(true).await?;
-        }
         self.sides.release_fences().await?;
         let runs = observed == (Observed { power: Power::Running, side: Some(from) });
         if !server.provider.by_hand() {
-            let fresh = self.fresh;
+            let fresh = self.journal.memory_lost;
             server.provider.undo(from, fresh, &mut self.journal.notes).await?;
             let now = self.observe().await?;
             if now != (Observed { power: Power::Running, side: Some(from) }) {
@@ -136,11 +136,18 @@ impl Walk<'_> {
                 Err(error) => self.remarks.push(format!("not all was tidied up: {error}")),
             }
         }
-        if let Err(error) = self.end_where_it_was().await {
-            // It runs. The next cutover or rollback finds that, and tidies up.
-            self.remarks.push(format!("not all was noted: {}; run poolshift rollback once more", error_text(&error)));
+        if let Err(error) = self.tidy_up_where_it_was().await {
+            // It runs. The next cutover or rollback finds that, and does the rest.
+            self.remarks.push(format!("not all was tidied up: {}; run rollback once more", error_text(&error)));
         }
         Ok(Back::Here)
+    }
+
+    async fn tidy_up_where_it_was(&mut self) -> Result<()> {
+        if self.sides.to == Side::Source {
+            self.sides.name_sources(true).await?;
+        }
+        self.end_where_it_was().await
     }
 
     /// Whether the server stands still and would be started on the other side by whoever starts it.
@@ -161,8 +168,7 @@ impl Walk<'_> {
     pub(super) async fn is_written(&mut self) -> Result<bool> {
         self.sides.take_leases(self.observer, self.cancel).await?;
         if self.journal.changes == Some(Changes::Discard) {
-            // Nothing was carried, so that nothing tells: it may have.
-            return Ok(true);
+            return self.is_written_since_the_cutover().await;
         }
         let to = self.sides.to;
         let compare = self.server().volumes.iter().map(|volume| {
@@ -175,6 +181,21 @@ impl Walk<'_> {
             }
         });
         Ok(try_join_all(compare).await?.contains(&true))
+    }
+
+    /// Whether the sources hold anything else than they did when they were left: where nothing was carried back to them,
+    /// the snapshots that mark that tell. Without one nobody knows, and it may be.
+    async fn is_written_since_the_cutover(&self) -> Result<bool> {
+        for volume in &self.server().volumes {
+            let look = replicate::look(volume.source.as_ref(), volume.target.as_ref()).await?;
+            let snapshots = volume.source.snapshots().await?;
+            let mark = look.in_flight.and_then(|last| snapshots.into_iter().find(|have| have.name == last.name));
+            match mark {
+                Some(mark) if !volume.source.head_differs(&mark).await? => {}
+                _ => return Ok(true),
+            }
+        }
+        Ok(false)
     }
 
     /// The end of a walk that leads back to where it began.

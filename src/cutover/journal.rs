@@ -43,6 +43,9 @@ pub struct Journal {
     /// Whether it has got to the swap: both sides were proved equal, and the server may have been told of the other one.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub swapped: bool,
+    /// Whether a memory that was saved is not to be used any more: somebody may have written to the disks since.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub memory_lost: bool,
     /// Which process is, or was, at it.
     pub worker: LeaseOwner,
     /// When it began, RFC 3339.

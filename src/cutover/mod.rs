@@ -139,7 +139,7 @@ pub async fn rollback(
             let changes = found.changes;
             back(changes)?.again(found)?.go_on().await
         }
-        Some(found) => match there(None)?.again(found)?.give_up().await? {
+        Some(found) => match there(None)?.again(found)?.give_up(changes).await? {
             GivenUp::RolledBack(report) => Ok(report),
             GivenUp::Committed(found) => {
                 let mut walk = back(Some(changes.ok_or_else(needs_a_word)?))?;
@@ -178,12 +178,15 @@ impl Walk<'_> {
         let readiness = readiness::look(self.sides).await?;
         readiness::refuse(self.server(), &readiness, self.options)?;
         (self.journal.phase, self.journal.stopped, self.stopped) = (Phase::Syncing, None, None);
+        (self.journal.swapped, self.journal.memory_lost) = (false, false);
+        self.journal.volumes.iter_mut().for_each(|volume| volume.fence = None);
         let (seen, to) = (sides::load_journal(self.server()).await?, self.sides.to);
         self.pause_workers().await?;
         if let Err(error) = self.sides.take_leases(self.observer, self.cancel).await {
-            // Another cutover that has begun meanwhile needs the note, and so does a server that is cut over.
-            let begun = matches!(sides::load_journal(self.server()).await, Ok(Some(found)) if !found.is_over());
-            if to == Side::Target && !begun {
+            // Another cutover that has begun, or ended, meanwhile needs the note.
+            let now = sides::load_journal(self.server()).await;
+            let mine = matches!(&now, Ok(now) if *now == seen) && seen.is_none_or(|seen| !seen.is_cut_over());
+            if to == Side::Target && mine {
                 self.leave_note(self.journal.note_before.as_deref()).await?;
             }
             return Err(error);
@@ -192,9 +195,15 @@ impl Walk<'_> {
             self.sides.release_leases().await;
             return Err(self.overtaken());
         }
-        if to == Side::Target {
+        match to {
             // Another one that gave up may have taken it away.
-            self.leave_note(Some(&self.note())).await?;
+            Side::Target => self.leave_note(Some(&self.note())).await?,
+            Side::Source => {
+                if let Err(half) = self.refuse_half_carried().await {
+                    self.sides.release_leases().await;
+                    return Err(half);
+                }
+            }
         }
         match self.warm_up().await {
             Ok(()) => match self.stop_and_go().await {
@@ -214,6 +223,10 @@ impl Walk<'_> {
     /// A cutover that has only paused the server is gone: the leases say so.
     async fn take_note_away(mut self) -> Result<Report> {
         self.sides.take_leases(self.observer, self.cancel).await?;
+        if sides::load_journal(self.server()).await?.is_some() {
+            self.sides.release_leases().await;
+            return Err(self.overtaken());
+        }
         let because = self.asked_for();
         self.end_before_the_stop().await?;
         Ok(self.report(Phase::RolledBack, Some(&because)))
@@ -290,7 +303,7 @@ impl Walk<'_> {
             _ => self.sides.take_leases(self.observer, self.cancel).await?,
         }
         let now = sides::load_journal(self.server()).await?;
-        let same = now.is_some_and(|now| now.phase == self.journal.phase && now.begun == self.journal.begun);
+        let same = now.is_some_and(|now| now == Journal { worker: now.worker.clone(), ..self.journal.clone() });
         if !same || self.observe().await? != observed {
             self.sides.release_leases().await;
             self.sides.release_fences().await?;
@@ -310,24 +323,25 @@ impl Walk<'_> {
     fn next(&self, observed: &Observed) -> Next {
         let by_hand = self.server().provider.by_hand();
         match recover::next(self.journal.phase, self.sides.to, observed, by_hand) {
-            Next::GoBack if !by_hand && self.may_have_been_started(observed) => Next::AskTheImages,
+            Next::GoBack if !by_hand && self.carries() && self.may_have_been_started(observed) => Next::AskTheImages,
             next => next,
         }
     }
 
     /// Whether the server, which stands still, has written on the other side; [`CutoverError::Diverged`] where it may as
     /// well have written on the side that it was to leave.
-    async fn was_started_there(&mut self, untouched: bool) -> Result<bool> {
+    async fn was_started_there(&mut self, observed: &Observed, untouched: bool) -> Result<bool> {
         let written = self.is_written().await?;
-        if written && !untouched && self.carries() { Err(self.diverged()) } else { Ok(written) }
+        // While it would be started there, whoever has started it has started it there.
+        let doubtful = !untouched && observed.side != Some(self.sides.to);
+        if written && doubtful && self.carries() { Err(self.diverged()) } else { Ok(written) }
     }
 
     /// Finishes what another process has begun.
     async fn go_on(mut self) -> Result<Report> {
         let (observed, untouched) = self.take_over().await?;
         let provider = &self.server().provider;
-        // A memory that was saved knows the disks as they were then.
-        let memory_is_lost = observed.power == Power::Saved && !untouched;
+        self.doubt_memory(&observed, untouched);
         let done = match self.next(&observed) {
             Next::Afresh => {
                 if self.journal.phase.is_outage() && !provider.by_hand() {
@@ -337,27 +351,30 @@ impl Walk<'_> {
                 return self.begin().await;
             }
             Next::FromQuiesced => {
-                self.fresh = memory_is_lost;
-                self.stay_out(&observed).await?;
+                if !provider.by_hand() {
+                    self.stay_out(&observed).await?;
+                }
                 self.go_on_quiesced().await
             }
             Next::Start => self.go().await,
             Next::AskTheImages => {
-                let written = self.was_started_there(untouched).await?;
+                let written = self.was_started_there(&observed, untouched).await?;
+                self.journal.memory_lost |= written;
                 self.stay_out(&observed).await?;
-                self.fresh = written || memory_is_lost;
                 match self.journal.phase {
                     Phase::Swapping if !written => self.go_on_quiesced().await,
                     Phase::RollingBack if !written => {
                         let because = self.asked_for();
                         return self.go_back(because).await;
                     }
-                    _ => self.go().await,
+                    _ => match provider.swap(self.sides.to, &mut self.journal.notes).await {
+                        Ok(()) => self.go().await,
+                        Err(error) => Err(error.into()),
+                    },
                 }
             }
             Next::Commit => Ok(()),
             Next::GoBack => {
-                self.fresh = memory_is_lost;
                 let because = self.asked_for();
                 return self.go_back(because).await;
             }
@@ -369,6 +386,11 @@ impl Walk<'_> {
         }
     }
 
+    /// A memory that was saved knows the disks as they were then.
+    fn doubt_memory(&mut self, observed: &Observed, untouched: bool) {
+        self.journal.memory_lost |= observed.power == Power::Saved && !untouched;
+    }
+
     /// From here on nobody else writes what is left.
     async fn stay_out(&mut self, observed: &Observed) -> Result<()> {
         self.sides.fence(self.holder(observed)).await?;
@@ -376,17 +398,21 @@ impl Walk<'_> {
     }
 
     /// Undoes what another process has begun, or ends it where that is no longer possible.
-    async fn give_up(mut self) -> Result<GivenUp> {
+    async fn give_up(mut self, changes: Option<Changes>) -> Result<GivenUp> {
         let server = self.server();
+        if changes == Some(Changes::Discard) && self.was_put_back().await? {
+            return Ok(GivenUp::RolledBack(self.take_note_as_it_is().await?));
+        }
         let (observed, untouched) = self.take_over().await?;
-        self.fresh = observed.power == Power::Saved && !untouched;
+        self.doubt_memory(&observed, untouched);
         let next = self.next(&observed);
-        let written = next == Next::AskTheImages && self.was_started_there(untouched).await?;
+        let written = next == Next::AskTheImages && self.was_started_there(&observed, untouched).await?;
         match next {
             Next::Commit => self.commit().await?,
             Next::AskTheImages if written => {
+                self.journal.memory_lost = true;
                 self.stay_out(&observed).await?;
-                self.fresh = true;
+                server.provider.swap(self.sides.to, &mut self.journal.notes).await?;
                 self.go().await?;
                 self.commit().await?
             }
@@ -404,6 +430,21 @@ impl Walk<'_> {
         Ok(GivenUp::Committed(sides::load_journal(server).await?))
     }
 
+    /// Whether a person has started the server where it came from, after it was to be started on the other side.
+    async fn was_put_back(&self) -> Result<bool> {
+        let here = Observed { power: Power::Running, side: Some(self.sides.to.other()) };
+        let by_hand = self.server().provider.by_hand();
+        Ok(!by_hand && self.journal.phase == Phase::Resuming && self.observe().await? == here)
+    }
+
+    /// The server runs where it came from, and what it may have written on the other side is given up.
+    async fn take_note_as_it_is(mut self) -> Result<Report> {
+        self.sides.take_leases(self.observer, self.cancel).await?;
+        let because = self.asked_for();
+        self.end_before_the_stop().await?;
+        Ok(self.report(Phase::RolledBack, Some(&because)))
+    }
+
     fn asked_for(&self) -> CutoverError {
         CutoverError::Unfinished { server: self.server().name.clone(), phase: self.journal.phase }
     }
@@ -416,7 +457,8 @@ impl Walk<'_> {
                  have been written since",
                 self.journal.phase
             ),
-            hint: "find out which side holds what counts, shut the server down, and run cutover or rollback again"
+            hint: "find out which side holds what counts, and start the server there by hand: on its targets cutover \
+                   then finishes, on its sources rollback --discard-changes does"
                 .into(),
         }
     }

@@ -186,3 +186,29 @@ async fn whatever_image_dies_at_whatever_step() {
         }
     }
 }
+
+#[tokio::test]
+async fn a_memory_is_not_restored_once_somebody_has_written_to_its_disks() {
+    let mut used = 0;
+    for (again, by_rollback) in (0..10).flat_map(|again| [(again, false), (again, true)]) {
+        for at in 1.. {
+            let kill = |world: &World| world.make_trouble(at, Trouble::KilledAfter);
+            let (mut world, _) = with_trouble(Method::Warm, false, &kill).await;
+            if world.calls() < at {
+                break;
+            }
+            if !world.is_saved() {
+                continue;
+            }
+            world.use_by_hand();
+            used += 1;
+            // Whoever goes on is killed as well, and then somebody else goes on.
+            let server = world.server();
+            world.make_trouble(again, Trouble::KilledAfter);
+            let _ = cut_over_with(&world, &server, Options::default()).await;
+            let what = format!("killed at call {at}, and {again} after it was used by hand, rollback {by_rollback}");
+            recover_either_way(&mut world, by_rollback, &what).await;
+        }
+    }
+    assert!(used > 0);
+}

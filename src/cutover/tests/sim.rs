@@ -164,6 +164,22 @@ impl World {
         }
     }
 
+    /// Whether its memory was saved.
+    pub(super) fn is_saved(&self) -> bool {
+        self.state().power == Power::Saved
+    }
+
+    /// Somebody boots it by hand, past what was saved of it, lets it write, and ends it.
+    pub(super) fn use_by_hand(&self) {
+        let side = self.state().definition;
+        self.images(side).for_each(MemoryImage::abandon_lease);
+        self.open(side);
+        self.state().power = Power::Running;
+        self.write();
+        self.close();
+        self.state().power = Power::Saved;
+    }
+
     /// It starts to run: its disks must hold all that was acknowledged, and be what its memory knows.
     fn run(&self, with_memory: bool) {
         let side = self.state().open.expect("it has its disks open");
