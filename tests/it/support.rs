@@ -24,7 +24,7 @@ static USERS: (Mutex<Users>, Condvar) =
 
 /// How long all tests together may use the cluster. One that hangs, on a cluster that somebody broke say, is named and
 /// ends the run.
-const PATIENCE: Duration = Duration::from_secs(40 * 60);
+const PATIENCE: Duration = Duration::from_secs(46 * 60);
 
 struct Users {
     /// The names of the tests that have a turn.
