@@ -46,7 +46,7 @@ async fn one(
 ) -> anyhow::Result<Exit> {
     let (options, consent, name) = (&settings.options, settings.consent, planned.name.as_str());
     refuse_finalizing(context, planned).await?;
-    let looked = look::look(context, plan, planned, settings.method, Side::Target, options).await?;
+    let looked = look::look(context, plan, planned, settings.method, Side::Target).await?;
     refuse_there(&looked)?;
     if consent.dry_run {
         looked.print(options, consent.json)?;

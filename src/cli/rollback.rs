@@ -23,7 +23,7 @@ pub(super) async fn run(context: &Context<'_>, settings: &Rollback) -> anyhow::R
     let is_domain = matches!(planned.cutover, plan::Cutover::Libvirt(_));
     let method = (settings.changes == Some(Changes::Discard) && is_domain).then_some(Method::Cold);
     refuse_finalizing(context, planned).await?;
-    let looked = look::look(context, &plan, planned, method, Side::Source, options).await?;
+    let looked = look::look(context, &plan, planned, method, Side::Source).await?;
     if looked.state() == State::OnSources {
         return Err(CutoverError::WrongState {
             server: planned.name.clone(),

@@ -33,7 +33,7 @@ use super::provider::{Observed, Power, Side};
 use super::server::{CutoverError, Observer, Options, PhaseTime, Proof, Report, Result, Server};
 use super::sides::{Sides, store_journal};
 use super::warm_up;
-use crate::fleet::group;
+use crate::fleet::{chain_text, group};
 use crate::image::{DiskUser, ImageError, LeaseOwner, LockHolder};
 use crate::pipeline::Limits;
 use crate::replicate::{self, LastDelta};
@@ -146,11 +146,7 @@ impl<'a> Walk<'a> {
         self.enter(Phase::Syncing).await?;
         let server = self.server();
         if self.carries() {
-            if self.sides.to == Side::Source {
-                for volume in &server.volumes {
-                    replicate::turn_round(volume.source.as_ref(), volume.target.as_ref()).await?;
-                }
-            }
+            self.turn_round().await?;
             warm_up::run(self).await?;
         }
         server.provider.prepare(self.sides.to.other(), &mut self.journal.notes).await?;
@@ -158,6 +154,16 @@ impl<'a> Walk<'a> {
             self.deltas = self.prepare_deltas().await?;
         }
         self.enter(Phase::Converged).await
+    }
+
+    /// On the way back the sources are to follow the targets.
+    async fn turn_round(&self) -> Result<()> {
+        if self.sides.to == Side::Source {
+            for volume in &self.server().volumes {
+                replicate::turn_round(volume.source.as_ref(), volume.target.as_ref()).await?;
+            }
+        }
+        Ok(())
     }
 
     /// Whether anything is carried over: on the way back with the changes discarded, nothing is.
@@ -384,11 +390,7 @@ impl<'a> Walk<'a> {
         }
         self.enter(Phase::Quiescing).await?;
         if self.carries() {
-            if self.sides.to == Side::Source {
-                for volume in &server.volumes {
-                    replicate::turn_round(volume.source.as_ref(), volume.target.as_ref()).await?;
-                }
-            }
+            self.turn_round().await?;
             let (members, options) = (self.sides.members(), self.sides.group_options());
             group::run_held(&members, &options, self.cancel).await?;
             self.deltas = self.prepare_deltas().await?;
@@ -421,23 +423,8 @@ impl<'a> Walk<'a> {
             phases: std::mem::take(&mut self.phases),
             delta_bytes: self.moved,
             proved_bytes: self.proved.0,
-            rolled_back_because: because.map(error_text),
+            rolled_back_because: because.map(|because| chain_text(because)),
             remarks: std::mem::take(&mut self.remarks),
         }
     }
-}
-
-/// An error with its causes, in one line.
-pub(super) fn error_text(error: &CutoverError) -> String {
-    let mut text = error.to_string();
-    let mut source = std::error::Error::source(error);
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text.push_str(": ");
-            text.push_str(&cause_text);
-        }
-        source = cause.source();
-    }
-    text
 }

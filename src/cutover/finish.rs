@@ -3,13 +3,13 @@
 
 use futures::future::try_join_all;
 
-use super::driver::{Walk, error_text};
+use super::driver::Walk;
 use super::journal::Changes;
 use super::phase::Phase;
 use super::provider::{Observed, Power, Side};
 use super::server::{CutoverError, Report, Result};
 use super::sides::store_journal;
-use crate::fleet::CUTOVER_NOTE;
+use crate::fleet::{CUTOVER_NOTE, chain_text};
 use crate::image::{ErrorKind, LockHolder};
 use crate::pipeline::Limits;
 use crate::replicate;
@@ -86,7 +86,7 @@ impl Walk<'_> {
         match self.try_back().await {
             Ok(Back::Here) => Ok(self.report(Phase::RolledBack, Some(&because))),
             Ok(Back::There) => {
-                self.remarks.push(format!("it runs where it was to go all the same, after: {}", error_text(&because)));
+                self.remarks.push(format!("it runs where it was to go all the same, after: {}", chain_text(&because)));
                 self.note_outage();
                 // Its disks are its own.
                 self.sides.release_leases().await;
@@ -95,7 +95,7 @@ impl Walk<'_> {
             Err(error) => Err(CutoverError::NotBrought {
                 server: self.server().name.clone(),
                 error: Box::new(error),
-                because: error_text(&because),
+                because: chain_text(&because),
             }),
         }
     }
@@ -116,7 +116,7 @@ impl Walk<'_> {
         match self.enter(Phase::RollingBack).await {
             Err(error) if may_have_written => return Err(error),
             // The server comes first: whoever reads the journal finds it running where it was.
-            Err(error) => tracing::warn!(error = error_text(&error), "the way back is not in the journal"),
+            Err(error) => tracing::warn!(error = chain_text(&error), "the way back is not in the journal"),
             Ok(()) => {}
         }
         self.sides.release_fences().await?;
@@ -138,7 +138,7 @@ impl Walk<'_> {
         }
         if let Err(error) = self.tidy_up_where_it_was().await {
             // It runs. The next cutover or rollback finds that, and does the rest.
-            self.remarks.push(format!("not all was tidied up: {}; run rollback once more", error_text(&error)));
+            self.remarks.push(format!("not all was tidied up: {}; run rollback once more", chain_text(&error)));
         }
         Ok(Back::Here)
     }

@@ -57,11 +57,11 @@ use recover::Next;
 pub use server::{CutoverError, Observer, Options, PhaseTime, Proof, Readiness, Report, Result, Server, Volume};
 use sides::Sides;
 
-use crate::fleet::CUTOVER_NOTE;
+use crate::fleet::{CUTOVER_NOTE, chain_text};
 use crate::image::LockHolder;
 
 /// What stands in the way of leaving for `to`, and how long it would take. Changes nothing.
-pub async fn readiness(server: &Server, to: Side, _options: &Options) -> Result<Readiness> {
+pub async fn readiness(server: &Server, to: Side) -> Result<Readiness> {
     readiness::look(Sides { server, to }).await
 }
 
@@ -206,14 +206,14 @@ impl Walk<'_> {
             }
         }
         match self.warm_up().await {
-            Ok(()) => match self.stop_and_go().await {
-                Ok(()) => self.commit().await,
-                Err(error) => self.go_back(error).await,
-            },
+            Ok(()) => {
+                let done = self.stop_and_go().await;
+                self.end(done).await
+            }
             Err(error) => {
                 // Nothing was stopped: it is as if nothing had been begun. What this can't tidy up, the next run can.
                 if let Err(untidy) = self.end_before_the_stop().await {
-                    tracing::warn!(error = driver::error_text(&untidy), "what was begun was not tidied up");
+                    tracing::warn!(error = chain_text(&untidy), "what was begun was not tidied up");
                 }
                 Err(error)
             }
@@ -221,15 +221,13 @@ impl Walk<'_> {
     }
 
     /// A cutover that has only paused the server is gone: the leases say so.
-    async fn take_note_away(mut self) -> Result<Report> {
+    async fn take_note_away(self) -> Result<Report> {
         self.sides.take_leases(self.observer, self.cancel).await?;
         if sides::load_journal(self.server()).await?.is_some() {
             self.sides.release_leases().await;
             return Err(self.overtaken());
         }
-        let because = self.asked_for();
-        self.end_before_the_stop().await?;
-        Ok(self.report(Phase::RolledBack, Some(&because)))
+        self.end_as_it_is().await
     }
 
     /// What was begun with the changes is ended with them: the sources hold a part of them.
@@ -380,6 +378,11 @@ impl Walk<'_> {
             }
             Next::Diverged => return Err(self.diverged()),
         };
+        self.end(done).await
+    }
+
+    /// The commit, or the way back.
+    async fn end(self, done: Result<()>) -> Result<Report> {
         match done {
             Ok(()) => self.commit().await,
             Err(error) => self.go_back(error).await,
@@ -401,7 +404,7 @@ impl Walk<'_> {
     async fn give_up(mut self, changes: Option<Changes>) -> Result<GivenUp> {
         let server = self.server();
         if changes == Some(Changes::Discard) && self.was_put_back().await? {
-            return Ok(GivenUp::RolledBack(self.take_note_as_it_is().await?));
+            return Ok(GivenUp::RolledBack(self.end_as_it_is().await?));
         }
         let (observed, untouched) = self.take_over().await?;
         self.doubt_memory(&observed, untouched);
@@ -438,7 +441,7 @@ impl Walk<'_> {
     }
 
     /// The server runs where it came from, and what it may have written on the other side is given up.
-    async fn take_note_as_it_is(mut self) -> Result<Report> {
+    async fn end_as_it_is(mut self) -> Result<Report> {
         self.sides.take_leases(self.observer, self.cancel).await?;
         let because = self.asked_for();
         self.end_before_the_stop().await?;

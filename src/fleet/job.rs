@@ -176,10 +176,10 @@ pub(super) fn committed_text(report: &GroupReport) -> String {
     )
 }
 
-/// An error with its causes and what to do, in one line.
-pub(super) fn error_text(error: &CycleError) -> String {
+/// An error with its causes, in one line.
+pub(crate) fn chain_text(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
-    let mut source = std::error::Error::source(error);
+    let mut source = error.source();
     while let Some(cause) = source {
         let cause_text = cause.to_string();
         if !text.contains(&cause_text) {
@@ -188,6 +188,12 @@ pub(super) fn error_text(error: &CycleError) -> String {
         }
         source = cause.source();
     }
+    text
+}
+
+/// An error with its causes and what to do, in one line.
+pub(super) fn error_text(error: &CycleError) -> String {
+    let mut text = chain_text(error);
     let hint = match error {
         CycleError::Image(error) => error.hint.clone(),
         CycleError::Conflict(conflict) => Some(conflict.kind.hint().to_owned()),

@@ -28,5 +28,6 @@ mod tracker;
 mod worker;
 
 pub use images_only::status_from_images;
+pub(crate) use job::chain_text;
 pub use shared::{CUTOVER_NOTE, Fleet, Images, Opener};
 pub use worker::Worker;

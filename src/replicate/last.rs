@@ -16,8 +16,8 @@ use crate::pipeline::{self, Applied, ApplyOptions, Limits, ReadOptions};
 use crate::transport;
 
 use super::cycle::{Progress, conflict, gather, name_of_now, ranges};
-use super::error::{ConflictKind, CycleError, Result};
-use super::rewind::{NoCheckpoint, rewind};
+use super::error::{ConflictKind, Result};
+use super::rewind::NoCheckpoint;
 use super::side::{interrupted, load_state, no_such_base, still_there, store};
 use super::state::{Commit, InFlight, Origin, TargetState};
 use super::verify::{Compared, compare_windows};
@@ -203,14 +203,4 @@ fn reversed(state: &TargetState, image: &dyn TargetImage) -> Result<TargetState>
     let from = Origin::Base(base.source_id);
     turned.in_flight = Some(InFlight { in_step: true, ..InFlight::new(name_of_now(), None, true, from, true) });
     Ok(turned)
-}
-
-/// Brings HEAD of an image, whose lease is held, back to one of its snapshots.
-pub async fn rewind_to(image: &Arc<dyn TargetImage>, snapshot: &Snapshot, cancel: &CancellationToken) -> Result<()> {
-    match rewind(image, snapshot, Limits::default(), cancel).await? {
-        Applied::Whole => Ok(()),
-        Applied::Part => {
-            Err(CycleError::Interrupted { snapshot: snapshot.name.clone(), progress_to: 0, size: snapshot.size })
-        }
-    }
 }

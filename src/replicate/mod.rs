@@ -58,7 +58,7 @@ pub use error::{Conflict, ConflictKind, CycleError, Result};
 pub use export::{ExportReport, export_diff};
 pub use gc::{GcReport, Sides, find_orphans, gc, survey};
 pub use import::{ImportOptions, ImportReport, import_diff};
-pub use last::{LastDelta, Moved, compare_delta, compare_heads, rewind_to, turn_back, turn_round};
+pub use last::{LastDelta, Moved, compare_delta, compare_heads, turn_back, turn_round};
 pub use look::{Changed, Look, changed_since, look};
 pub use receive::{ReceiveOptions, ReceiveReport, receive};
 pub use report::{Pruned, Stages, SyncReport};

@@ -114,7 +114,6 @@ pub(in crate::cli) async fn look(
     server: &plan::Server,
     method: Option<Method>,
     to: Side,
-    options: &Options,
 ) -> anyhow::Result<Looked> {
     let bar = context.terminal.progress(&format!("{}: looking", server.name));
     let work = async {
@@ -126,7 +125,7 @@ pub(in crate::cli) async fn look(
         let there = if to == Side::Target { State::OnTargets } else { State::OnSources };
         // What was begun is finished, whatever stands in the way: the server may be down.
         if looked.state() != State::Begun && looked.state() != there {
-            looked.readiness = Some(cutover::readiness(&looked.server, to, options).await?);
+            looked.readiness = Some(cutover::readiness(&looked.server, to).await?);
         }
         Ok(looked)
     };

@@ -46,8 +46,7 @@ pub(super) async fn run(
     at: Option<jiff::Timestamp>,
 ) -> anyhow::Result<Exit> {
     let (options, consent) = (&settings.options, settings.consent);
-    let looks =
-        plan.servers.iter().map(|server| look::look(context, plan, server, settings.method, Side::Target, options));
+    let looks = plan.servers.iter().map(|server| look::look(context, plan, server, settings.method, Side::Target));
     let looks: Vec<anyhow::Result<Looked>> = stream::iter(looks).buffered(LOOKS_AT_A_TIME).collect().await;
     if context.cancel.is_cancelled() {
         return Err(Interrupted.into());

@@ -92,7 +92,7 @@ async fn recover_either_way(world: &mut World, by_rollback: bool, what: &str) ->
         }
         let ended = if by_rollback { roll_back(world, Some(Changes::Carry)).await } else { cut_over(world).await };
         if let Err(error) = ended.expect("nobody kills it now") {
-            panic!("{what}: {}", driver::error_text(&error));
+            panic!("{what}: {}", crate::fleet::chain_text(&error));
         }
     }
     world.verdict().unwrap_or_else(|wrong| panic!("{what}: {wrong}"));

@@ -57,8 +57,23 @@ impl RbdImage {
         }
     }
 
+    /// [`Self::store`], for at most so many bytes.
+    pub(super) async fn store_bounded(
+        &self,
+        key: &'static str,
+        value: Option<&str>,
+        most: usize,
+        operation: &str,
+    ) -> Result<()> {
+        if let Some(value) = value.filter(|value| value.len() > most) {
+            let large = ImageError::new(ErrorKind::OutOfBounds, self.inner.location.clone(), operation);
+            return Err(large.detail(format!("it has {} bytes; the most is {most}", value.len())));
+        }
+        self.store(key, value, operation).await
+    }
+
     /// Changes a key of the image's metadata without its lock: a server that has it need not give it.
-    pub(super) async fn store(&self, key: &'static str, value: Option<&str>, operation: &str) -> Result<()> {
+    async fn store(&self, key: &'static str, value: Option<&str>, operation: &str) -> Result<()> {
         let (inner, value) = (Arc::clone(&self.inner), value.map(str::to_owned));
         let store = move || inner.pool.set_image_metadata(&inner.id, key, value.as_deref());
         self.inner.call(operation, "rados_exec", store).await
@@ -128,12 +143,7 @@ impl Disk for RbdImage {
     }
 
     async fn store_journal(&self, journal: Option<&str>) -> Result<()> {
-        let operation = "store the journal";
-        if let Some(journal) = journal.filter(|journal| journal.len() > JOURNAL_MAX) {
-            let large = ImageError::new(ErrorKind::OutOfBounds, self.inner.location.clone(), operation);
-            return Err(large.detail(format!("it has {} bytes; the most is {JOURNAL_MAX}", journal.len())));
-        }
-        self.store(JOURNAL_KEY, journal, operation).await
+        self.store_bounded(JOURNAL_KEY, journal, JOURNAL_MAX, "store the journal").await
     }
 
     async fn forget_state(&self) -> Result<()> {

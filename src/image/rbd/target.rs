@@ -163,12 +163,7 @@ impl TargetImage for RbdImage {
     }
 
     async fn store_note(&self, note: Option<&str>) -> Result<()> {
-        let operation = "leave a note with the image";
-        if let Some(note) = note.filter(|note| note.len() > NOTE_MAX) {
-            let large = ImageError::new(ErrorKind::OutOfBounds, self.inner.location.clone(), operation);
-            return Err(large.detail(format!("it has {} bytes; the most is {NOTE_MAX}", note.len())));
-        }
-        self.store(NOTE_KEY, note, operation).await
+        self.store_bounded(NOTE_KEY, note, NOTE_MAX, "leave a note with the image").await
     }
 
     async fn resize(&self, size: u64) -> Result<()> {
