@@ -63,9 +63,7 @@
 //! - **rewind**: brings a dirty HEAD of the target back to the base, where the snapshot that was in flight has gone.
 //! - **cutover**: the server stops writing, the last cycle runs and is verified, and the server starts on the target.
 //! - **kept source**: what a server left at its cutover, renamed, for the way back; until it is **finalized**.
-//! - **rehearsal**: a throw-away clone of the target's newest snapshot, to boot and to test before the cutover.
-//!
-//! A rehearsal is done by hand so far, with `rbd clone` of a point; nothing here drives it.
+//! - **rehearsal**: a **stand-in**, a throw-away server, boots from clones of the newest point, before the cutover.
 //!
 //! # The guarantees
 //!

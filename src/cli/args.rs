@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
-use super::cutover_args::{CutoverArgs, FinalizeArgs, RollbackArgs};
+use super::cutover_args::{CutoverArgs, FinalizeArgs, RehearseArgs, RollbackArgs};
 use super::exit;
 use super::fleet_args::{ActArgs, StatusArgs, ThrottleArgs};
 use super::values::{
@@ -136,6 +136,12 @@ pub(super) enum CommandArgs {
     SyncNow(ActArgs),
     /// Limit what a source pool is asked for, until the daemon reads its plan again
     Throttle(ThrottleArgs),
+    /// Boot a throw-away server from clones of a server's newest point, have it say that it is well, and remove it
+    ///
+    /// The server and its replication go on meanwhile. The stand-in is on no network, unless the plan names an isolated
+    /// one. What a rehearsal that was killed has left, the next one removes first, or `gc`. Exits with 15 if the stand-in
+    /// is not well.
+    Rehearse(RehearseArgs),
     /// Bring a server over to its targets: stop it, carry the last changes over, prove the copy, start it there
     ///
     /// Shows every precondition and the outage that is to be expected, asks, and shows the phases as they go by. What
@@ -163,9 +169,9 @@ pub(super) enum CommandArgs {
     /// time; the next run goes on with what is left. Where another client owns the clone's exclusive lock, that client
     /// does the work: then no rate is kept, and stopping poolshift does not stop it.
     Flatten(FlattenArgs),
-    /// Remove the snapshots that poolshift made for a plan's volumes and nothing needs any more
+    /// Remove what poolshift made for a plan's volumes and nothing needs any more: snapshots, and what a rehearsal has left
     ///
-    /// Lists them; removes them with --yes. A snapshot that only has a name like poolshift's, and is known to no target of
+    /// Lists it; removes it with --yes. A snapshot that only has a name like poolshift's, and is known to no target of
     /// the plan, is listed as unknown: another replication may have made it.
     Gc(GcArgs),
     /// Write a first plan file from the images of a pool

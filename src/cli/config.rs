@@ -11,7 +11,7 @@ use super::args::{
     GlobalArgs, ImageFeature, ImportDiffArgs, InspectArgs, LogFormat, MergeDiffArgs, PlanArgs, ReceiveArgs,
     ReplicateArgs, SendArgs, SyncArgs, VerifyArgs,
 };
-pub use super::cutover_args::{At, Consent, Cutover, Finalize, Rollback, Whom};
+pub use super::cutover_args::{At, Consent, Cutover, Finalize, Rehearse, Rollback, Whom};
 pub use super::fleet_args::{Act, FleetStatus, Throttle};
 use super::values::{PoolName, SnapshotName};
 use crate::batch::CompressionChoice;
@@ -97,6 +97,8 @@ pub enum Command {
     Throttle(Throttle),
     /// `poolshift cutover`
     Cutover(Cutover),
+    /// `poolshift rehearse`
+    Rehearse(Rehearse),
     /// `poolshift rollback`
     Rollback(Rollback),
     /// `poolshift finalize`
@@ -447,6 +449,7 @@ impl TryFrom<CommandArgs> for Command {
                 Self::Replicate(Replicate { plan, listen: listen.as_deref().map(parse_listen).transpose()? })
             }
             CommandArgs::Cutover(args) => args.validated(),
+            CommandArgs::Rehearse(args) => args.validated(),
             CommandArgs::Rollback(args) => args.validated(),
             CommandArgs::Finalize(args) => args.validated(),
             CommandArgs::Deps(DepsArgs { image, json }) => {

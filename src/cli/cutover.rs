@@ -23,7 +23,7 @@ pub(super) mod show;
 mod wait;
 
 use look::State;
-pub(super) use open::{find, open_kept, refuse_finalizing};
+pub(super) use open::{find, open_kept, open_stage, refuse_finalizing};
 
 /// Runs the command.
 pub(super) async fn run(context: &Context<'_>, settings: &Cutover) -> anyhow::Result<Exit> {

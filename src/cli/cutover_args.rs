@@ -64,6 +64,20 @@ pub(super) struct RollbackArgs {
 }
 
 #[derive(Args, Debug)]
+pub(super) struct RehearseArgs {
+    /// The plan file
+    plan: PathBuf,
+    /// The server
+    server: String,
+    /// Keep the stand-in for that long after it was judged, well or not, to look at it; Ctrl-C ends it earlier
+    #[arg(long, value_name = "TIME", value_parser = parse_keep)]
+    keep: Option<Duration>,
+    /// Print the report as one JSON value
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args, Debug)]
 pub(super) struct FinalizeArgs {
     /// The plan file
     plan: PathBuf,
@@ -129,6 +143,16 @@ pub struct Rollback {
     pub consent: Consent,
 }
 
+/// See `poolshift rehearse --help`.
+#[derive(Clone, Debug)]
+#[allow(missing_docs)]
+pub struct Rehearse {
+    pub plan: PathBuf,
+    pub server: String,
+    pub keep: Option<Duration>,
+    pub json: bool,
+}
+
 /// See `poolshift finalize --help`.
 #[derive(Clone, Debug)]
 #[allow(missing_docs)]
@@ -176,6 +200,13 @@ impl RollbackArgs {
         let options = Options { proof: self.proof.proof, max_outage: None };
         let consent = self.consent.validated();
         Command::Rollback(Rollback { plan: self.plan, server: self.server, changes, options, consent })
+    }
+}
+
+impl RehearseArgs {
+    pub(super) fn validated(self) -> Command {
+        let Self { plan, server, keep, json } = self;
+        Command::Rehearse(Rehearse { plan, server, keep, json })
     }
 }
 
@@ -235,6 +266,18 @@ fn parse_outage(text: &str) -> Result<Duration, String> {
     match parse_duration(text)? {
         Duration::ZERO => Err("an outage of 0 can't be kept: leave it out for no limit".to_owned()),
         limit => Ok(limit),
+    }
+}
+
+/// The longest rehearsal: nobody looks at one for longer, and all that time its clones are in the way of nothing but
+/// themselves.
+const KEEP_MAX: Duration = Duration::from_secs(7 * 86_400);
+
+fn parse_keep(text: &str) -> Result<Duration, String> {
+    match parse_duration(text)? {
+        Duration::ZERO => Err("leave it out to remove it at once".to_owned()),
+        keep if keep > KEEP_MAX => Err("a rehearsal is kept for 7d at most".to_owned()),
+        keep => Ok(keep),
     }
 }
 
@@ -303,5 +346,7 @@ mod tests {
         }
         assert!(parse_outage("0s").is_err() && parse_outage("30").is_err());
         assert_eq!(parse_outage("1m30s"), Ok(Duration::from_secs(90)));
+        assert!(parse_keep("0s").is_err() && parse_keep("8d").is_err());
+        assert_eq!(parse_keep("1h"), Ok(Duration::from_secs(3600)));
     }
 }

@@ -49,6 +49,8 @@ pub enum Exit {
     NeedsPerson,
     /// A server is not ready to be brought over, or would stand still for too long. Nothing was changed.
     NotReady,
+    /// A server's stand-in did not come up from its clones. Nothing of the server was changed.
+    RehearsalFailed,
     /// Stopped by Ctrl-C or SIGTERM. The next run resumes.
     Interrupted,
 }
@@ -70,6 +72,7 @@ pub const TABLE: &[(Exit, u8, &str)] = &[
     (Exit::WentBack, 12, "the server was brought back to where it ran: nothing has changed"),
     (Exit::NeedsPerson, 13, "the server may be down, or both sides were written: needs a person"),
     (Exit::NotReady, 14, "the server is not ready to be brought over: nothing was changed"),
+    (Exit::RehearsalFailed, 15, "a rehearsal failed: what booted from the copies is not well; nothing was changed"),
     (Exit::Interrupted, 130, "interrupted; the next run resumes"),
 ];
 
@@ -177,7 +180,10 @@ pub(super) fn image_error<'a>(error: &'a (dyn std::error::Error + 'static)) -> O
 
 fn of_cutover(error: &CutoverError) -> Exit {
     match error {
-        CutoverError::NotReady { .. } | CutoverError::TooLong { .. } | CutoverError::Bound { .. } => Exit::NotReady,
+        CutoverError::NotReady { .. }
+        | CutoverError::NoStage { .. }
+        | CutoverError::TooLong { .. }
+        | CutoverError::Bound { .. } => Exit::NotReady,
         CutoverError::Diverged { .. } | CutoverError::NotBrought { .. } => Exit::NeedsPerson,
         CutoverError::Different { .. } => Exit::Different,
         CutoverError::Interrupted { .. } => Exit::Interrupted,

@@ -1,11 +1,18 @@
 //! `poolshift gc`: removes what poolshift made for a plan's volumes and nothing needs any more.
 
+use serde::Serialize;
+
 use super::config::Gc;
 use super::cutover::look::hands_off;
-use super::exit::Exit;
+use super::cutover::open_stage;
+use super::exit::{Exit, image_error};
 use super::fleet::PlanImages;
 use super::output::{self, Facts};
 use super::{Context, Interrupted, images};
+use crate::cutover::Observer;
+use crate::cutover::rehearsal::Leftovers;
+use crate::image::ErrorKind;
+use crate::observe::human::plain;
 use crate::plan::Plan;
 use crate::replicate::orphans::{Orphan, Why};
 use crate::replicate::state::Side;
@@ -19,6 +26,7 @@ pub(super) async fn run(context: &Context<'_>, settings: &Gc) -> anyhow::Result<
     let pairs = open(&context, settings, &plan).await?;
     let known = replicate::survey(&pairs).await?;
     let (mut reports, mut failed) = (Vec::new(), Vec::new());
+    let rehearsals = rehearsals(&context, settings, &plan, &mut failed).await?;
     for (source, target) in &pairs {
         if context.cancel.is_cancelled() {
             return Err(Interrupted.into());
@@ -34,14 +42,15 @@ pub(super) async fn run(context: &Context<'_>, settings: &Gc) -> anyhow::Result<
         }
     }
     if settings.json {
-        output::json(&reports)?;
+        output::json(&serde_json::json!({ "volumes": reports, "rehearsals": rehearsals }))?;
     } else {
-        show(&reports, settings)?;
+        show(&reports, &rehearsals, settings)?;
     }
     for failure in &failed {
         tracing::warn!("passed over: {failure}");
     }
-    let left = !failed.is_empty() || reports.iter().any(|report| !report.removed.left.is_empty());
+    let stays = rehearsals.iter().any(|rehearsal| !rehearsal.not_removed.is_empty());
+    let left = stays || !failed.is_empty() || reports.iter().any(|report| !report.removed.left.is_empty());
     Ok(if left { Exit::Failed } else { Exit::Success })
 }
 
@@ -67,9 +76,65 @@ async fn open(context: &Context<'_>, settings: &Gc, plan: &Plan) -> anyhow::Resu
     Ok(pairs)
 }
 
-fn show(reports: &[GcReport], settings: &Gc) -> anyhow::Result<()> {
+/// What a rehearsal that was killed has left of a server, and what came of removing it.
+#[derive(Serialize)]
+struct Rehearsal {
+    #[serde(flatten)]
+    left: Leftovers,
+    removed: bool,
+    not_removed: Vec<String>,
+}
+
+/// Finds, and where it is asked for removes, what rehearsals have left. One that is under way is left alone.
+async fn rehearsals(
+    context: &Context<'_>,
+    settings: &Gc,
+    plan: &Plan,
+    failed: &mut Vec<String>,
+) -> anyhow::Result<Vec<Rehearsal>> {
+    let mut found = Vec::new();
+    for server in &plan.servers {
+        if context.cancel.is_cancelled() {
+            return Err(Interrupted.into());
+        }
+        let looked = async {
+            let Some(stage) = open_stage(context, server).await? else { return anyhow::Ok(None) };
+            let left = stage.leftovers().await?;
+            if left.is_empty() {
+                return Ok(None);
+            }
+            let not_removed = if settings.remove { stage.clear(&Silent).await? } else { Vec::new() };
+            Ok(Some(Rehearsal { left, removed: settings.remove && not_removed.is_empty(), not_removed }))
+        };
+        match looked.await {
+            Ok(rehearsal) => found.extend(rehearsal),
+            Err(error) => match image_error(error.root_cause()).map(|error| &error.kind) {
+                Some(ErrorKind::Busy { holder }) => tracing::info!("server {}: left alone: {holder}", server.name),
+                _ => failed.push(format!("server {}: {error:#}", server.name)),
+            },
+        }
+    }
+    Ok(found)
+}
+
+struct Silent;
+
+impl Observer for Silent {}
+
+fn show(reports: &[GcReport], rehearsals: &[Rehearsal], settings: &Gc) -> anyhow::Result<()> {
     let mut facts = Facts::default();
     let (mut proven, mut unknown) = (0, 0);
+    for Rehearsal { left, removed, not_removed } in rehearsals {
+        let by = left.by.as_deref().unwrap_or("a process that was killed");
+        let stand_in = left.stand_in.iter().map(|name| format!("server {name}"));
+        let what: Vec<String> = stand_in.chain(left.clones.iter().cloned()).collect();
+        let what = plain(&format!("{}, of a rehearsal of {} by {by}", what.join(", "), left.server));
+        facts.add(if *removed { "removed" } else { "left behind" }, what);
+        for left in not_removed {
+            facts.add("not removed", plain(left));
+        }
+        proven += 1;
+    }
     for report in reports {
         for orphan in &report.orphans {
             let Orphan { side, id, name, why } = orphan;

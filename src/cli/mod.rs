@@ -38,6 +38,7 @@ mod output;
 mod plan;
 mod progress;
 mod receive;
+mod rehearse;
 mod replicate;
 mod rollback;
 mod send;
@@ -131,6 +132,7 @@ async fn dispatch(context: &Context<'_>) -> anyhow::Result<Exit> {
         Command::Throttle(settings) => act::throttle(settings).await,
         Command::Replicate(settings) => replicate::run(context, settings).await,
         Command::Cutover(settings) => cutover::run(context, settings).await,
+        Command::Rehearse(settings) => rehearse::run(context, settings).await,
         Command::Rollback(settings) => rollback::run(context, settings).await,
         Command::Finalize(settings) => finalize::run(context, settings).await,
         Command::Deps(settings) => deps::run(context, settings).await,
@@ -150,6 +152,9 @@ fn stopping(command: &Command) -> Option<&'static str> {
         Command::Cutover(_) | Command::Rollback(_) => Some(
             "stopping: a server that stands still is brought back; once more to end at once, and leave it as it is",
         ),
+        Command::Rehearse(_) => {
+            Some("stopping: what was made is removed; once more to end at once, and leave it to gc")
+        }
         _ => Some("stopping at the next checkpoint; once more to stop at once"),
     }
 }

@@ -78,11 +78,11 @@ pub fn place(spec: &ImageSpec) -> Result<(&str, Option<&str>, &str), ImageError>
     }
 }
 
-fn wrong_state(server: &str, problem: &str, hint: &str) -> CutoverError {
+pub(super) fn wrong_state(server: &str, problem: &str, hint: &str) -> CutoverError {
     CutoverError::WrongState { server: server.to_owned(), problem: problem.to_owned(), hint: hint.to_owned() }
 }
 
-async fn journal_of(target: &RbdImage) -> Result<Option<Journal>> {
+pub(super) async fn journal_of(target: &RbdImage) -> Result<Option<Journal>> {
     let text = target.load_journal().await?;
     let parsed = text.as_deref().map(Journal::parse).transpose();
     parsed.map_err(|error| CutoverError::Journal { location: target.location().to_owned(), error })
@@ -105,7 +105,7 @@ fn cut_over(server: &str, journal: Option<Journal>) -> Result<Journal> {
     }
 }
 
-async fn load_state(target: &RbdImage) -> Result<Option<TargetState>> {
+pub(super) async fn load_state(target: &RbdImage) -> Result<Option<TargetState>> {
     let text = target.load_state().await?;
     let failed = |error| CycleError::State { target: target.location().to_owned(), error };
     Ok(text.as_deref().map(TargetState::parse).transpose().map_err(failed)?)

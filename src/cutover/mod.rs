@@ -16,6 +16,7 @@
 //! | `driver`, `warm_up`, `proof`, `finish` | the walk, from the first cycle to either end |
 //! | [`recover`] | what is to be done about a walk that was cut: a pure function of the phase and the world |
 //! | `readiness` | what stands in the way, and how long it would take |
+//! | [`rehearsal`] | a throw-away server boots from clones, before any of this |
 //! | [`farewell`], [`finalize`] | the end of the way back: what would be lost, and removing it |
 //!
 //! # What a crash leaves, and what the next run does
@@ -41,6 +42,7 @@ mod proof;
 pub mod provider;
 mod readiness;
 pub mod recover;
+pub mod rehearsal;
 mod server;
 mod sides;
 #[cfg(test)]

@@ -79,6 +79,16 @@ async fn volume_preconditions(sides: Sides<'_>, volume: &Volume) -> Result<Vec<P
             all.push(Precondition::new(image.location(), Verdict::Error, found));
         }
     }
+    let clusters = [&volume.source.identity().cluster, &volume.target.identity().cluster];
+    if sides.server.provider.needs_one_cluster() && clusters[0] != clusters[1] {
+        let found = format!(
+            "its sides are in two clusters, {} and {}: {} finds its disks in one only; swap them by commands of your own",
+            clusters[0],
+            clusters[1],
+            sides.server.provider.describe()
+        );
+        all.push(Precondition::new(format!("volume {}", volume.disk.volume), Verdict::Error, found));
+    }
     let arriving = volume.on(sides.to);
     let owner = arriving.lease_owner().await?;
     let address = owner.as_ref().and_then(|owner| owner.client.clone());

@@ -137,6 +137,14 @@ pub enum CutoverError {
         /// What stands in the way.
         preconditions: Vec<Precondition>,
     },
+    /// It may not be rehearsed; nothing was made.
+    #[error("{server} can't be rehearsed now: {}", summary(.preconditions))]
+    NoStage {
+        /// The server.
+        server: String,
+        /// What stands in the way.
+        preconditions: Vec<Precondition>,
+    },
     /// It is somewhere else already, or was never cut over.
     #[error("{server} {problem}")]
     WrongState {

@@ -38,8 +38,22 @@ pub struct LibvirtCutover {
     pub method: Method,
     /// Where its memory is saved meanwhile, a folder on libvirt's host.
     pub save_folder: PathBuf,
-    /// How long it may take to stop.
+    /// How long it may take to stop, or in a rehearsal to boot.
     pub limit: Duration,
+    /// How its rehearsals are judged.
+    pub rehearsal: LibvirtRehearsal,
+}
+
+/// How the stand-in of a libvirt domain is judged, and what it is connected to, in a rehearsal.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LibvirtRehearsal {
+    /// What its serial console shows once it has booted. Without it and `check` its guest agent has to answer.
+    pub console: Option<String>,
+    /// A command, run by `/bin/sh -c` once it has booted: with 0 it says that all is well. [`crate::cutover::provider`]
+    /// has its contract.
+    pub check: Option<String>,
+    /// The isolated network of libvirt's that it is on. Without it its network cards have no link.
+    pub network: Option<String>,
 }
 
 /// How a libvirt domain is brought over.
@@ -134,6 +148,7 @@ fn libvirt_domain(mut section: Section<'_>, report: &mut Report<'_>) -> Option<L
         Some(value) => value.path(SAVE_FOLDER, report),
     };
     let limit = limit(&mut section, report);
+    let rehearsal = section.table("rehearsal", report).map(|section| rehearsal(section, report)).unwrap_or_default();
     section.finish(report);
     Some(LibvirtCutover {
         domain: domain?.to_owned(),
@@ -141,7 +156,19 @@ fn libvirt_domain(mut section: Section<'_>, report: &mut Report<'_>) -> Option<L
         method: method?,
         save_folder: save_folder?,
         limit: limit?,
+        rehearsal,
     })
+}
+
+fn rehearsal(mut section: Section<'_>, report: &mut Report<'_>) -> LibvirtRehearsal {
+    let mut given = |key, example| section.value(key).and_then(|value| value.text(example, report)).map(str::to_owned);
+    let read = LibvirtRehearsal {
+        console: given("console", "login:"),
+        check: given("check", "/etc/poolshift/check"),
+        network: given("network", "isolated"),
+    };
+    section.finish(report);
+    read
 }
 
 fn commands(mut section: Section<'_>, report: &mut Report<'_>) -> Option<CommandCutover> {

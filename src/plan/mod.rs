@@ -30,7 +30,7 @@ pub mod values;
 #[cfg(test)]
 mod tests;
 
-pub use cutover::{CommandCutover, Cutover, LibvirtCutover, Method};
+pub use cutover::{CommandCutover, Cutover, LibvirtCutover, LibvirtRehearsal, Method};
 pub use error::{PlanError, PlanProblem};
 
 /// The largest plan file, in bytes.

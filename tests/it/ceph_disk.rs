@@ -336,9 +336,10 @@ async fn a_rehearsal_is_a_marked_clone_that_is_found_and_removed() {
     clone.flush().await.unwrap();
     assert_eq!(rig.byte(4096).await, 0);
     assert_eq!(rig.librbd.read(&format!("sas/{child}")).await[0], b'a');
-    let found = rig.connector.rehearsals("sas", None).await.unwrap();
-    let found: Vec<_> = found.into_iter().filter(|found| found.image.name.starts_with(&rig.name)).collect();
-    assert!(found.len() == 1 && found[0].image.name == child && found[0].mark == "web-1", "{found:?}");
+    let found = RbdImage::open_target(&rig.connector, "sas", None, &child).await.unwrap();
+    assert_eq!(found.rehearsal_mark().await.unwrap().as_deref(), Some("web-1"));
+    drop(found);
+    assert_eq!(rig.disk.rehearsal_mark().await.unwrap(), None);
     rig.disk.release_lease().await.unwrap();
     // What is needed stays: clones, snapshots, users.
     let refused = rig.reopen().await.remove().await.unwrap_err();

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use poolshift::cutover::provider::{
     Libvirt, Notes, Observed, Power, Precondition, Provider, ServerDisk, Side, Verdict,
 };
-use poolshift::plan::{LibvirtCutover, Method};
+use poolshift::plan::{LibvirtCutover, LibvirtRehearsal, Method};
 
 use crate::ceph_vm::sync;
 use crate::vm::{Guest, Role, VmEnv, vm};
@@ -50,6 +50,7 @@ impl<'a> Bed<'a> {
             method,
             save_folder: self.folder.path().to_owned(),
             limit,
+            rehearsal: LibvirtRehearsal::default(),
         };
         Libvirt::new(self.disks(), config, None)
     }

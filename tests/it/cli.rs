@@ -22,6 +22,7 @@ const COMMANDS: &[&str] = &[
     "resume",
     "sync-now",
     "throttle",
+    "rehearse",
     "cutover",
     "rollback",
     "finalize",

@@ -67,6 +67,7 @@ pub(in crate::cli) fn hint(error: &CutoverError) -> Option<String> {
         CutoverError::NotReady { .. } => {
             Some("nothing was changed; mend what is listed, and look again with --dry-run".to_owned())
         }
+        CutoverError::NoStage { .. } => Some("nothing was made; mend what is listed, and run it again".to_owned()),
         CutoverError::Bound { .. } => Some("mend what is listed, and look again with --dry-run".to_owned()),
         CutoverError::WrongState { hint, .. } | CutoverError::Diverged { hint, .. } => Some(hint.clone()),
         CutoverError::Different { volume, .. } => Some(format!(

@@ -8,6 +8,7 @@ use crate::cli::{Context, images};
 use crate::cutover::finalize::{self, Kept};
 use crate::cutover::journal::kept_name;
 use crate::cutover::provider;
+use crate::cutover::rehearsal::Stage;
 use crate::cutover::{CutoverError, Server, Volume};
 use crate::image::rbd::RbdImage;
 use crate::image::{ErrorKind, ImageError, ImageSpec, SourceImage as _};
@@ -113,6 +114,21 @@ pub(in crate::cli) async fn open_kept(context: &Context<'_>, server: &plan::Serv
     let sources = images::connect(context, &context.config.source_ceph).await?;
     let targets = images::connect(context, &context.config.target_ceph).await?;
     Ok(Kept::open(&server.name, provider, provider::disks_of(server), (&sources, &targets)).await?)
+}
+
+/// Opens what a rehearsal needs of a server, in the context of the plan. `None` where nothing can have been rehearsed: a
+/// target is a file, or is not there.
+pub(in crate::cli) async fn open_stage(context: &Context<'_>, server: &plan::Server) -> anyhow::Result<Option<Stage>> {
+    if server.volumes.iter().any(|volume| !matches!(volume.target, ImageSpec::Rbd { .. })) {
+        return Ok(None);
+    }
+    let provider = provider::of(server, None).map_err(CutoverError::from)?;
+    let connector = images::connect(context, &context.config.target_ceph).await?;
+    match Stage::open(&server.name, provider, provider::disks_of(server), &connector).await {
+        Ok(stage) => Ok(Some(stage)),
+        Err(CutoverError::Image(error)) if error.kind == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Opens a target that keeps a journal; `None` where it is a file, which keeps none.

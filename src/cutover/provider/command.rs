@@ -38,7 +38,8 @@
 //!   - SIDE: `source` or `target`, of the disks that it has open, or will start from; `unknown` if they are neither all
 //!     here nor all there.
 //! - **rehearse** has a throw-away server boot from the clones that `POOLSHIFT_DISKS` names as `target`, check itself,
-//!   and be removed again. It must touch nothing of the real server.
+//!   and be removed again. It must touch nothing of the real server. With 0 the stand-in was well; the first words that
+//!   it prints are told. After it the clones are removed: nothing may have them open.
 //!
 //! A gateway that keeps its data in the images on SATA, for example: `quiesce` pauses its sync, `stop` flushes it and
 //! closes the images, `swap` writes the other pool into its configuration, `start` opens the images there and goes on.
@@ -49,6 +50,7 @@ use async_trait::async_trait;
 use serde_json::json;
 use tokio::process::Command;
 
+use super::rehearse::{Boots, Rehearse, StandIn};
 use super::run::{also, brief, run};
 use super::{Notes, Observed, Power, Precondition, Provider, ProviderError, ServerDisk, Side, Verdict};
 use crate::plan::CommandCutover;
@@ -142,13 +144,6 @@ impl Commands {
             self.error("state", problem, Some(hint))
         })
     }
-
-    /// Has a throw-away server boot from the clones, which are the targets of `clones`. `None` where the plan has no
-    /// command for it.
-    pub async fn rehearse(&self, clones: &[ServerDisk]) -> Option<Result<(), ProviderError>> {
-        let script = self.commands.rehearse.as_ref()?;
-        Some(self.run("rehearse", script, Some(Side::Target), None, clones).await.map(drop))
-    }
 }
 
 fn name(side: Side) -> &'static str {
@@ -168,7 +163,7 @@ fn told(observed: &Observed) -> String {
     format!("{power} {}", observed.side.map_or("unknown", name))
 }
 
-fn list(disks: &[ServerDisk]) -> String {
+pub(super) fn list(disks: &[ServerDisk]) -> String {
     let disk = |disk: &ServerDisk| {
         let ServerDisk { volume, source, target, boot } = disk;
         json!({"volume": volume, "boot": boot, "source": source.to_string(), "target": target.to_string()})
@@ -193,6 +188,24 @@ fn parse(output: &str) -> Option<Observed> {
         _ => return None,
     };
     Some(Observed { power, side })
+}
+
+#[async_trait]
+impl Rehearse for Commands {
+    fn boots(&self) -> Boots {
+        if self.commands.rehearse.is_some() { Boots::Command } else { Boots::Person }
+    }
+
+    fn rehearsal_limit(&self) -> Duration {
+        self.commands.limit
+    }
+
+    async fn judge(&self, stand_in: &StandIn) -> Result<Option<String>, ProviderError> {
+        let Some(script) = &self.commands.rehearse else { return Ok(None) };
+        let said = self.run("rehearse", script, Some(Side::Target), None, &stand_in.disks).await?;
+        let said = brief(&said);
+        Ok(Some(if said.is_empty() { "its command said so".to_owned() } else { said }))
+    }
 }
 
 #[async_trait]

@@ -17,7 +17,8 @@
 //!
 //! **Cancellation.** A dropped call is like a crash in its middle.
 //!
-//! The contract of the commands that [`crate::plan::CommandCutover`] has is in [`command`].
+//! The contract of the commands that [`crate::plan::CommandCutover`] has is in [`command`]; that of rehearsals in
+//! [`rehearse`].
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
@@ -33,11 +34,13 @@ pub use crate::replicate::state::Side;
 pub mod command;
 pub mod libvirt;
 pub mod none;
+pub mod rehearse;
 mod run;
 
 pub use command::Commands;
 pub use libvirt::Libvirt;
 pub use none::ByHand;
+use rehearse::Rehearse;
 
 /// A volume of a server, with where it is on both sides, by the names that it has while it is in use.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -145,7 +148,7 @@ pub struct ProviderError {
 
 /// Stops and starts one server, and names its disks.
 #[async_trait]
-pub trait Provider: Send + Sync + Debug {
+pub trait Provider: Rehearse + Debug {
     /// For people: `libvirt domain web-1, warm`.
     fn describe(&self) -> String;
 
@@ -156,6 +159,11 @@ pub trait Provider: Send + Sync + Debug {
 
     /// Whether the server goes on without a boot, from its memory: then its disks must be, to the byte, what they were.
     fn keeps_memory(&self) -> bool {
+        false
+    }
+
+    /// Whether both sides have to be in one cluster, because the server's configuration can name one only.
+    fn needs_one_cluster(&self) -> bool {
         false
     }
 

@@ -3,6 +3,7 @@
 
 use async_trait::async_trait;
 
+use super::rehearse::Rehearse;
 use super::{Notes, Observed, Power, Precondition, Provider, ProviderError, ServerDisk, Side, Verdict};
 
 /// Nobody to ask and nobody to tell.
@@ -18,6 +19,8 @@ impl ByHand {
         Self { server: server.into(), disks }
     }
 }
+
+impl Rehearse for ByHand {}
 
 #[async_trait]
 impl Provider for ByHand {

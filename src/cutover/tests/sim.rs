@@ -256,6 +256,8 @@ impl World {
     }
 }
 
+impl crate::cutover::provider::rehearse::Rehearse for World {}
+
 #[async_trait]
 impl Provider for World {
     fn describe(&self) -> String {

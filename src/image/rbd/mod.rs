@@ -51,7 +51,6 @@ use errors::Failure;
 use lease::Held;
 
 pub use pool_list::{PoolImage, PoolSpace};
-pub use rehearsal::Rehearsal;
 pub use relations::{
     FlattenBound, FlattenCost, FlattenProgress, Flattened, RbdLink, RbdParentLink, RbdRelations, RbdSnapshot,
 };

@@ -4,59 +4,20 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
-use futures::stream::{self, StreamExt, TryStreamExt};
 use rustix::io::Errno;
 
 use super::disk::{JOURNAL_KEY, name_now};
 use super::lease::LEASE_KEY;
 use super::target::{NOTE_KEY, STATE_KEY};
 use super::view::{explain_missing, no_entry};
-use super::{Connector, CreateOptions, Inner, Place, PoolImage, RbdImage, changes, wait_until_closed};
+use super::{CreateOptions, Inner, Place, RbdImage, changes, wait_until_closed};
 use crate::ceph::{self, CephError, Features, Image, OpenMode, ParentLink};
 use crate::image::{ErrorKind, ImageError, Result, Snapshot};
 
 /// The metadata key of the mark.
 const MARK_KEY: &str = "poolshift.rehearsal";
-/// How many images are looked at side by side.
-const LOOKS: usize = 8;
 /// How long this process's own handles may take to close before an image is removed.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(30);
-
-/// An image that was made to rehearse with.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Rehearsal {
-    /// The image.
-    pub image: PoolImage,
-    /// What whoever made it left with it.
-    pub mark: String,
-}
-
-impl Connector {
-    /// The images of a pool's namespace that carry a rehearsal's mark, by name. Opens every image.
-    ///
-    /// [`ErrorKind::NotFound`] when the pool or the namespace isn't there.
-    pub async fn rehearsals(&self, pool: &str, namespace: Option<&str>) -> Result<Vec<Rehearsal>> {
-        let place = Place::new(pool, namespace, "");
-        let (opened, images) = (self.pool(&place).await?, self.images(pool, namespace).await?);
-        let looks = images.into_iter().filter_map(|image| {
-            let (handle, id) = (Arc::clone(&opened), image.id.clone()?);
-            let mark = move || Image::open_by_id(&handle, &id, OpenMode::ReadOnly)?.metadata(MARK_KEY);
-            Some(async {
-                match ceph::blocking("rbd_metadata_get", self.io_timeout, mark).await {
-                    // It went meanwhile.
-                    Err(error) if error.is(Errno::NOENT) => Ok(None),
-                    Err(error) => {
-                        let place = Place::new(pool, namespace, &image.name);
-                        Err(self.failure(&place).of("look for a rehearsal's mark", error))
-                    }
-                    Ok(mark) => Ok(mark.map(|mark| Rehearsal { image, mark })),
-                }
-            })
-        });
-        let found: Vec<Option<Rehearsal>> = stream::iter(looks).buffered(LOOKS).try_collect().await?;
-        Ok(found.into_iter().flatten().collect())
-    }
-}
 
 impl RbdImage {
     /// Makes a clone of a snapshot in the same pool and namespace, and leaves `mark` with it. It has the features that
@@ -76,6 +37,11 @@ impl RbdImage {
         })?;
         let place = Place { image: name.to_owned(), ..self.inner.place.clone() };
         Self::open(&self.inner.connector, place, Some(id), true).await
+    }
+
+    /// The mark that [`Self::clone_of_snapshot`] has left with this image.
+    pub async fn rehearsal_mark(&self) -> Result<Option<String>> {
+        self.inner.look("look for a rehearsal's mark", |image| image.metadata(MARK_KEY)).await
     }
 
     /// Removes the image, which has no snapshots and which nobody else has open. A lease that this holds is given back.

@@ -91,13 +91,15 @@ fn quiesce() -> impl Strategy<Value = Quiesce> {
 }
 
 fn cutover() -> impl Strategy<Value = Cutover> {
-    let libvirt = (text(), proptest::option::of(text()), proptest::sample::select(&Method::ALL[..]), path());
+    let some = || proptest::option::of(text());
+    let libvirt = (text(), some(), proptest::sample::select(&Method::ALL[..]), path(), [some(), some(), some()]);
     let commands = ([text(), text(), text(), text()], proptest::array::uniform3(proptest::option::of(text())));
     let limit = || millis(1_000, 3_600_000);
     prop_oneof![
         Just(Cutover::None),
-        (libvirt, limit()).prop_map(|((domain, uri, method, save_folder), limit)| {
-            Cutover::Libvirt(LibvirtCutover { domain, uri, method, save_folder, limit })
+        (libvirt, limit()).prop_map(|((domain, uri, method, save_folder, [console, check, network]), limit)| {
+            let rehearsal = LibvirtRehearsal { console, check, network };
+            Cutover::Libvirt(LibvirtCutover { domain, uri, method, save_folder, limit, rehearsal })
         }),
         (commands, limit()).prop_map(|(([stop, swap, start, state], [quiesce, undo, rehearse]), limit)| {
             Cutover::Command(CommandCutover { quiesce, stop, swap, start, undo, state, rehearse, limit })

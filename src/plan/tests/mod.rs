@@ -199,6 +199,7 @@ fn each_mistake_has_its_line() {
         in_a_volume("cutover = \"virsh\""),
         in_a_volume("cutover = {}"),
         in_a_volume("[volume.cutover]\nlibvirt = { domain = \"v\" }\ncommand = { stop = \"a\" }"),
+        in_a_volume("[volume.cutover.libvirt]\ndomain = \"v\"\nrehearsal = { console = 7, chek = \"c\" }"),
         in_a_volume("[volume.cutover]\nlibvrt = { domain = \"v\" }"),
         in_a_volume(
             "[volume.cutover.libvirt]\nmethod = \"luke\"\nsave_folder = \"save\"\nlimit = \"2h\"\ndomian = \"v\"",
@@ -222,15 +223,17 @@ fn a_cutover_has_the_promised_defaults() {
         method: Method::Warm,
         save_folder: "/var/lib/libvirt/qemu/save".into(),
         limit: seconds(300),
+        rehearsal: LibvirtRehearsal::default(),
     };
     assert_eq!(cutover("[volume.cutover]\nlibvirt = { domain = \"web-1\" }"), Cutover::Libvirt(domain.clone()));
     let all = "[volume.cutover]\nlibvirt = { domain = \"web-1\", uri = \"qemu+ssh://h/system\", method = \"hot\", \
-               save_folder = \"/save\", limit = \"1h\" }";
+               save_folder = \"/save\", limit = \"1h\", rehearsal = { console = \"login:\", network = \"lab\" } }";
     let expected = LibvirtCutover {
         uri: Some("qemu+ssh://h/system".into()),
         method: Method::Hot,
         save_folder: "/save".into(),
         limit: seconds(3600),
+        rehearsal: LibvirtRehearsal { console: Some("login:".into()), check: None, network: Some("lab".into()) },
         ..domain
     };
     assert_eq!(cutover(all), Cutover::Libvirt(expected));

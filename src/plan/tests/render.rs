@@ -103,10 +103,13 @@ fn settings(text: &mut String, server: &Server) {
 
 /// In a line: a table of its own would end that of the server.
 fn cutover(cutover: &Cutover) -> String {
-    let mut keys: Vec<(&str, String)> = Vec::new();
+    let (mut keys, mut judged) = (Vec::<(&str, String)>::new(), Vec::<(&str, String)>::new());
     let (way, limit) = match cutover {
         Cutover::None => return String::new(),
-        Cutover::Libvirt(LibvirtCutover { domain, uri, method, save_folder, limit }) => {
+        Cutover::Libvirt(LibvirtCutover { domain, uri, method, save_folder, limit, rehearsal }) => {
+            let LibvirtRehearsal { console, check, network } = rehearsal;
+            let given = [("console", console), ("check", check), ("network", network)];
+            judged = given.iter().filter_map(|(key, value)| Some((*key, (*value).clone()?))).collect();
             keys.push(("domain", domain.clone()));
             keys.extend(uri.clone().map(|uri| ("uri", uri)));
             keys.push(("method", method.name().to_owned()));
@@ -124,6 +127,12 @@ fn cutover(cutover: &Cutover) -> String {
         }
     };
     keys.push(("limit", duration_text(*limit)));
-    let keys: Vec<String> = keys.iter().map(|(key, value)| format!("{key} = {}", quoted(value))).collect();
+    let lines = |keys: &[(&str, String)]| -> Vec<String> {
+        keys.iter().map(|(key, value)| format!("{key} = {}", quoted(value))).collect()
+    };
+    let mut keys = lines(&keys);
+    if !judged.is_empty() {
+        keys.push(format!("rehearsal = {{ {} }}", lines(&judged).join(", ")));
+    }
     format!("cutover = {{ {way} = {{ {} }} }}", keys.join(", "))
 }

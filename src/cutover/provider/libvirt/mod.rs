@@ -24,6 +24,8 @@ mod blocks;
 mod cold;
 mod hot;
 mod preconditions;
+mod rehearse;
+mod stand_in;
 mod virsh;
 mod warm;
 mod xml;
@@ -180,6 +182,11 @@ impl Provider for Libvirt {
 
     fn keeps_memory(&self) -> bool {
         self.method != Method::Cold
+    }
+
+    /// A definition keeps its monitors and its key when its disks are exchanged.
+    fn needs_one_cluster(&self) -> bool {
+        true
     }
 
     async fn preconditions(&self, from: Side) -> Vec<Precondition> {

@@ -30,7 +30,7 @@ impl Found {
 }
 
 /// The value behind a title in `virsh dominfo`.
-fn field<'i>(info: &'i str, title: &str) -> Option<&'i str> {
+pub(super) fn field<'i>(info: &'i str, title: &str) -> Option<&'i str> {
     info.lines().find_map(|line| Some(line.strip_prefix(title)?.strip_prefix(':')?.trim()))
 }
 
@@ -136,20 +136,7 @@ async fn warm(
     let uri = libvirt.virsh.call("check", &["uri"], None, QUESTION).await?;
     let folder = &libvirt.config.save_folder;
     let place = format!("save_folder {}", folder.display());
-    let verdict = if is_remote(uri.trim()) {
-        Some(
-            "libvirt runs on another host, and the saved memory has to be removed there: run poolshift on that host, or \
-              use the method cold or hot",
-        )
-    } else if !folder.is_absolute() {
-        Some("it is no absolute path")
-    } else if !folder.is_dir() {
-        Some("there is no such folder: make it, for root or libvirt's user alone")
-    } else if rustix::fs::access(folder.as_path(), rustix::fs::Access::WRITE_OK).is_err() {
-        Some("poolshift may not write there: it has to remove the saved memory")
-    } else {
-        None
-    };
+    let verdict = save_folder(uri.trim(), folder);
     if let Some(problem) = verdict {
         found.add(place, Error, problem);
         return Ok(());
@@ -163,6 +150,25 @@ async fn warm(
         _ => found.add(place, Warning, "nobody knows whether there is room for the memory"),
     }
     Ok(())
+}
+
+/// What is wrong with the folder in which a domain's memory is saved, and the console of a stand-in is written; `None` if
+/// nothing is.
+pub(super) fn save_folder(uri: &str, folder: &Path) -> Option<&'static str> {
+    if is_remote(uri) {
+        Some(
+            "libvirt runs on another host, and what it writes has to be read and removed there: run poolshift on that \
+             host; a cutover has the methods cold and hot as well",
+        )
+    } else if !folder.is_absolute() {
+        Some("it is no absolute path")
+    } else if !folder.is_dir() {
+        Some("there is no such folder: make it, for root or libvirt's user alone")
+    } else if rustix::fs::access(folder, rustix::fs::Access::WRITE_OK).is_err() {
+        Some("poolshift may not write there: it has to remove what libvirt leaves there")
+    } else {
+        None
+    }
 }
 
 /// Whether a URI of libvirt's names another host: `qemu+ssh://host/system`.

@@ -66,7 +66,39 @@ pub(super) fn rbd_name(image: &ImageSpec) -> Option<String> {
     name.strip_prefix("rbd:").map(str::to_owned)
 }
 
-fn child<'a, 'i>(node: Node<'a, 'i>, name: &str) -> Option<Node<'a, 'i>> {
+/// A domain's XML, read.
+pub(super) fn parse(xml: &str) -> Result<Document<'_>, XmlError> {
+    let options = ParsingOptions { nodes_limit: NODES_MAX, ..ParsingOptions::default() };
+    let document = Document::parse_with_options(xml, options).map_err(|error| XmlError::Damaged(error.to_string()))?;
+    match document.root_element().has_tag_name("domain") {
+        true => Ok(document),
+        false => Err(XmlError::Damaged("it is no domain".into())),
+    }
+}
+
+/// Whether a network's XML says that it ends at the host.
+pub(super) fn network_is_isolated(xml: &str) -> Result<bool, XmlError> {
+    let document = Document::parse(xml).map_err(|error| XmlError::Damaged(error.to_string()))?;
+    Ok(child(document.root_element(), "forward").is_none())
+}
+
+/// A text as it stands in XML, also in an attribute.
+pub(super) fn escaped(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '&' => escaped.push_str("&amp;"),
+            '<' => escaped.push_str("&lt;"),
+            '>' => escaped.push_str("&gt;"),
+            '\'' => escaped.push_str("&apos;"),
+            '"' => escaped.push_str("&quot;"),
+            c => escaped.push(c),
+        }
+    }
+    escaped
+}
+
+pub(super) fn child<'a, 'i>(node: Node<'a, 'i>, name: &str) -> Option<Node<'a, 'i>> {
     node.children().find(|child| child.has_tag_name(name))
 }
 
@@ -132,13 +164,8 @@ fn disk(node: Node<'_, '_>, disks: &[ServerDisk]) -> Option<DomainDisk> {
 
 impl Domain {
     pub(super) fn read(xml: &str, disks: &[ServerDisk]) -> Result<Self, XmlError> {
-        let options = ParsingOptions { nodes_limit: NODES_MAX, ..ParsingOptions::default() };
-        let damaged = |problem: String| XmlError::Damaged(problem);
-        let document = Document::parse_with_options(xml, options).map_err(|error| damaged(error.to_string()))?;
+        let document = parse(xml)?;
         let root = document.root_element();
-        if !root.has_tag_name("domain") {
-            return Err(damaged("it is no domain".into()));
-        }
         let devices = child(root, "devices");
         let nodes = devices.into_iter().flat_map(|devices| devices.children());
         let found =
@@ -194,16 +221,7 @@ pub(super) fn on_side(xml: &str, disks: &[ServerDisk], to: Side) -> Result<Strin
     let (mut rewritten, mut done) = (String::with_capacity(xml.len() + 256), 0);
     for (at, name) in places {
         rewritten.push_str(&xml[done..at.start]);
-        for c in name.chars() {
-            match c {
-                '&' => rewritten.push_str("&amp;"),
-                '<' => rewritten.push_str("&lt;"),
-                '>' => rewritten.push_str("&gt;"),
-                '\'' => rewritten.push_str("&apos;"),
-                '"' => rewritten.push_str("&quot;"),
-                c => rewritten.push(c),
-            }
-        }
+        rewritten.push_str(&escaped(&name));
         done = at.end;
     }
     rewritten.push_str(&xml[done..]);

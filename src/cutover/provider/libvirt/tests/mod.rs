@@ -1,9 +1,12 @@
 //! The provider with a libvirt of shell: every call of virsh fails once, before its effect and after it.
 
+mod stage;
+
 use std::path::PathBuf;
 
 use super::super::Verdict;
 use super::*;
+use crate::plan::LibvirtRehearsal;
 
 struct Fake {
     folder: tempfile::TempDir,
@@ -48,6 +51,7 @@ impl Fake {
             method,
             save_folder: self.folder.path().to_owned(),
             limit: Duration::from_secs(20),
+            rehearsal: LibvirtRehearsal::default(),
         };
         let mut provider = Libvirt::new(vec![disk], config, None);
         provider.virsh.program = self.path("virsh");

@@ -1,0 +1,82 @@
+//! A stand-in for a server: who has one boot from clones, judges it, and removes it.
+//!
+//! The `check` of a plan ([`crate::plan::LibvirtRehearsal`]) is run by `/bin/sh -c` once the stand-in has booted, or where
+//! the plan names nothing that says so, once it was started. It has in its environment `POOLSHIFT_SERVER`,
+//! `POOLSHIFT_STEP=check`, `POOLSHIFT_DOMAIN`, `POOLSHIFT_CONSOLE` (the file with all that the stand-in has printed),
+//! `POOLSHIFT_DISKS` as in [`super::command`], and `LIBVIRT_DEFAULT_URI` where the plan names one. With 0 the stand-in is
+//! well, and the first words that it prints are told.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+use super::{Precondition, ProviderError, ServerDisk};
+
+/// A throw-away server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StandIn {
+    /// What it is called; nothing else is.
+    pub name: String,
+    /// The server that it stands in for, by its name in the plan.
+    pub server: String,
+    /// The disks of that server, with the clones as their targets: it runs from those, and from nothing else.
+    pub disks: Vec<ServerDisk>,
+}
+
+/// Who has a stand-in boot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Boots {
+    /// A person, who is told of the clones.
+    Person,
+    /// A command that has it boot, judges it and removes it.
+    Command,
+    /// The provider itself; it stays until it is struck.
+    Provider,
+}
+
+/// Has a stand-in boot, and removes it. Left out by a provider, all of it is a person's.
+///
+/// The driver calls [`Self::rehearsal_preconditions`], [`Self::stage`], [`Self::judge`], and in any case
+/// [`Self::strike`], which may as well be called alone, by another process, after a crash anywhere.
+#[async_trait]
+pub trait Rehearse: Send + Sync {
+    /// Who does it.
+    fn boots(&self) -> Boots {
+        Boots::Person
+    }
+
+    /// What the server is called where it runs; `None` where only the plan has a name for it.
+    fn runs_as(&self) -> Option<&str> {
+        None
+    }
+
+    /// How long staging and judging may take.
+    fn rehearsal_limit(&self) -> Duration {
+        Duration::ZERO
+    }
+
+    /// What is in the way. Changes nothing.
+    async fn rehearsal_preconditions(&self) -> Vec<Precondition> {
+        Vec::new()
+    }
+
+    /// Whether there is a server of the stand-in's name.
+    async fn stand_in_exists(&self, _stand_in: &StandIn) -> Result<bool, ProviderError> {
+        Ok(false)
+    }
+
+    /// Starts it, on no network that the server is on. Gives back what it has not of what the server has.
+    async fn stage(&self, _stand_in: &StandIn) -> Result<Vec<String>, ProviderError> {
+        Ok(Vec::new())
+    }
+
+    /// Waits until it has booted and is known to be well. Gives back what says so; `None` where nobody can be asked.
+    async fn judge(&self, _stand_in: &StandIn) -> Result<Option<String>, ProviderError> {
+        Ok(None)
+    }
+
+    /// Removes it, with all that it has left but its disks. Gone already is no error.
+    async fn strike(&self, _stand_in: &StandIn) -> Result<(), ProviderError> {
+        Ok(())
+    }
+}

@@ -1,0 +1,503 @@
+//! Rehearsals: a throw-away server boots from clones of a server's newest point, says that it is well, and goes, while
+//! the server runs on and its replication goes on.
+//!
+//! # What is made, and by which names
+//!
+//! A clone of each volume's target, of the newest point that all of them have, is called by [`clone_name`] and carries a
+//! [`Mark`]; the stand-in is called by [`clone_name`] as well. So there is one rehearsal of a server at a time, and what
+//! one that was killed has left is found without a search. The point may be pruned meanwhile: its snapshots live on in
+//! the trash for as long as the clones do.
+//!
+//! # The order
+//!
+//! What an earlier one has left goes; clones, marked; the stand-in boots, and is judged; it stays for as long as was
+//! asked for; the stand-in goes, then the clones. Whatever fails, and whoever interrupts it, the last two are done. After
+//! a kill the next rehearsal does them, or `gc`. A rehearsal counts as left behind once its process is known to be dead,
+//! or the time that it has given itself is over.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures::future::{join_all, try_join_all};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
+
+use super::finalize::{journal_of, load_state, place, wrong_state};
+use super::provider::rehearse::{Boots, StandIn};
+use super::provider::{Provider, ProviderError, ServerDisk, Verdict};
+use super::server::{CutoverError, Observer, Result};
+use crate::fleet::group::{GroupPoint, common_point};
+use crate::image::rbd::{Connector, RbdImage};
+use crate::image::{ErrorKind, ImageError, ImageSpec, LeaseOwner, SourceImage as _};
+use crate::replicate::Look;
+
+/// What the name of a clone, and of a stand-in, ends with.
+pub const SUFFIX: &str = ".poolshift-rehearsal";
+
+/// How long a clone is waited for that somebody still has open: a QEMU that was killed seems to, for 30 s.
+const CLOSE_PATIENCE: Duration = Duration::from_secs(45);
+/// How often it is looked whether it is closed.
+const STEP: Duration = Duration::from_millis(500);
+/// How often clones are begun anew, because the daemon has pruned the point that was chosen.
+const TRIES: usize = 3;
+/// What a rehearsal needs beside the limits of the plan and what it was asked to stay: its own requests.
+const SPARE: Duration = Duration::from_secs(15 * 60);
+
+/// The name of a clone of an image, or of the stand-in of a server.
+pub fn clone_name(name: &str) -> String {
+    format!("{name}{SUFFIX}")
+}
+
+/// What is kept with each clone: who rehearses what.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mark {
+    /// The server, by its name in the plan.
+    pub server: String,
+    /// The point, by the name of its snapshots.
+    pub point: String,
+    /// The process that rehearses.
+    pub owner: LeaseOwner,
+    /// When it is over at the latest, RFC 3339.
+    pub until: String,
+}
+
+impl Mark {
+    /// Whether the rehearsal was left behind: its process is known to be dead, or its time is over.
+    fn is_left_behind(&self, now: Timestamp) -> bool {
+        self.owner.is_known_dead() || self.until.parse::<Timestamp>().is_ok_and(|until| until < now)
+    }
+}
+
+/// A server, as far as a rehearsal needs it: its targets, and who boots a stand-in.
+pub struct Stage {
+    name: String,
+    provider: Arc<dyn Provider>,
+    connector: Connector,
+    targets: Vec<(ServerDisk, RbdImage)>,
+}
+
+/// How a rehearsal ended.
+#[derive(Clone, Debug, Serialize)]
+pub struct Rehearsed {
+    /// The server.
+    pub server: String,
+    /// Who booted the stand-in.
+    pub by: String,
+    /// The point, by the name of its snapshots.
+    pub point: String,
+    /// When the point was made, RFC 3339.
+    pub point_at: String,
+    /// The stand-in.
+    pub stand_in: String,
+    /// The clones that it ran from.
+    pub clones: Vec<String>,
+    /// Whether it is known to have booted, and to be well.
+    pub passed: bool,
+    /// What says so; `None` where it is left to a person, or it failed.
+    pub found: Option<String>,
+    /// Why it failed.
+    pub problem: Option<String>,
+    /// From the first clone until it was judged.
+    #[serde(rename = "took_seconds", serialize_with = "seconds")]
+    pub took: Duration,
+    /// What a person has to know or to do.
+    pub remarks: Vec<String>,
+    /// What could not be removed, and why.
+    pub left: Vec<String>,
+}
+
+fn seconds<S: serde::Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_f64(duration.as_secs_f64())
+}
+
+/// A rehearsal, as far as its judgement.
+struct Played {
+    point: GroupPoint,
+    /// By what it is known to be well, where somebody can tell; or why it failed.
+    judged: Result<Option<String>, ProviderError>,
+    remarks: Vec<String>,
+}
+
+/// What a rehearsal has left that was killed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Leftovers {
+    /// The server.
+    pub server: String,
+    /// Who rehearsed; `None` where it was killed before it could say so.
+    pub by: Option<String>,
+    /// Its stand-in, if it is still there.
+    pub stand_in: Option<String>,
+    /// Its clones.
+    pub clones: Vec<String>,
+}
+
+impl Leftovers {
+    /// Whether there is nothing.
+    pub fn is_empty(&self) -> bool {
+        self.clones.is_empty() && self.stand_in.is_none()
+    }
+}
+
+impl Stage {
+    /// Opens the targets of a server. Changes nothing.
+    pub async fn open(
+        name: &str,
+        provider: Arc<dyn Provider>,
+        disks: Vec<ServerDisk>,
+        connector: &Connector,
+    ) -> Result<Self> {
+        let open = |disk: ServerDisk| async move {
+            let (pool, namespace, image) = place(&disk.target)?;
+            let target = RbdImage::open_target(connector, pool, namespace, image).await?;
+            Ok::<_, ImageError>((disk, target))
+        };
+        let targets = try_join_all(disks.into_iter().map(open)).await?;
+        Ok(Self { name: name.to_owned(), provider, connector: connector.clone(), targets })
+    }
+
+    /// What the clones and the stand-in are called.
+    fn stand_in(&self) -> StandIn {
+        let clone_of =
+            |(disk, _): &(ServerDisk, RbdImage)| ServerDisk { target: clone_spec(&disk.target), ..disk.clone() };
+        let name = clone_name(self.provider.runs_as().unwrap_or(&self.name));
+        StandIn { name, server: self.name.clone(), disks: self.targets.iter().map(clone_of).collect() }
+    }
+
+    /// What a rehearsal that was killed has left. [`ErrorKind::Busy`] where one is under way.
+    pub async fn leftovers(&self) -> Result<Leftovers> {
+        let stand_in = self.stand_in();
+        let (mut clones, mut by) = (Vec::new(), None);
+        for ((_, target), disk) in self.targets.iter().zip(&stand_in.disks) {
+            let Some(clone) = self.open_clone(&disk.target).await? else { continue };
+            match self.mark_of(&clone, target).await? {
+                Some(mark) if !mark.is_left_behind(Timestamp::now()) => return Err(under_way(&clone, &mark).into()),
+                mark => by = by.or(mark.map(|mark| mark.owner.to_string())),
+            }
+            clones.push(disk.target.to_string());
+        }
+        let there = self.provider.stand_in_exists(&stand_in).await?;
+        Ok(Leftovers { server: self.name.clone(), by, stand_in: there.then_some(stand_in.name), clones })
+    }
+
+    /// Removes what a rehearsal that was killed has left. Gives back what could not be removed, and why.
+    pub async fn clear(&self, observer: &dyn Observer) -> Result<Vec<String>> {
+        if self.leftovers().await?.is_empty() {
+            return Ok(Vec::new());
+        }
+        Ok(self.strike(&self.stand_in(), observer).await)
+    }
+
+    async fn open_clone(&self, spec: &ImageSpec) -> Result<Option<RbdImage>, ImageError> {
+        let (pool, namespace, image) = place(spec)?;
+        match RbdImage::open_target(&self.connector, pool, namespace, image).await {
+            Ok(image) => Ok(Some(image)),
+            Err(error) if error.kind == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The mark of a clone; `None` if it was made in the last moment before a crash. An image that only has the name of
+    /// one is an error.
+    async fn mark_of(&self, clone: &RbdImage, target: &RbdImage) -> Result<Option<Mark>, ImageError> {
+        let foreign = |problem: &str| {
+            ImageError::new(ErrorKind::AlreadyExists, clone.location(), "rehearse")
+                .detail(problem.to_owned())
+                .hint("poolshift leaves it alone: rename it, or remove it by hand")
+        };
+        match clone.rehearsal_mark().await? {
+            Some(text) => match serde_json::from_str::<Mark>(&text) {
+                Ok(mark) if mark.server == self.name => Ok(Some(mark)),
+                Ok(mark) => Err(foreign(&format!("it is of a rehearsal of server {}", mark.server))),
+                Err(_) => Err(foreign("the mark of its rehearsal can't be read")),
+            },
+            None => {
+                let parent = clone.relations().await?.parent;
+                let ours = parent.is_some_and(|parent| parent.image.id == target.identity().image);
+                if ours {
+                    Ok(None)
+                } else {
+                    Err(foreign("an image that poolshift did not make has the name of a clone"))
+                }
+            }
+        }
+    }
+
+    /// The newest point that all targets have.
+    async fn point(&self) -> Result<(GroupPoint, Vec<Look>)> {
+        let looks = try_join_all(self.targets.iter().map(|(_, target)| async {
+            let state = load_state(target).await?;
+            Ok::<_, CutoverError>(
+                state.map(|state| Look { commits: state.commits, in_flight: state.in_flight }).unwrap_or_default(),
+            )
+        }))
+        .await?;
+        match common_point(&looks) {
+            Some(point) => Ok((point, looks)),
+            None => Err(wrong_state(
+                &self.name,
+                "has no point that all its targets have: there is nothing to rehearse with",
+                "run poolshift replicate first; poolshift status PLAN shows when it has one",
+            )),
+        }
+    }
+
+    /// Clones all targets, as of one point; some of them, where it fails.
+    async fn make_clones(&self, stand_in: &StandIn, mark: impl Fn(&GroupPoint) -> Mark) -> Result<GroupPoint> {
+        let mut tries = 0..TRIES;
+        loop {
+            let (point, looks) = self.point().await?;
+            let mark = serde_json::to_string(&mark(&point)).unwrap_or_default();
+            let clones = self.targets.iter().zip(&stand_in.disks).zip(&looks);
+            let made = clones.map(|(((_, target), disk), look)| make_clone(target, disk, look, &point, &mark));
+            let made = join_all(made).await;
+            let Some(error) = made.into_iter().find_map(Result::err) else { return Ok(point) };
+            // Pruned meanwhile: there is a newer one.
+            if error.kind != ErrorKind::NotFound || tries.next().is_none() {
+                return Err(error.into());
+            }
+            let left = self.remove_clones(stand_in).await;
+            if !left.is_empty() {
+                return Err(error.into());
+            }
+        }
+    }
+
+    /// Rehearses. `keep`: how long the stand-in stays after it was judged, well or not. Told to stop, it tidies up first.
+    pub async fn rehearse(
+        &self,
+        keep: Option<Duration>,
+        observer: &dyn Observer,
+        cancel: &CancellationToken,
+    ) -> Result<Rehearsed> {
+        self.refuse(keep).await?;
+        let left = self.clear(observer).await?;
+        if !left.is_empty() {
+            let problem = format!("has a rehearsal behind it that can't be removed: {}", left.join("; "));
+            return Err(wrong_state(&self.name, &problem, "remove it, and run it again"));
+        }
+        let preconditions = self.provider.rehearsal_preconditions().await;
+        if preconditions.iter().any(|found| found.verdict == Verdict::Error) {
+            return Err(CutoverError::NoStage { server: self.name.clone(), preconditions });
+        }
+        let warnings = preconditions.iter().filter(|found| found.verdict == Verdict::Warning);
+        warnings.for_each(|found| observer.note(&format!("{}: {}", found.what, found.found)));
+        let (stand_in, begun) = (self.stand_in(), Instant::now());
+        let played = self.play(&stand_in, keep, observer, cancel).await;
+        let took = begun.elapsed();
+        if let (Some(keep), Ok(played)) = (keep, &played) {
+            self.tell_kept(&stand_in, played, keep, observer);
+            tokio::select! {
+                () = tokio::time::sleep(keep) => {}
+                () = cancel.cancelled() => {}
+            }
+        }
+        let left = self.strike(&stand_in, observer).await;
+        let Played { point, judged, remarks } = match played {
+            Ok(played) => played,
+            Err(error) => {
+                left.iter().for_each(|left| observer.note(&format!("not removed: {left}")));
+                return Err(error);
+            }
+        };
+        Ok(Rehearsed {
+            server: self.name.clone(),
+            by: self.provider.describe(),
+            point: point.snapshot,
+            point_at: point.at.to_string(),
+            clones: stand_in.disks.iter().map(|disk| disk.target.to_string()).collect(),
+            stand_in: stand_in.name,
+            passed: judged.is_ok(),
+            problem: judged.as_ref().err().map(|error| error.to_string()),
+            found: judged.ok().flatten(),
+            took,
+            remarks,
+            left,
+        })
+    }
+
+    /// What makes no sense, or would be in the way of something else.
+    async fn refuse(&self, keep: Option<Duration>) -> Result<()> {
+        let refused = |problem: &str, hint: &str| Err(wrong_state(&self.name, problem, hint));
+        match (self.provider.boots(), keep) {
+            (Boots::Person, None) => {
+                return refused(
+                    "has nobody in the plan who could boot its stand-in",
+                    "say with --keep how long its clones are to stay for a person who does, or name its domain, or a \
+                     command, in [server.cutover]",
+                );
+            }
+            (Boots::Command, Some(_)) => {
+                return refused(
+                    "is rehearsed by a command that removes its stand-in itself",
+                    "leave out --keep, and have the command wait",
+                );
+            }
+            _ => {}
+        }
+        let Some((_, first)) = self.targets.first() else { return Ok(()) };
+        match journal_of(first).await? {
+            Some(journal) if journal.is_cut_over() => {
+                refused("runs from its targets already", "there is nothing left to rehearse")
+            }
+            Some(journal) if !journal.is_over() => {
+                refused("is on its way: a cutover, or a way back, has not ended", "finish or undo that first")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Until the stand-in is judged. What is asked of the cluster or of libvirt is not cut: it would go on by itself, and
+    /// be there after all was tidied up.
+    async fn play(
+        &self,
+        stand_in: &StandIn,
+        keep: Option<Duration>,
+        observer: &dyn Observer,
+        cancel: &CancellationToken,
+    ) -> Result<Played> {
+        let interrupted = || CutoverError::Interrupted { server: self.name.clone() };
+        let owner = LeaseOwner::current()
+            .map_err(|error| ImageError::from_io(error, self.name.as_str(), "say who rehearses"))?;
+        let span = self.provider.rehearsal_limit() + keep.unwrap_or_default() + SPARE;
+        let until = Timestamp::now().checked_add(span).unwrap_or(Timestamp::MAX).to_string();
+        let mark = |point: &GroupPoint| Mark {
+            server: self.name.clone(),
+            point: point.snapshot.clone(),
+            owner: owner.clone(),
+            until: until.clone(),
+        };
+        let point = self.make_clones(stand_in, mark).await?;
+        observer.note(&format!("cloned as of {}: {}", point.at, names(stand_in)));
+        if cancel.is_cancelled() {
+            return Err(interrupted());
+        }
+        let remarks = match self.provider.stage(stand_in).await {
+            Ok(remarks) => remarks,
+            Err(error) => return Ok(Played { point, judged: Err(error), remarks: Vec::new() }),
+        };
+        if self.provider.boots() == Boots::Provider {
+            observer.note(&format!("{} was started", stand_in.name));
+        }
+        remarks.iter().for_each(|remark| observer.note(remark));
+        tokio::select! {
+            judged = self.provider.judge(stand_in) => Ok(Played { point, judged, remarks }),
+            () = cancel.cancelled() => Err(interrupted()),
+        }
+    }
+
+    fn tell_kept(&self, stand_in: &StandIn, played: &Played, keep: Duration, observer: &dyn Observer) {
+        let Played { point, judged, .. } = played;
+        match judged {
+            Ok(Some(found)) => observer.note(&format!("it is well: {found}")),
+            Ok(None) => {}
+            Err(problem) => observer.note(&format!("it failed: {problem}")),
+        }
+        let until = Timestamp::now().checked_add(keep).unwrap_or(Timestamp::MAX);
+        let what = match self.provider.boots() {
+            Boots::Provider => format!("{} stays", stand_in.name),
+            Boots::Person | Boots::Command => format!("boot from {}, which stay", names(stand_in)),
+        };
+        let until = until.strftime("%Y-%m-%dT%H:%M:%SZ");
+        observer.note(&format!("{what} until {until}, as of {}; Ctrl-C ends it now", point.at));
+    }
+
+    /// Removes the stand-in and the clones, as far as possible. Gives back what is left, and why.
+    async fn strike(&self, stand_in: &StandIn, observer: &dyn Observer) -> Vec<String> {
+        observer.note(&format!("removing {} and its clones", stand_in.name));
+        if let Err(error) = self.provider.strike(stand_in).await {
+            // It has the clones open, or will.
+            return vec![error.to_string(), format!("its clones: {}", names(stand_in))];
+        }
+        self.remove_clones(stand_in).await
+    }
+
+    async fn remove_clones(&self, stand_in: &StandIn) -> Vec<String> {
+        let clones = self.targets.iter().zip(&stand_in.disks);
+        let removed = join_all(clones.map(|((_, target), disk)| self.remove_clone(target, &disk.target))).await;
+        removed.into_iter().filter_map(|removed| removed.err().map(|error| error.to_string())).collect()
+    }
+
+    async fn remove_clone(&self, target: &RbdImage, spec: &ImageSpec) -> Result<(), ImageError> {
+        let deadline = Instant::now() + CLOSE_PATIENCE;
+        loop {
+            let Some(clone) = self.open_clone(spec).await? else { return Ok(()) };
+            self.mark_of(&clone, target).await?;
+            match clone.remove().await {
+                Err(error) if matches!(error.kind, ErrorKind::Busy { .. }) && Instant::now() < deadline => {
+                    tokio::time::sleep(STEP).await;
+                }
+                Err(error) if error.kind == ErrorKind::NotFound => return Ok(()),
+                removed => return removed,
+            }
+        }
+    }
+}
+
+/// Clones a target as of a point.
+async fn make_clone(
+    target: &RbdImage,
+    disk: &ServerDisk,
+    look: &Look,
+    point: &GroupPoint,
+    mark: &str,
+) -> Result<(), ImageError> {
+    let commit = look.commits.iter().find(|commit| commit.name == point.snapshot).ok_or_else(|| {
+        ImageError::new(ErrorKind::NotFound, target.location(), format!("look for {}", point.snapshot))
+    })?;
+    let (_, _, name) = place(&disk.target)?;
+    target.clone_of_snapshot(&commit.on_target(), name, mark).await.map(drop)
+}
+
+fn names(stand_in: &StandIn) -> String {
+    let names: Vec<String> = stand_in.disks.iter().map(|disk| disk.target.to_string()).collect();
+    names.join(", ")
+}
+
+fn clone_spec(target: &ImageSpec) -> ImageSpec {
+    match target.without_snapshot() {
+        ImageSpec::Rbd { pool, namespace, image, snapshot } => {
+            ImageSpec::Rbd { pool, namespace, image: clone_name(&image), snapshot }
+        }
+        file => file,
+    }
+}
+
+fn under_way(clone: &RbdImage, mark: &Mark) -> ImageError {
+    let holder = format!("{}, which rehearses {} until {} at the latest", mark.owner, mark.server, mark.until);
+    ImageError::new(ErrorKind::Busy { holder: holder.clone() }, clone.location(), "rehearse").detail(holder)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rehearsal_is_left_behind_when_its_process_or_its_time_is_over() {
+        let now: Timestamp = "2026-11-26T12:00:00Z".parse().unwrap();
+        let alive = LeaseOwner::current().unwrap();
+        let mark = |owner: &LeaseOwner, until: &str| Mark {
+            server: "web".into(),
+            point: "p".into(),
+            owner: owner.clone(),
+            until: until.into(),
+        };
+        let dead = LeaseOwner { start_ticks: alive.start_ticks + 1, ..alive.clone() };
+        let elsewhere = LeaseOwner { host: "another".into(), ..dead.clone() };
+        for (owner, until, left) in [
+            (&alive, "2026-11-26T12:00:01Z", false),
+            (&alive, "2026-11-26T11:59:59Z", true),
+            (&dead, "2026-11-26T12:00:01Z", true),
+            (&elsewhere, "2026-11-26T12:00:01Z", false),
+            (&elsewhere, "soon", false),
+        ] {
+            assert_eq!(mark(owner, until).is_left_behind(now), left, "{owner} {until}");
+        }
+    }
+
+    #[test]
+    fn a_clone_stands_beside_its_target() {
+        let of = |text: &str| clone_spec(&text.parse().unwrap()).to_string();
+        assert_eq!(of("rbd:sas/tenant/web-1"), "rbd:sas/tenant/web-1.poolshift-rehearsal");
+    }
+}
