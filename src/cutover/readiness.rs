@@ -30,7 +30,7 @@ pub(super) async fn look(sides: Sides<'_>) -> Result<Readiness> {
     let moved = changed.map(|bytes| Duration::from_secs_f64(bytes as f64 / ASSUMED_RATE) + FIXED);
     let pause = server.provider.usual_pause().await;
     let predicted_outage = moved.zip(pause).map(|(moved, pause)| moved + pause);
-    Ok(Readiness { preconditions, predicted_outage, delta_bytes: changed })
+    Ok(Readiness { preconditions, predicted_delta: moved, predicted_outage, delta_bytes: changed })
 }
 
 /// Fails where something stands in the way.

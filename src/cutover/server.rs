@@ -75,7 +75,11 @@ pub trait Observer: Send + Sync {
 pub struct Readiness {
     /// Everything that has to be so, with its verdict.
     pub preconditions: Vec<Precondition>,
-    /// How long the server would not run if it began now; `None` where nothing tells.
+    /// How long the last delta would take if it began now; `None` where nothing tells.
+    #[serde(rename = "predicted_delta_seconds", serialize_with = "optional_seconds")]
+    pub predicted_delta: Option<Duration>,
+    /// How long the server would not run if it began now; `None` where nothing tells: how long it takes to stop and to
+    /// boot, it alone knows.
     #[serde(rename = "predicted_outage_seconds", serialize_with = "optional_seconds")]
     pub predicted_outage: Option<Duration>,
     /// What would be carried over while it stands still, in bytes, at most.

@@ -55,8 +55,17 @@ fn preconditions(preconditions: &[Precondition]) -> String {
 }
 
 fn prediction(readiness: &Readiness, options: &Options) -> String {
-    let Some(outage) = readiness.predicted_outage else { return "the outage can't be predicted".to_owned() };
     let carried = readiness.delta_bytes.map(|bytes| format!(", with at most {} to carry over", human_bytes(bytes)));
+    let Some(outage) = readiness.predicted_outage else {
+        return match readiness.predicted_delta {
+            Some(delta) => format!(
+                "predicted outage: how long it takes to stop and to start, and {} beside that{}",
+                seconds(delta),
+                carried.unwrap_or_default()
+            ),
+            None => "the outage can't be predicted".to_owned(),
+        };
+    };
     let over = match options.max_outage {
         Some(limit) if outage > limit => format!("; that is over the limit of {}", seconds(limit)),
         _ => String::new(),
@@ -166,9 +175,18 @@ mod tests {
         ");
         let options = Options { max_outage: Some(Duration::from_secs(2)), ..Options::default() };
         let outage = Some(Duration::from_millis(3_100));
-        let readiness = Readiness { preconditions: Vec::new(), predicted_outage: outage, delta_bytes: Some(12 << 20) };
+        let readiness = Readiness {
+            preconditions: Vec::new(),
+            predicted_delta: Some(Duration::from_millis(600)),
+            predicted_outage: outage,
+            delta_bytes: Some(12 << 20),
+        };
         let text = "predicted outage: 3.10 s, with at most 12.0 MiB to carry over; that is over the limit of 2.00 s";
         assert_eq!(prediction(&readiness, &options), text);
+        let cold = Readiness { predicted_outage: None, ..readiness };
+        let text = "predicted outage: how long it takes to stop and to start, and 0.60 s beside that, with at most 12.0 MiB \
+                    to carry over";
+        assert_eq!(prediction(&cold, &options), text);
     }
 
     #[test]

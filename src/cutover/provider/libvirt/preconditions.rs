@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::super::Verdict::{self, Error, Ok as Fine, Warning};
 use super::super::{Power, Precondition, ProviderError, Side};
 use super::blocks::{Device, devices};
-use super::virsh::QUESTION;
+use super::virsh::{QUESTION, Virsh};
 use super::xml::{Domain, rbd_name, volume_of};
 use super::{Libvirt, blocks, name};
 use crate::plan::Method;
@@ -32,6 +32,17 @@ impl Found {
 /// The value behind a title in `virsh dominfo`.
 pub(super) fn field<'i>(info: &'i str, title: &str) -> Option<&'i str> {
     info.lines().find_map(|line| Some(line.strip_prefix(title)?.strip_prefix(':')?.trim()))
+}
+
+/// A size in `virsh dominfo`, in bytes.
+pub(super) fn size(info: &str, title: &str) -> Option<u64> {
+    field(info, title).and_then(|text| text.strip_suffix(" KiB")?.parse::<u64>().ok()?.checked_mul(1 << 10))
+}
+
+/// What memory a domain has, in bytes; `None` where libvirt does not say.
+pub(super) async fn memory(virsh: &Virsh) -> Result<Option<u64>, ProviderError> {
+    let info = virsh.with_domain("check", "dominfo", &[], QUESTION).await?;
+    Ok(size(&info, "Used memory").or_else(|| size(&info, "Max memory")))
 }
 
 pub(super) async fn of(libvirt: &Libvirt, from: Side) -> Vec<Precondition> {
@@ -79,8 +90,7 @@ async fn look(libvirt: &Libvirt, from: Side, what: &str, found: &mut Found) -> R
         }
     }
     if libvirt.method == Method::Warm {
-        let memory = field(&info, "Max memory").and_then(|text| text.strip_suffix(" KiB")?.parse::<u64>().ok());
-        warm(libvirt, &domain, memory, what, found).await?;
+        warm(libvirt, &domain, size(&info, "Max memory"), what, found).await?;
     }
     if libvirt.method == Method::Cold && domain.on_poweroff != "destroy" {
         let text = format!("its on_poweroff is {}: a shutdown would not end it; `virsh edit` it", domain.on_poweroff);
@@ -126,7 +136,7 @@ fn definition_found(libvirt: &Libvirt, domain: &Domain, from: Side, what: &str, 
 async fn warm(
     libvirt: &Libvirt,
     domain: &Domain,
-    memory_kib: Option<u64>,
+    memory: Option<u64>,
     what: &str,
     found: &mut Found,
 ) -> Result<(), ProviderError> {
@@ -141,7 +151,7 @@ async fn warm(
         found.add(place, Error, problem);
         return Ok(());
     }
-    match (free(folder), memory_kib.map(|kib| kib.saturating_mul(1 << 10).saturating_add(SAVE_SPARE))) {
+    match (free(folder), memory.map(|memory| memory.saturating_add(SAVE_SPARE))) {
         (Some(free), Some(needed)) if free < needed => {
             let text = format!("it has {} MiB free, and the memory needs up to {} MiB", free >> 20, needed >> 20);
             found.add(place, Error, text);
@@ -247,7 +257,7 @@ mod tests {
     fn fields_of_dominfo_are_found() {
         let info = "Max memory:     163840 KiB\nPersistent:     yes\nManaged save:   no\n";
         assert_eq!(field(info, "Managed save"), Some("no"));
-        assert_eq!(field(info, "Max memory"), Some("163840 KiB"));
+        assert_eq!(size(info, "Max memory"), Some(160 << 20));
         assert_eq!(field(info, "Max"), None);
     }
 }

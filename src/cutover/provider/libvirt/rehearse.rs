@@ -11,7 +11,7 @@ use super::super::command;
 use super::super::rehearse::{Boots, Rehearse, StandIn};
 use super::super::run::{also, brief, run};
 use super::super::{Power, Precondition, ProviderError, Verdict};
-use super::preconditions::{field, save_folder};
+use super::preconditions::{save_folder, size};
 use super::stand_in::{Definition, Wanted, definition};
 use super::virsh::{POLL, QUESTION, Virsh};
 use super::{Libvirt, xml};
@@ -107,10 +107,10 @@ impl Libvirt {
                         in the plan, or a check, or a guest agent";
             found.push(Precondition::new(&what, Verdict::Error, text));
         }
-        let needed = field(&info, "Max memory").and_then(|text| text.strip_suffix(" KiB")?.parse::<u64>().ok());
+        let needed = size(&info, "Max memory");
         let free = free_memory(&self.virsh.call(operation, &["nodememstats"], None, QUESTION).await?);
         if let (Some(needed), Some(free)) = (needed, free) {
-            let text = format!("it has {} MiB free, and a stand-in needs {} MiB", free >> 10, needed >> 10);
+            let text = format!("it has {} MiB free, and a stand-in needs {} MiB", free >> 20, needed >> 20);
             let verdict = if free < needed { Verdict::Error } else { Verdict::Ok };
             found.push(Precondition::new("memory of the host", verdict, text));
         }
@@ -268,14 +268,14 @@ impl Rehearse for Libvirt {
     }
 }
 
-/// What is free or can be made so, in KiB, in what `virsh nodememstats` prints.
+/// What is free or can be made so, in bytes, in what `virsh nodememstats` prints.
 fn free_memory(stats: &str) -> Option<u64> {
     let value = |title: &str| {
         let value = stats.lines().find_map(|line| line.split_once(':').filter(|(key, _)| key.trim() == title))?.1;
         value.trim().strip_suffix("KiB")?.trim().parse::<u64>().ok()
     };
     let kept = value("cached").unwrap_or(0).saturating_add(value("buffers").unwrap_or(0));
-    Some(value("free")?.saturating_add(kept))
+    Some(value("free")?.saturating_add(kept).saturating_mul(1 << 10))
 }
 
 #[cfg(test)]
@@ -304,7 +304,7 @@ mod tests {
     fn the_hosts_memory_is_read() {
         let stats =
             "total  :             24576000 KiB\nfree   :             1000 KiB\nbuffers:  10 KiB\ncached :  5 KiB\n";
-        assert_eq!(free_memory(stats), Some(1015));
+        assert_eq!(free_memory(stats), Some(1015 << 10));
         assert_eq!(free_memory("nonsense"), None);
     }
 }
