@@ -18,7 +18,7 @@ use super::{Context, Interrupted, daemon, deps, output};
 use crate::cutover::farewell::{Farewell, Going, SourceFarewell, VolumeFarewell, Whose};
 use crate::cutover::{CutoverError, Observer};
 use crate::image::rbd::FlattenProgress;
-use crate::observe::human::plain;
+use crate::observe::human::{human_moment, plain};
 
 /// What a dry run says.
 #[derive(Serialize)]
@@ -116,7 +116,7 @@ fn shown(farewell: &Farewell, flatten: bool, obstacles: &[String]) -> String {
         "{}: {}; from its targets since {}\n",
         plain(&farewell.server),
         plain(&farewell.by),
-        plain(&farewell.since)
+        human_moment(&farewell.since)
     );
     if farewell.begun {
         text.push_str("  finalizing was begun, and has not ended: it is finished\n");

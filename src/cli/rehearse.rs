@@ -12,7 +12,7 @@ use super::terminal::Terminal;
 use super::{Context, daemon, output};
 use crate::cutover::rehearsal::Rehearsed;
 use crate::cutover::{CutoverError, Observer};
-use crate::observe::human::plain;
+use crate::observe::human::{human_moment, plain};
 
 /// Runs the command.
 pub(super) async fn run(context: &Context<'_>, settings: &Rehearse) -> anyhow::Result<Exit> {
@@ -58,7 +58,7 @@ impl Observer for Steps {
 
 /// How it ended. Ends with a newline.
 fn shown(done: &Rehearsed) -> String {
-    let (server, at) = (plain(&done.server), &done.point_at);
+    let (server, at) = (plain(&done.server), human_moment(&done.point_at));
     let mut text = match (&done.problem, &done.found) {
         (Some(problem), _) => format!("{server} as of {at} is NOT well: {}", plain(problem)),
         (None, Some(found)) => format!("{server} as of {at} is well: {}", plain(found)),

@@ -61,7 +61,7 @@ fn changes(looked: &Looked, asked: Option<Changes>) -> Result<Changes, AskError>
         (None, State::Begun) => Ok(begun.and_then(|journal| journal.changes).unwrap_or(Changes::Carry)),
         (None, _) => Err(AskError::WhichWay {
             server: looked.server.name.clone(),
-            since: begun.map_or("its cutover", look::since).to_owned(),
+            since: begun.map_or_else(|| "its cutover".to_owned(), look::since),
         }),
     }
 }

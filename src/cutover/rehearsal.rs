@@ -135,7 +135,7 @@ pub struct Leftovers {
 impl Leftovers {
     /// Whether there is nothing.
     pub fn is_empty(&self) -> bool {
-        self.clones.is_empty() && self.stand_in.is_none()
+        self.clones.is_empty()
     }
 }
 
@@ -176,7 +176,8 @@ impl Stage {
             }
             clones.push(disk.target.to_string());
         }
-        let there = self.provider.stand_in_exists(&stand_in).await?;
+        // It goes before its clones do; and nobody needs to reach a hypervisor to learn that there is nothing.
+        let there = !clones.is_empty() && self.provider.stand_in_exists(&stand_in).await?;
         Ok(Leftovers { server: self.name.clone(), by, stand_in: there.then_some(stand_in.name), clones })
     }
 
@@ -360,7 +361,8 @@ impl Stage {
         let owner = LeaseOwner::current()
             .map_err(|error| ImageError::from_io(error, self.name.as_str(), "say who rehearses"))?;
         let span = self.provider.rehearsal_limit() + keep.unwrap_or_default() + SPARE;
-        let until = Timestamp::now().checked_add(span).unwrap_or(Timestamp::MAX).to_string();
+        let until = Timestamp::now().checked_add(span).unwrap_or(Timestamp::MAX);
+        let until = moment(until).to_string();
         let mark = |point: &GroupPoint| Mark {
             server: self.name.clone(),
             point: point.snapshot.clone(),
@@ -368,7 +370,7 @@ impl Stage {
             until: until.clone(),
         };
         let point = self.make_clones(stand_in, mark).await?;
-        observer.note(&format!("cloned as of {}: {}", point.at, names(stand_in)));
+        observer.note(&format!("cloned as of {}: {}", moment(point.at), names(stand_in)));
         if cancel.is_cancelled() {
             return Err(interrupted());
         }
@@ -398,8 +400,8 @@ impl Stage {
             Boots::Provider => format!("{} stays", stand_in.name),
             Boots::Person | Boots::Command => format!("boot from {}, which stay", names(stand_in)),
         };
-        let until = until.strftime("%Y-%m-%dT%H:%M:%SZ");
-        observer.note(&format!("{what} until {until}, as of {}; Ctrl-C ends it now", point.at));
+        let (until, at) = (moment(until), moment(point.at));
+        observer.note(&format!("{what} until {until}, as of {at}; Ctrl-C ends it now"));
     }
 
     /// Removes the stand-in and the clones, as far as possible. Gives back what is left, and why.
@@ -447,6 +449,11 @@ async fn make_clone(
     })?;
     let (_, _, name) = place(&disk.target)?;
     target.clone_of_snapshot(&commit.on_target(), name, mark).await.map(drop)
+}
+
+/// To the second, for people.
+fn moment(at: Timestamp) -> impl std::fmt::Display {
+    at.strftime("%Y-%m-%dT%H:%M:%SZ")
 }
 
 fn names(stand_in: &StandIn) -> String {

@@ -196,7 +196,7 @@ pub enum CutoverError {
         limit: Duration,
     },
     /// It went back after this had happened, and could not do that either: the server may be down.
-    #[error("{server} could not be brought back: {error}; it had to go back because: {because}")]
+    #[error("{server} could not be brought back; it had to go back because: {because}")]
     NotBrought {
         /// The server.
         server: String,

@@ -37,6 +37,14 @@ pub fn human_duration(seconds: u64) -> String {
     parts.join(" ")
 }
 
+/// A moment in RFC 3339, to the second; what is none is shown as it is, by [`plain`].
+pub fn human_moment(text: &str) -> String {
+    match text.parse::<jiff::Timestamp>() {
+        Ok(at) => at.strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
+        Err(_) => plain(text),
+    }
+}
+
 /// Text from outside without control characters, which could move the cursor or look like lines of ours.
 pub fn plain(text: &str) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ").replace(char::is_control, "\u{fffd}")
@@ -45,6 +53,13 @@ pub fn plain(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn moments_have_no_more_than_seconds() {
+        assert_eq!(human_moment("2026-11-26T12:00:01.987654321Z"), "2026-11-26T12:00:01Z");
+        assert_eq!(human_moment("2026-11-26T13:00:00+01:00"), "2026-11-26T12:00:00Z");
+        assert_eq!(human_moment("soon\u{1b}"), "soon\u{fffd}");
+    }
 
     #[test]
     fn bytes_are_told_in_powers_of_1024() {

@@ -3,7 +3,7 @@
 use comfy_table::presets::NOTHING;
 use comfy_table::{Cell, CellAlignment, Color, Table};
 
-use super::human::{human_bytes, human_rate, human_seconds, plain};
+use super::human::{human_bytes, human_moment, human_rate, human_seconds, plain};
 use crate::fleet::status::{
     Activity, Convergence, CycleStatus, ErrorStatus, FleetStatus, Origin, ServerStatus, ThrottleStatus, VolumeStatus,
 };
@@ -340,7 +340,7 @@ fn failure(name: &str, error: &ErrorStatus) -> String {
     format!(
         "{name} failed {}, last at {}, and {next}: {}",
         count(error.count, "time"),
-        plain(&error.at),
+        human_moment(&error.at),
         plain(&error.message)
     )
 }

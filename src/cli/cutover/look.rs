@@ -9,6 +9,7 @@ use crate::cutover::provider::{Side, Verdict};
 use crate::cutover::{self, CutoverError, Options, Readiness, Server};
 use crate::fleet::CUTOVER_NOTE;
 use crate::image::{Disk as _, ErrorKind, SourceImage as _, TargetImage as _};
+use crate::observe::human::human_moment;
 use crate::plan::{self, Method, Plan};
 
 /// Where a server is, by its journal.
@@ -154,7 +155,7 @@ pub(in crate::cli) async fn hands_off(context: &Context<'_>, server: &plan::Serv
             State::OnSources => {}
             State::OnTargets => return Ok(Some(format!("it has run from its targets since {}", since(&journal)))),
             State::Begun => {
-                let (to, begun) = (show::side(journal.to), &journal.begun);
+                let (to, begun) = (show::side(journal.to), human_moment(&journal.begun));
                 return Ok(Some(format!("its way to {to} was begun at {begun}, and has not ended")));
             }
         }
@@ -164,6 +165,6 @@ pub(in crate::cli) async fn hands_off(context: &Context<'_>, server: &plan::Serv
 }
 
 /// When a way that has ended did so.
-pub(in crate::cli) fn since(journal: &Journal) -> &str {
-    journal.ended.as_deref().unwrap_or(&journal.begun)
+pub(in crate::cli) fn since(journal: &Journal) -> String {
+    human_moment(journal.ended.as_deref().unwrap_or(&journal.begun))
 }

@@ -9,7 +9,7 @@ use super::look::{Looked, State};
 use crate::cli::values::human_bytes;
 use crate::cutover::provider::{Precondition, Side, Verdict};
 use crate::cutover::{Options, Readiness, Report};
-use crate::observe::human::plain;
+use crate::observe::human::{human_moment, plain};
 
 /// The side of a server, as people are told of it.
 pub(super) fn side(side: Side) -> &'static str {
@@ -26,7 +26,7 @@ pub(in crate::cli) fn looked(looked: &Looked, options: &Options) -> String {
         text.push_str(&format!(
             "  the way to {} was begun at {} and got as far as {}: it is finished, or undone\n",
             side(journal.to),
-            plain(&journal.begun),
+            human_moment(&journal.begun),
             journal.phase
         ));
     }
