@@ -102,9 +102,8 @@ impl Sides<'_> {
                     Err(error) => error,
                 };
                 let ErrorKind::Busy { holder } = &busy.kind else { return Err(self.give_back(busy).await) };
-                let patient = LeaseOwner::is_description(holder) && begun.elapsed() < WORKER_PATIENCE;
-                if !patient || self.is_with_another_cutover(holder).await {
-                    return Err(self.give_back(busy).await);
+                if let Some(hint) = self.why_not_to_wait(holder, begun).await {
+                    return Err(self.give_back(busy.hint(hint)).await);
                 }
                 if cancel.is_cancelled() {
                     self.release_leases().await;
@@ -118,6 +117,22 @@ impl Sides<'_> {
             }
         }
         Ok(())
+    }
+
+    /// What to do about the holder of a lease that is not, or no longer, waited for; `None`: it is.
+    async fn why_not_to_wait(&self, holder: &str, since: Instant) -> Option<&'static str> {
+        match () {
+            () if !LeaseOwner::is_description(holder) => {
+                Some("find out what has the image open (rbd status), and end it")
+            }
+            () if self.is_with_another_cutover(holder).await => Some(
+                "that process is at a cutover of it: wait for its end, and look with --dry-run where the server is then",
+            ),
+            () if since.elapsed() >= WORKER_PATIENCE => {
+                Some("it has been at one cycle for long: see with poolshift status PLAN at which, or end it")
+            }
+            () => None,
+        }
     }
 
     async fn give_back(&self, error: ImageError) -> CutoverError {
