@@ -189,12 +189,19 @@ impl<'a> Walk<'a> {
         self.within_limit(async |walk: &mut Self| walk.quiesce().await).await?;
         // Whole or not at all: a lock that comes late would be a broken disk to a server that was brought back.
         self.shut_out(&before).await?;
-        self.enter(Phase::FinalDelta).await?;
-        self.within_limit(async |walk: &mut Self| walk.last_delta().await).await?;
-        self.enter(Phase::Verifying).await?;
-        self.within_limit(async |walk: &mut Self| walk.prove().await).await?;
+        // The journal is with the first of the images that may have failed: it keeps nobody for longer than they may.
+        self.within_limit(async |walk: &mut Self| {
+            walk.enter(Phase::FinalDelta).await?;
+            walk.last_delta().await
+        })
+        .await?;
+        self.within_limit(async |walk: &mut Self| {
+            walk.enter(Phase::Verifying).await?;
+            walk.prove().await
+        })
+        .await?;
         self.journal.swapped = true;
-        self.enter(Phase::Swapping).await?;
+        self.within_limit(async |walk: &mut Self| walk.enter(Phase::Swapping).await).await?;
         let server = self.server();
         if self.sides.to == Side::Source {
             self.sides.name_sources(false).await?;

@@ -1,6 +1,8 @@
 //! The two ends of a walk: the commit, after which the side that was left is put out of the way, and the way back before
 //! it.
 
+use std::time::Duration;
+
 use futures::future::try_join_all;
 
 use super::driver::Walk;
@@ -13,6 +15,9 @@ use crate::fleet::{CUTOVER_NOTE, chain_text};
 use crate::image::{ErrorKind, LockHolder};
 use crate::pipeline::Limits;
 use crate::replicate;
+
+/// For how long the journal may keep a server from going back: the image that it is with may be what has failed.
+const JOURNAL_PATIENCE: Duration = Duration::from_secs(5);
 
 impl Walk<'_> {
     /// The server runs on the other side: what is left to be done is off its way. May be repeated.
@@ -113,11 +118,17 @@ impl Walk<'_> {
         if may_have_written && !server.provider.by_hand() && self.is_written().await? {
             return Err(self.has_run_there());
         }
-        match self.enter(Phase::RollingBack).await {
-            Err(error) if may_have_written => return Err(error),
+        let entered = self.enter(Phase::RollingBack);
+        if may_have_written {
+            entered.await?;
+        } else {
             // The server comes first: whoever reads the journal finds it running where it was.
-            Err(error) => tracing::warn!(error = chain_text(&error), "the way back is not in the journal"),
-            Ok(()) => {}
+            let missing = "the way back is not in the journal";
+            match tokio::time::timeout(JOURNAL_PATIENCE, entered).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::warn!(error = chain_text(&error), "{missing}"),
+                Err(_) => tracing::warn!("{missing}: it gets no answer"),
+            }
         }
         self.sides.release_fences().await?;
         let runs = observed == (Observed { power: Power::Running, side: Some(from) });

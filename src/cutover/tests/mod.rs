@@ -1,5 +1,7 @@
 //! The walk on images in memory and a simulated server, with everything going wrong once, at every place.
 
+use std::time::Duration;
+
 use tokio_util::sync::CancellationToken;
 
 use super::journal::{Changes, kept_name};
@@ -184,6 +186,57 @@ async fn whatever_image_dies_at_whatever_step() {
                 }
             }
         }
+    }
+}
+
+/// Does something when a phase begins, and notes when each one did.
+struct At<F> {
+    phase: Phase,
+    what: F,
+    begun: std::sync::Mutex<Vec<(Phase, tokio::time::Instant)>>,
+}
+
+impl<F: Fn() + Send + Sync> Observer for At<F> {
+    fn phase(&self, phase: Phase) {
+        self.begun.lock().unwrap().push((phase, tokio::time::Instant::now()));
+        if phase == self.phase {
+            (self.what)();
+        }
+    }
+}
+
+/// A cutover during which something happens at a phase; how it ended, and when the phases began.
+async fn cut_over_while<F: Fn() + Send + Sync>(
+    server: &Server,
+    options: &Options,
+    (phase, what): (Phase, F),
+) -> (Report, Vec<(Phase, tokio::time::Instant)>) {
+    let observer = At { phase, what, begun: Default::default() };
+    let report = cutover(server, options, &observer, &CancellationToken::new()).await.unwrap();
+    (report, observer.begun.into_inner().unwrap())
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_journal_without_an_answer_keeps_no_server_longer_than_was_allowed() {
+    for (method, phase) in METHODS
+        .into_iter()
+        .flat_map(|method| [Phase::FinalDelta, Phase::Verifying, Phase::Swapping].map(|phase| (method, phase)))
+    {
+        let mut world = replicated(method).await;
+        let server = world.server();
+        let options = Options { max_outage: Some(Duration::from_secs(20)), ..Options::default() };
+        let silence = || world.image(0, Side::Target).set_silent(Some(Duration::from_secs(60)));
+        let (report, begun) = cut_over_while(&server, &options, (phase, silence)).await;
+        assert_eq!(report.ended, Phase::RolledBack, "{method:?} {phase}: {report:?}");
+        assert!(report.rolled_back_because.unwrap().contains("has passed its limit of 20s"), "{method:?} {phase}");
+        let at = |phase| begun.iter().find(|(begun, _)| *begun == phase).expect("it was there").1;
+        let stood = at(Phase::RolledBack) - at(Phase::Quiescing);
+        assert!(stood <= Duration::from_secs(26), "{method:?} {phase}: {stood:?}");
+        assert_eq!(world.verdict(), Ok(Side::Source));
+        world.image(0, Side::Target).set_silent(None);
+        assert_eq!(recover_either_way(&mut world, true, "silent").await, Side::Source);
+        assert_eq!(cut_over(&mut world).await.unwrap().unwrap().ended, Phase::Committed);
+        settled(&mut world).await;
     }
 }
 

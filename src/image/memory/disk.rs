@@ -143,6 +143,11 @@ impl Disk for MemoryImage {
             let large = self.error(ErrorKind::OutOfBounds, operation);
             return Err(large.detail(format!("it has {} bytes; the most is {JOURNAL_MAX}", journal.len())));
         }
+        let silent = self.lock().silent;
+        if let Some(limit) = silent {
+            tokio::time::sleep(limit).await;
+            return Err(self.error(ErrorKind::TimedOut, operation));
+        }
         self.step(operation, |inner| {
             inner.journal = journal.map(str::to_owned);
             Ok(())

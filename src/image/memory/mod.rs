@@ -6,6 +6,7 @@
 //! the image before or after any one of them.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -56,6 +57,8 @@ struct Inner {
     steps: u64,
     fault: Option<Fault>,
     crashed: bool,
+    /// How long the journal waits in vain.
+    silent: Option<Duration>,
     fast_diff: bool,
     handles: u64,
     bytes_written: u64,
@@ -98,6 +101,7 @@ impl MemoryImage {
             steps: 0,
             fault: None,
             crashed: false,
+            silent: None,
             fast_diff: true,
             handles: 1,
             bytes_written: 0,
@@ -135,6 +139,11 @@ impl MemoryImage {
     /// Whether a fault has struck.
     pub fn has_crashed(&self) -> bool {
         self.lock().crashed
+    }
+
+    /// Lets whoever stores a journal wait for so long, and fail then; `None` takes that back.
+    pub fn set_silent(&self, silent: Option<Duration>) {
+        self.lock().silent = silent;
     }
 
     /// Switches the object map on or off.
