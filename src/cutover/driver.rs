@@ -182,7 +182,7 @@ impl<'a> Walk<'a> {
 
     /// From a server that runs, or was stopped by an earlier walk, to one that runs on the other side.
     pub(super) async fn stop_and_go(&mut self) -> Result<()> {
-        let before = self.sides.users().await?;
+        let before = self.users_before().await?;
         self.stopped.get_or_insert_with(Timestamp::now);
         self.journal.stopped = self.stopped.map(|at| at.to_string());
         self.enter(Phase::Quiescing).await?;
@@ -276,6 +276,24 @@ impl<'a> Walk<'a> {
         let stays = self.server().provider.stays_open()
             && *observed == (Observed { power: Power::Suspended, side: Some(from) });
         if stays { LockHolder::Ask } else { LockHolder::Refuse }
+    }
+
+    /// Who has what is left open before the server is stopped. Where it runs that is the server, and nobody else: with
+    /// two, nobody could tell later which one is to be let stay.
+    async fn users_before(&self) -> Result<Vec<Vec<DiskUser>>> {
+        if self.journal.phase == Phase::Converged && !self.server().provider.by_hand() {
+            let crowd = tokio::select! {
+                biased;
+                () = self.cancel.cancelled() => {
+                    return Err(CutoverError::Interrupted { server: self.server().name.clone() });
+                }
+                crowd = self.sides.wait_until_one_is_left(self.observer) => crowd?,
+            };
+            if let Some(crowd) = crowd {
+                return Err(self.in_use(crowd));
+            }
+        }
+        self.sides.users().await
     }
 
     /// Keeps everybody from writing what is left, and makes sure that nobody is there who might: but the server, where it

@@ -1,9 +1,10 @@
 //! The images of a server in the direction that it moves: those that it leaves, and those that it arrives at.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures::future::{join_all, try_join_all};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::journal::{Journal, kept_name};
@@ -21,6 +22,8 @@ const WORKER_PATIENCE: Duration = Duration::from_secs(900);
 const STEP: Duration = Duration::from_millis(200);
 /// How long a server that has stopped may take to close its images.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(5);
+/// How long a client that was killed is taken for one that has its image open: its watch times out after 30 s.
+const WATCH_PATIENCE: Duration = Duration::from_secs(35);
 
 impl Volume {
     /// The image on that side.
@@ -219,6 +222,26 @@ impl Sides<'_> {
                 return Ok(stranger);
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Waits until no image that is left is open at more than one place, and says which one is otherwise.
+    pub(super) async fn wait_until_one_is_left(&self, observer: &dyn Observer) -> Result<Option<String>> {
+        let (begun, mut told) = (Instant::now(), false);
+        loop {
+            let now = self.users().await?;
+            let crowd = now.iter().zip(self.leaving()).find(|(users, _)| users.len() > 1).map(|(users, image)| {
+                let addresses: Vec<&str> = users.iter().map(|user| user.address.as_str()).collect();
+                format!("{} is open at {}, of which one is the server", image.location(), addresses.join(" and "))
+            });
+            let Some(crowd) = crowd else { return Ok(None) };
+            if begun.elapsed() >= WATCH_PATIENCE {
+                return Ok(Some(crowd));
+            }
+            if !std::mem::replace(&mut told, true) {
+                observer.note(&format!("{crowd}: waiting for the other one to close it"));
+            }
+            tokio::time::sleep(STEP).await;
         }
     }
 

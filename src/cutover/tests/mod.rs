@@ -240,6 +240,27 @@ async fn a_journal_without_an_answer_keeps_no_server_longer_than_was_allowed() {
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn nobody_else_has_open_what_is_left() {
+    const STRANGER: &str = "10.0.0.9:0/9";
+    for (method, phase) in METHODS.into_iter().flat_map(|method| [(method, Phase::Syncing), (method, Phase::Quiescing)])
+    {
+        let mut world = replicated(method).await;
+        let server = world.server();
+        let come = || world.image(1, Side::Source).open_as_server(STRANGER);
+        let (report, begun) = cut_over_while(&server, &Options::default(), (phase, come)).await;
+        let because = report.rolled_back_because.expect("it went back");
+        assert!(because.contains("memory:s1 is open at ") && because.contains(STRANGER), "{method:?}: {because}");
+        let stopped = begun.iter().any(|(phase, _)| *phase == Phase::Quiescing);
+        assert_eq!(stopped, phase == Phase::Quiescing, "a server is not stopped for nothing: {begun:?}");
+        assert!(!begun.iter().any(|(phase, _)| *phase == Phase::FinalDelta), "{begun:?}");
+        assert_eq!(settled(&mut world).await, Side::Source);
+        world.image(1, Side::Source).close_as_server(STRANGER);
+        assert_eq!(cut_over(&mut world).await.unwrap().unwrap().ended, Phase::Committed);
+        settled(&mut world).await;
+    }
+}
+
 #[tokio::test]
 async fn a_memory_is_not_restored_once_somebody_has_written_to_its_disks() {
     let mut used = 0;
