@@ -24,7 +24,14 @@ static USERS: (Mutex<Users>, Condvar) =
 
 /// How long all tests together may use the cluster. One that hangs, on a cluster that somebody broke say, is named and
 /// ends the run.
-const PATIENCE: Duration = Duration::from_secs(46 * 60);
+fn patience() -> Duration {
+    Duration::from_secs(if every_step() { 6 * 60 * 60 } else { 54 * 60 })
+}
+
+/// Whether all that can be tried is to be tried (`POOLSHIFT_TEST_EVERY_STEP=1`), which takes hours, and not a part of it.
+pub(crate) fn every_step() -> bool {
+    std::env::var_os("POOLSHIFT_TEST_EVERY_STEP").is_some_and(|value| value == "1")
+}
 
 struct Users {
     /// The names of the tests that have a turn.
@@ -76,14 +83,15 @@ impl Drop for Turn {
 }
 
 fn end_when_it_takes_too_long() {
-    let deadline = Instant::now() + PATIENCE;
+    let patience = patience();
+    let deadline = Instant::now() + patience;
     while let Some(left) = deadline.checked_duration_since(Instant::now()) {
         std::thread::sleep(left);
     }
     let running = USERS.0.lock().unwrap_or_else(PoisonError::into_inner).running.join(", ");
     // The test harness catches what is printed in a test, not what is written here.
     let _ =
-        writeln!(std::io::stderr(), "after {PATIENCE:?} with the cluster these still run, and are ended: {running}");
+        writeln!(std::io::stderr(), "after {patience:?} with the cluster these still run, and are ended: {running}");
     std::process::exit(1);
 }
 

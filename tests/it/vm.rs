@@ -11,7 +11,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::librbd::name;
-use crate::support::{CephEnv, ceph, skip};
+use crate::support::{CephEnv, ceph, ceph_alone, skip};
 
 /// How long a guest may take for anything: it is emulated, on a host that has other things to do.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -36,6 +36,17 @@ pub(crate) struct VmEnv {
 /// If one is missing and `POOLSHIFT_NO_SKIPS=1`.
 #[track_caller]
 pub(crate) fn vm() -> Option<VmEnv> {
+    vm_on(ceph)
+}
+
+/// The same for a test that stops daemons or sets quotas: no other test uses the cluster meanwhile.
+#[track_caller]
+pub(crate) fn vm_alone() -> Option<VmEnv> {
+    vm_on(ceph_alone)
+}
+
+#[track_caller]
+fn vm_on(ceph: fn() -> Option<CephEnv>) -> Option<VmEnv> {
     let Some(folder) = std::env::var_os("POOLSHIFT_TEST_VM").filter(|folder| !folder.is_empty()) else {
         skip("a libvirt (POOLSHIFT_TEST_VM, a folder of scripts/vm-dev; scripts/test starts one)");
         return None;
@@ -81,9 +92,16 @@ impl VmEnv {
     /// How many clients have an image open.
     #[track_caller]
     pub(crate) fn watchers(&self, image: &str) -> usize {
+        self.clients(image).len()
+    }
+
+    /// The addresses of the clients that have an image open.
+    #[track_caller]
+    pub(crate) fn clients(&self, image: &str) -> Vec<String> {
         let status: serde_json::Value =
             serde_json::from_str(&self.rbd(&["status", "--format", "json", image])).expect("rbd prints JSON");
-        status["watchers"].as_array().expect("there is a list of watchers").len()
+        let watchers = status["watchers"].as_array().expect("there is a list of watchers");
+        watchers.iter().map(|watcher| watcher["address"].as_str().expect("it has an address").to_owned()).collect()
     }
 
     #[track_caller]

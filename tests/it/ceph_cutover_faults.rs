@@ -1,0 +1,278 @@
+//! Cutovers of a real server that meet what they can't get past: a target pool that is full or gone, another client,
+//! another cutover, a guest that won't stop. The server runs on from where it was and lacks nothing, and the same command
+//! succeeds when the trouble is over.
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use serde_json::Value;
+
+use crate::cutover_bed::{Bed, PATIENCE, Running, SERVER, report};
+use crate::librbd::Librbd;
+use crate::support::{Disturbed, Run, ceph_dev_folder};
+use crate::vm::{VmEnv, vm, vm_alone};
+
+/// A cutover that stands still, by a signal, while its server's memory is being saved: it has its last delta before it.
+fn held_before_the_final_delta(bed: &Bed<'_>, words: &[&str]) -> Running {
+    for _ in 0..5 {
+        let words: Vec<&str> = ["--method", "warm", "--yes", "--json"].iter().chain(words).copied().collect();
+        let mut run = bed.start("cutover", &words);
+        assert!(run.until("quiescing"), "{:?}", run.finish());
+        let begun = Instant::now();
+        let reason = || bed.env.virsh(&["domstate", "--reason", &bed.guest.name]);
+        while reason().starts_with("running") {
+            assert!(begun.elapsed() < PATIENCE, "it is not stopped");
+        }
+        run.signal(Signal::STOP);
+        if reason().starts_with("paused (saving)") {
+            return run;
+        }
+        // It was saved faster than it was looked at: the delta may have been carried.
+        run.signal(Signal::CONT);
+        run.finish().expect_code(0);
+        bed.switch("rollback", &["--with-changes"], "source");
+    }
+    panic!("no cutover could be held while its server was saved");
+}
+
+/// It went back, because of `because`.
+#[track_caller]
+fn expect_back(bed: &Bed<'_>, run: Run, because: &str) -> Value {
+    let report = report(&run.expect_code(12));
+    println!("{report:#}");
+    assert_eq!(report["runs_from"], "source", "{report:#}");
+    let told = report["rolled_back_because"].as_str().unwrap_or_default();
+    assert!(told.contains(because), "{report:#}");
+    bed.expect_well("source");
+    report
+}
+
+fn is_full(env: &VmEnv, pool: &str) -> bool {
+    let mut command = Command::new("ceph");
+    command.env_remove("CEPH_ARGS").arg("-c").arg(&env.ceph.conf).args(["--id", "admin", "osd", "dump"]);
+    let dump = String::from_utf8(command.output().expect("Ceph's tools are installed").stdout).expect("text");
+    dump.lines().any(|line| line.contains(&format!("'{pool}'")) && line.contains("full_quota"))
+}
+
+fn a_pool_that_is_full(bed: &Bed<'_>) {
+    let run = held_before_the_final_delta(bed, &[]);
+    let quota = Disturbed::quota(&bed.env.ceph, "sas", 4096).expect("the folder was looked at");
+    let begun = Instant::now();
+    // One that stands still for 30 s loses its watches, which is another story.
+    while !is_full(bed.env, "sas") {
+        assert!(begun.elapsed() < Duration::from_secs(25), "the monitors did not hear of it in time");
+    }
+    run.signal(Signal::CONT);
+    expect_back(bed, run.finish(), "quota of pool \"sas\" is reached");
+    // Nothing is left of it, and nobody is kept from anything.
+    assert!(!bed.is_begun());
+    bed.wait_for("a server that is not paused", |server| server["activity"] != "paused");
+    // Earlier than that, it is found before the server is stopped.
+    let early = bed.run("cutover", &["--yes"]).expect_code(10);
+    assert!(!early.stderr.contains("quiescing") && early.stderr.contains("quota of pool"), "{}", early.stderr);
+    bed.expect_well("source");
+    quota.undo();
+    bed.switch("cutover", &[], "target");
+    bed.switch("rollback", &["--with-changes"], "source");
+}
+
+fn an_osd_that_comes_back(bed: &Bed<'_>) {
+    let run = held_before_the_final_delta(bed, &["--max-outage", "90s"]);
+    let stopped = Disturbed::osd_stopped(&bed.env.ceph, 1).expect("the folder was looked at");
+    run.signal(Signal::CONT);
+    stopped.undo();
+    let run = run.finish().expect_code(0);
+    println!("{:#}", report(&run));
+    bed.expect_well("target");
+    bed.switch("rollback", &["--with-changes"], "source");
+}
+
+fn an_osd_that_stays_away(bed: &Bed<'_>) {
+    let limit = Duration::from_secs(20);
+    let run = held_before_the_final_delta(bed, &["--max-outage", "20s"]);
+    let stopped = Disturbed::osd_stopped(&bed.env.ceph, 1).expect("the folder was looked at");
+    run.signal(Signal::CONT);
+    // It runs again long before the command has given up on the target.
+    let begun = Instant::now();
+    while bed.guest.state() != "running" {
+        assert!(begun.elapsed() < PATIENCE, "the server stands still");
+    }
+    println!("running again {:?} after the OSD was gone", begun.elapsed());
+    let last = bed.guest.console().last_ack();
+    bed.guest.wait_for_ack(last + 2);
+    let run = run.finish();
+    stopped.undo();
+    let report = expect_back(bed, run, "the outage has passed its limit of 20s");
+    let outage = Duration::from_secs_f64(report["outage_seconds"].as_f64().expect("it stood still"));
+    // What comes on top is the way back: its memory is restored.
+    assert!(outage < limit + Duration::from_secs(20), "{outage:?}");
+    bed.switch("cutover", &[], "target");
+}
+
+#[test]
+fn a_target_that_fails_at_the_final_delta() {
+    let Some(env) = vm_alone() else { return };
+    if ceph_dev_folder(&env.ceph).is_none() {
+        return;
+    }
+    let mut bed = Bed::new(&env, "target");
+    bed.replicate();
+    a_pool_that_is_full(&bed);
+    an_osd_that_comes_back(&bed);
+    an_osd_that_stays_away(&bed);
+}
+
+/// Starts two cutovers of the same server, the second when the first tells that it is at a phase, or at once.
+fn two_at_once(bed: &Bed<'_>, phase: Option<&str>) {
+    let words = ["--yes", "--json"];
+    let mut first = bed.start("cutover", &words);
+    assert!(phase.is_none_or(|phase| first.until(phase)), "{:?}", first.finish());
+    let second = bed.start("cutover", &words);
+    let runs = [first.finish(), second.finish()];
+    println!("{phase:?}: {runs:#?}");
+    let (done, refused): (Vec<&Run>, Vec<&Run>) = runs.iter().partition(|run| run.code == Some(0));
+    assert_eq!((done.len(), refused.len()), (1, 1), "{runs:#?}");
+    assert!(refused[0].stderr.contains("hint: "), "{}", refused[0].stderr);
+    assert!(matches!(refused[0].code, Some(1 | 6)), "{:?}", refused[0]);
+    assert_eq!(report(done[0])["runs_from"], "target");
+    bed.expect_well("target");
+    bed.switch("rollback", &["--with-changes"], "source");
+}
+
+/// Another client of the source that is there when the server stands still: since before that, or since then.
+fn a_client_that_has_it_open(bed: &Bed<'_>, method: &str, before: bool) {
+    let source = &bed.guest.disks[1].source;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let mut other = runtime.block_on(async { Librbd::start(&bed.env.ceph) });
+    let mut open = || {
+        let known = bed.env.clients(source);
+        runtime.block_on(other.call(format!("open {source}")));
+        let strangers: Vec<String> = bed.env.clients(source).into_iter().filter(|one| !known.contains(one)).collect();
+        let [stranger] = &strangers[..] else { panic!("{known:?} had {source} open, and then {strangers:?}") };
+        stranger.clone()
+    };
+    let (run, address) = if before {
+        let address = open();
+        (bed.start("cutover", &["--method", method, "--yes", "--json"]), address)
+    } else {
+        let mut run = bed.start("cutover", &["--method", method, "--yes", "--json"]);
+        assert!(run.until("quiescing"), "{:?}", run.finish());
+        run.signal(Signal::STOP);
+        let address = open();
+        run.signal(Signal::CONT);
+        (run, address)
+    };
+    let run = run.finish();
+    println!("{method}, open before: {before}: {run:?}");
+    assert!(!run.stderr.contains("final delta"), "{}", run.stderr);
+    runtime.block_on(other.call(format!("close {source}")));
+    let report = expect_back(bed, run, &format!("final delta of web: rbd:{source} is open at "));
+    let because = report["rolled_back_because"].as_str().unwrap_or_default();
+    assert!(because.contains(&address) && because.contains("somebody may still write to it"), "{address}: {because}");
+    // Whoever is there before is found before.
+    assert_eq!(report["outage_seconds"].is_null(), before, "{report:#}");
+}
+
+#[test]
+fn whoever_else_is_there_is_told_from_the_server() {
+    let Some(env) = vm() else { return };
+    let mut bed = Bed::new(&env, "else");
+    bed.replicate();
+    two_at_once(&bed, None);
+    two_at_once(&bed, Some("final delta"));
+    a_client_that_has_it_open(&bed, "warm", false);
+    a_client_that_has_it_open(&bed, "hot", true);
+    a_client_that_has_it_open(&bed, "hot", false);
+    bed.switch("cutover", &["--method", "hot"], "target");
+}
+
+/// The guest ignores its power button, and the limit is that of its plan.
+fn a_guest_that_won_t_stop(bed: &Bed<'_>) {
+    let guest = &bed.others[0];
+    guest.command("deaf on");
+    let begun = Instant::now();
+    let run = bed.run_on("db", "cutover", &["--method", "cold", "--yes", "--json"]);
+    let took = begun.elapsed();
+    let report = report(&run.expect_code(12));
+    println!("{report:#} after {took:?}");
+    let because = report["rolled_back_because"].as_str().expect("it says why");
+    assert!(because.contains("the guest has ignored its power button for 20s"), "{because}");
+    assert!(guest.console().all("POWER").count() >= 1, "the button itself was pressed");
+    let seconds = |phase: &str| {
+        let all = report["phases"].as_array().into_iter().flatten();
+        all.filter(|entry| entry["phase"] == phase).filter_map(|entry| entry["seconds"].as_f64()).sum::<f64>()
+    };
+    // A question is asked once more at the end.
+    assert!((20.0..25.0).contains(&seconds("quiescing")), "{report:#}");
+    guest.command("deaf off");
+    assert_eq!(guest.console().boot_ids().len(), 1, "it never stopped");
+    bed.expect_guest_well(guest, "source");
+}
+
+/// Two servers at a time, one of which is not ready at first.
+fn all_servers(bed: &Bed<'_>) {
+    let guest = &bed.others[0];
+    bed.env.virsh(&["suspend", &guest.name]);
+    let run = bed.run_on("--all", "cutover", &["--parallel", "2", "--yes"]).expect_code(14);
+    println!("{}{}", run.stderr, run.stdout);
+    let row = |run: &Run, server: &str| {
+        let row = run.stdout.lines().find(|line| line.starts_with(server)).unwrap_or_default();
+        row.split_whitespace().collect::<Vec<_>>().join(" ")
+    };
+    let (web, db) = (row(&run, SERVER), row(&run, "db"));
+    assert!(web.starts_with("web targets ") && web.ends_with(" s done"), "{web}");
+    assert!(db.starts_with("db - - db can't be cut over now: ") && db.contains("it is paused"), "{db}");
+    bed.expect_well("target");
+    bed.env.virsh(&["resume", &guest.name]);
+    bed.expect_guest_well(guest, "source");
+    let run = bed.run_on("--all", "cutover", &["--parallel", "2", "--yes"]).expect_code(0);
+    println!("{}{}", run.stderr, run.stdout);
+    assert_eq!(row(&run, SERVER), "web targets - was there already");
+    let db = row(&run, "db");
+    assert!(db.starts_with("db targets ") && db.ends_with(" s done"), "{db}");
+    bed.expect_well("target");
+    bed.expect_guest_well(guest, "target");
+}
+
+/// The guest runs from its targets, and goes on when its sources are removed.
+fn finalized(bed: &Bed<'_>) {
+    let kept = bed.guest.disks.each_ref().map(|disk| format!("{}.poolshift-kept", disk.source));
+    let sources = || {
+        let listed = bed.env.rbd(&["ls", "sata"]);
+        listed
+            .lines()
+            .filter(|image| image.starts_with(&bed.guest.name))
+            .map(|image| format!("sata/{image}"))
+            .collect::<Vec<_>>()
+    };
+    let both: Vec<String> = kept.iter().rev().cloned().collect();
+    let dry = bed.run("finalize", &["--dry-run"]).expect_code(0);
+    assert!(kept.iter().all(|image| dry.stdout.contains(&format!("lost  rbd:{image}, "))), "{}", dry.stdout);
+    bed.run("finalize", &[]).expect_code(2);
+    assert_eq!(sources(), both);
+    let done = bed.run("finalize", &["--yes"]).expect_code(0);
+    assert!(done.stdout.contains("web is finalized: 2 sources and "), "{}", done.stdout);
+    assert_eq!(sources(), Vec::<String>::new());
+    bed.guest.wait_for_ack(bed.guest.console().last_ack() + 5);
+    assert_eq!(bed.guest.oracle(), Ok(()));
+    bed.guest.shut_down();
+    let before = bed.guest.console().last_ack();
+    bed.guest.start();
+    bed.guest.wait_for_ack(before + 5);
+    assert_eq!(bed.guest.oracle(), Ok(()));
+    let targets = bed.guest.disks.each_ref().map(|disk| disk.target.clone());
+    assert_eq!(bed.guest.sources_live(), targets);
+    assert_eq!(bed.guest.sources_inactive(), targets);
+}
+
+#[test]
+fn servers_that_won_t_stop_or_are_not_ready_keep_nobody_and_one_that_is_over_is_finalized() {
+    let Some(env) = vm() else { return };
+    let mut bed = Bed::new(&env, "web");
+    bed.add("db", ", limit = \"20s\"");
+    bed.replicate();
+    a_guest_that_won_t_stop(&bed);
+    all_servers(&bed);
+    finalized(&bed);
+}

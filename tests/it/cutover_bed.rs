@@ -1,0 +1,281 @@
+//! What the tests of cutovers share: guests that run, the plan that has them as its servers, and `poolshift` at work on
+//! them.
+
+use std::io::{BufRead as _, BufReader, Read as _};
+use std::process::{Child, ChildStderr, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+use crate::support::{Run, binary, poolshift};
+use crate::vm::{Guest, GuestDisk, Role, VmEnv};
+
+/// Nothing here takes as long; what does has failed.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(180);
+
+/// The server that is the first guest.
+pub(crate) const SERVER: &str = "web";
+
+/// Guests that run, and the plan that has them as its servers.
+pub(crate) struct Bed<'a> {
+    pub(crate) env: &'a VmEnv,
+    /// The guest of [`SERVER`].
+    pub(crate) guest: Guest<'a>,
+    /// Those of other servers.
+    pub(crate) others: Vec<Guest<'a>>,
+    dir: tempfile::TempDir,
+    daemon: Option<Child>,
+}
+
+impl<'a> Bed<'a> {
+    /// A server with a guest that runs.
+    #[track_caller]
+    pub(crate) fn new(env: &'a VmEnv, tag: &str) -> Self {
+        Self::with(env, tag, "")
+    }
+
+    /// The same, with more of `libvirt = { … }` in the plan: `, limit = "15s"`.
+    #[track_caller]
+    pub(crate) fn with(env: &'a VmEnv, tag: &str, more: &str) -> Self {
+        let guest = Guest::make(env, tag);
+        let dir = tempfile::tempdir().expect("a folder");
+        let bed = Self { env, guest, others: Vec::new(), dir, daemon: None };
+        std::fs::write(bed.plan(), bed.beginning() + &bed.server(SERVER, &bed.guest, more)).expect("a plan");
+        bed.guest.start();
+        bed
+    }
+
+    /// One more server, with a guest that runs.
+    #[track_caller]
+    pub(crate) fn add(&mut self, server: &str, more: &str) {
+        let guest = Guest::make(self.env, server);
+        let plan = std::fs::read_to_string(self.plan()).expect("there is a plan");
+        std::fs::write(self.plan(), plan + &self.server(server, &guest, more)).expect("a plan");
+        guest.start();
+        self.others.push(guest);
+    }
+
+    pub(crate) fn plan(&self) -> String {
+        self.dir.path().join("plan.toml").display().to_string()
+    }
+
+    /// A folder for what a test needs.
+    pub(crate) fn folder(&self) -> &std::path::Path {
+        self.dir.path()
+    }
+
+    fn beginning(&self) -> String {
+        let free = std::net::TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
+        let (conf, user) = (self.env.ceph.conf.display(), &self.env.ceph.user);
+        let mut text = format!("[api]\nlisten = \"{}\"\n[defaults]\ninterval = \"2s\"\n", free.expect("a free port"));
+        for side in ["source", "target"] {
+            text += &format!("[{side}]\nconf = \"{conf}\"\nuser = \"{user}\"\n");
+        }
+        text
+    }
+
+    fn server(&self, name: &str, guest: &Guest<'_>, more: &str) -> String {
+        let mut text = format!("[[server]]\nname = \"{name}\"\n");
+        for GuestDisk { role, source, target } in &guest.disks {
+            let (volume, boot) = (format!("{name}-{role:?}"), *role == Role::Root);
+            text += &format!(
+                "[[server.volume]]\nname = \"{volume}\"\nsource = \"rbd:{source}\"\ntarget = \"rbd:{target}\"\nboot = \
+                 {boot}\n"
+            );
+        }
+        let (domain, uri, folder) = (&guest.name, self.env.uri(), self.dir.path().display());
+        text + &format!(
+            "[server.cutover]\nlibvirt = {{ domain = \"{domain}\", uri = \"{uri}\", save_folder = \"{folder}\"{more} }}\n"
+        )
+    }
+
+    pub(crate) fn start_daemon(&mut self) {
+        let command = binary().arg("replicate").arg(self.plan()).stderr(Stdio::null()).spawn();
+        self.daemon = Some(command.expect("the daemon starts"));
+    }
+
+    pub(crate) fn stop_daemon(&mut self) {
+        if let Some(mut daemon) = self.daemon.take() {
+            let _ = daemon.kill();
+            let _ = daemon.wait();
+        }
+    }
+
+    /// Has every server a point, and no daemon.
+    #[track_caller]
+    pub(crate) fn replicate(&mut self) {
+        self.start_daemon();
+        for server in 0..=self.others.len() {
+            self.wait_for_server(server, "a point", |status| status["point"].is_object());
+        }
+        // In good order: what a killed one has open would stay open for half a minute.
+        let mut daemon = self.daemon.take().expect("it was started");
+        send(&daemon, Signal::TERM);
+        daemon.wait().expect("it can be waited for");
+    }
+
+    /// `poolshift` with a command on [`SERVER`].
+    pub(crate) fn command(&self, command: &str, words: &[&str]) -> Command {
+        let mut binary = binary();
+        binary.arg(command).arg(self.plan()).arg(SERVER).args(words);
+        binary
+    }
+
+    /// What a command on any server, or on all, ends in.
+    pub(crate) fn run_on(&self, server: &str, command: &str, words: &[&str]) -> Run {
+        poolshift([command, &self.plan(), server].iter().chain(words))
+    }
+
+    pub(crate) fn run(&self, command: &str, words: &[&str]) -> Run {
+        self.run_on(SERVER, command, words)
+    }
+
+    pub(crate) fn start(&self, command: &str, words: &[&str]) -> Running {
+        Running::start(self.command(command, words))
+    }
+
+    #[track_caller]
+    pub(crate) fn wait_for(&self, what: &str, wanted: impl Fn(&Value) -> bool) {
+        self.wait_for_server(0, what, wanted);
+    }
+
+    #[track_caller]
+    fn wait_for_server(&self, server: usize, what: &str, wanted: impl Fn(&Value) -> bool) {
+        let begin = Instant::now();
+        loop {
+            let run = poolshift(["status", &self.plan(), "--json"]).expect_code(0);
+            let status: Value = serde_json::from_str(&run.stdout).expect("one JSON value");
+            let status = &status["servers"][server];
+            if wanted(status) {
+                return;
+            }
+            assert!(begin.elapsed() < PATIENCE, "waited in vain for {what}: {status:#}");
+        }
+    }
+
+    /// Runs a command that ends with the server running from `side`, and gives back its report.
+    #[track_caller]
+    pub(crate) fn switch(&self, command: &str, words: &[&str], side: &str) -> Value {
+        let words: Vec<&str> = words.iter().copied().chain(["--yes", "--json"]).collect();
+        let report = report(&self.run(command, &words).expect_code(0));
+        assert_eq!(report["runs_from"], side, "{report:#}");
+        println!("{command} {words:?}: {report:#}");
+        self.expect_well(side);
+        report
+    }
+
+    /// The server runs from one side, will start from there, is on no other, writes, and lacks nothing.
+    #[track_caller]
+    pub(crate) fn expect_well(&self, side: &str) {
+        self.expect_guest_well(&self.guest, side);
+    }
+
+    #[track_caller]
+    pub(crate) fn expect_guest_well(&self, guest: &Guest<'_>, side: &str) {
+        let on_targets = side == "target";
+        let images = guest.disks.iter().map(|disk| if on_targets { &disk.target } else { &disk.source });
+        let images: Vec<String> = images.cloned().collect();
+        assert_eq!(guest.state(), "running");
+        assert_eq!(guest.sources_inactive(), images);
+        for GuestDisk { source, target, .. } in &guest.disks {
+            let kept = format!("{source}.poolshift-kept");
+            let (used, left) = if on_targets { (target, &kept) } else { (source, target) };
+            assert_eq!(self.env.watchers(used), 1, "{used}");
+            // A worker of the fleet may be at it.
+            assert!(on_targets || self.daemon.is_some() || self.env.watchers(left) == 0, "{left}");
+            assert!(!on_targets || self.env.watchers(left) == 0, "{left}");
+        }
+        guest.wait_for_ack(guest.console().last_ack() + 2);
+        assert_eq!(guest.oracle(), Ok(()));
+    }
+
+    /// Whether a cutover that was begun, or is done, is noted with the first target.
+    pub(crate) fn is_begun(&self) -> bool {
+        let listed = self.env.rbd(&["image-meta", "list", &self.guest.disks[0].target]);
+        listed.contains("poolshift.cutover") || listed.contains("for its cutover")
+    }
+}
+
+impl Drop for Bed<'_> {
+    fn drop(&mut self) {
+        self.stop_daemon();
+        for disk in self.others.iter().chain([&self.guest]).flat_map(|guest| &guest.disks) {
+            let kept = format!("{}.poolshift-kept", disk.source);
+            let mut command = Command::new("rbd");
+            command.env_remove("CEPH_ARGS").arg("--conf").arg(&self.env.ceph.conf);
+            // Back to the name under which the guest removes it.
+            let _ = command.args(["--id", &self.env.ceph.user, "mv", &kept, &disk.source]).output();
+        }
+    }
+}
+
+fn send(child: &Child, signal: Signal) {
+    let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+    kill_process(pid.expect("it has an id"), signal).expect("nobody has waited for it");
+}
+
+/// What a command with `--json` printed.
+#[track_caller]
+pub(crate) fn report(run: &Run) -> Value {
+    serde_json::from_str(&run.stdout).unwrap_or_else(|error| panic!("{error}: {run:?}"))
+}
+
+/// A `poolshift` that runs. Dropped, it is killed.
+pub(crate) struct Running {
+    child: Child,
+    stderr: BufReader<ChildStderr>,
+    told: String,
+}
+
+impl Running {
+    pub(crate) fn start(mut command: Command) -> Self {
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
+        let stderr = BufReader::new(child.stderr.take().expect("a pipe"));
+        Self { child, stderr, told: String::new() }
+    }
+
+    /// Reads on until it tells that it is at a phase; says whether it did, before its end.
+    pub(crate) fn until(&mut self, phase: &str) -> bool {
+        let mut line = String::new();
+        while self.stderr.read_line(&mut line).expect("it tells in text") > 0 {
+            print!("{line}");
+            let is_phase = line.trim_end().ends_with(&format!(": {phase}"));
+            self.told += &std::mem::take(&mut line);
+            if is_phase {
+                return true;
+            }
+        }
+        false
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        send(&self.child, signal);
+    }
+
+    /// Ends it as `kill -9` does; says whether it was still running.
+    pub(crate) fn kill(mut self) -> bool {
+        let running = self.child.try_wait().expect("it can be waited for").is_none();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        running
+    }
+
+    /// Waits for its end.
+    pub(crate) fn finish(mut self) -> Run {
+        let Ok(_) = self.stderr.read_to_string(&mut self.told) else { panic!("it tells in text") };
+        let mut stdout = String::new();
+        // What fits into a pipe: it has not waited for its reader.
+        let read = self.child.stdout.take().expect("a pipe").read_to_string(&mut stdout);
+        read.expect("it prints text");
+        let status = self.child.wait().expect("it can be waited for");
+        Run { code: status.code(), stdout, stderr: std::mem::take(&mut self.told) }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
