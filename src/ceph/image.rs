@@ -11,8 +11,8 @@ use rustix::io::Errno;
 
 use super::aio::InFlight;
 use super::library::{
-    Handle, ImageInfoC, Library, LinkedImageSpecC, Rbd, SnapInfoC, SnapSpecC, WatcherC, count_progress, library,
-    no_progress,
+    Handle, ImageInfoC, Library, LinkedImageSpecC, Rbd, SnapInfoC, SnapSpecC, TimespecC, WatcherC, count_progress,
+    library, no_progress,
 };
 use super::{CephError, Pool, Raw, Result, c_string, check, close_in_background, exit};
 
@@ -156,6 +156,15 @@ impl Image {
 
     pub(crate) fn features(&self) -> Result<Features> {
         self.number("rbd_get_features", |rbd| rbd.rbd_get_features).map(Features)
+    }
+
+    /// When it was made, in seconds since 1970.
+    pub(crate) fn created(&self) -> Result<i64> {
+        let mut at = TimespecC::default();
+        // SAFETY: the image is open, `at` is a valid place.
+        let value = unsafe { (self.rbd()?.rbd_get_create_timestamp)(self.raw.0, &mut at) };
+        check("rbd_get_create_timestamp", value)?;
+        Ok(at.seconds)
     }
 
     /// The flags of HEAD, or of the snapshot that is set; see [`INVALID_FLAGS`].

@@ -35,6 +35,14 @@ pub(super) struct ImageInfoC {
     pub(super) parent_name: [c_char; 96],
 }
 
+/// `struct timespec`, where time_t has 64 bits
+#[repr(C)]
+#[derive(Default)]
+pub(super) struct TimespecC {
+    pub(super) seconds: i64,
+    pub(super) nanoseconds: i64,
+}
+
 /// `rbd_image_spec_t`
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -151,6 +159,7 @@ table! {
     rbd_get_name: fn(Handle, *mut c_char, *mut usize) -> c_int;
     rbd_get_size: fn(Handle, *mut u64) -> c_int;
     rbd_get_features: fn(Handle, *mut u64) -> c_int;
+    rbd_get_create_timestamp: fn(Handle, *mut TimespecC) -> c_int;
     rbd_get_flags: fn(Handle, *mut u64) -> c_int;
     rbd_get_stripe_unit: fn(Handle, *mut u64) -> c_int;
     rbd_get_stripe_count: fn(Handle, *mut u64) -> c_int;

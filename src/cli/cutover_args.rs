@@ -269,8 +269,7 @@ fn parse_outage(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// The longest rehearsal: nobody looks at one for longer, and all that time its clones are in the way of nothing but
-/// themselves.
+/// The longest rehearsal: its clones grow in the target pool, and keep the space of a point that was pruned.
 const KEEP_MAX: Duration = Duration::from_secs(7 * 86_400);
 
 fn parse_keep(text: &str) -> Result<Duration, String> {

@@ -5,12 +5,12 @@ use serde::Serialize;
 use super::config::Gc;
 use super::cutover::look::hands_off;
 use super::cutover::open_stage;
-use super::exit::{Exit, image_error};
+use super::exit::Exit;
 use super::fleet::PlanImages;
 use super::output::{self, Facts};
 use super::{Context, Interrupted, images};
-use crate::cutover::Observer;
 use crate::cutover::rehearsal::Leftovers;
+use crate::cutover::{CutoverError, Observer};
 use crate::image::ErrorKind;
 use crate::observe::human::plain;
 use crate::plan::Plan;
@@ -103,13 +103,15 @@ async fn rehearsals(
             if left.is_empty() {
                 return Ok(None);
             }
-            let not_removed = if settings.remove { stage.clear(&Silent).await? } else { Vec::new() };
+            let not_removed = if settings.remove { stage.clear(&left, &Silent).await } else { Vec::new() };
             Ok(Some(Rehearsal { left, removed: settings.remove && not_removed.is_empty(), not_removed }))
         };
         match looked.await {
             Ok(rehearsal) => found.extend(rehearsal),
-            Err(error) => match image_error(error.root_cause()).map(|error| &error.kind) {
-                Some(ErrorKind::Busy { holder }) => tracing::info!("server {}: left alone: {holder}", server.name),
+            Err(error) => match error.downcast_ref() {
+                Some(CutoverError::Image(image)) if matches!(image.kind, ErrorKind::Busy { .. }) => {
+                    tracing::warn!("server {}: its rehearsal is left alone: {error:#}", server.name);
+                }
                 _ => failed.push(format!("server {}: {error:#}", server.name)),
             },
         }
@@ -157,7 +159,9 @@ fn show(reports: &[GcReport], rehearsals: &[Rehearsal], settings: &Gc) -> anyhow
             facts.add("not removed", left);
         }
     }
+    let stays = rehearsals.iter().any(|rehearsal| !rehearsal.not_removed.is_empty());
     let next = match (settings.remove, proven, unknown) {
+        (true, ..) if stays => "not all of it was removed: run it again",
         (_, 0, 0) => "nothing to remove",
         (false, 0, _) => "nothing that is poolshift's for sure; unknown ones go with --yes --unknown only",
         (false, ..) => "run again with --yes to remove them; unknown ones go with --unknown as well only",

@@ -37,9 +37,9 @@ pub(super) async fn run(context: &Context<'_>, settings: &Rehearse) -> anyhow::R
         false => output::bytes(shown(&done).as_bytes())?,
     }
     Ok(match (done.passed, done.left.is_empty()) {
-        (false, _) => Exit::RehearsalFailed,
-        (true, false) => Exit::Failed,
-        (true, true) => Exit::Success,
+        (Some(false), _) => Exit::RehearsalFailed,
+        (_, false) => Exit::Failed,
+        (_, true) => Exit::Success,
     })
 }
 
@@ -59,10 +59,11 @@ impl Observer for Steps {
 /// How it ended. Ends with a newline.
 fn shown(done: &Rehearsed) -> String {
     let (server, at) = (plain(&done.server), human_moment(&done.point_at));
-    let mut text = match (&done.problem, &done.found) {
-        (Some(problem), _) => format!("{server} as of {at} is NOT well: {}", plain(problem)),
-        (None, Some(found)) => format!("{server} as of {at} is well: {}", plain(found)),
-        (None, None) => format!("{server} as of {at} was there to boot from; whether it is well, a person knows"),
+    let found = plain(done.found.as_deref().unwrap_or_default());
+    let mut text = match done.passed {
+        Some(false) => format!("{server} as of {at} is NOT well: {found}"),
+        Some(true) => format!("{server} as of {at} is well: {found}"),
+        None => format!("{server} as of {at} was there to boot from; whether it is well, a person knows"),
     };
     text.push_str(if done.left.is_empty() { "; all that was made is removed\n" } else { "\n" });
     for left in &done.left {
@@ -86,16 +87,15 @@ mod tests {
             point_at: "2026-11-26T12:00:00Z".into(),
             stand_in: "web.poolshift-rehearsal".into(),
             clones: Vec::new(),
-            passed: true,
+            passed: Some(true),
             found: Some("its console showed \"login:\"".into()),
-            problem: None,
             took: Duration::from_secs(8),
             remarks: Vec::new(),
             left: Vec::new(),
         };
         insta::assert_snapshot!(shown(&done), @r#"web as of 2026-11-26T12:00:00Z is well: its console showed "login:"; all that was made is removed"#);
         done.left = vec!["rbd:sas/web.poolshift-rehearsal: it is open".into()];
-        (done.passed, done.problem, done.found) = (false, Some("it is off after 3.0 s\x1b[2J".into()), None);
+        (done.passed, done.found) = (Some(false), Some("it is off after 3.0 s\x1b[2J".into()));
         let failed = "web as of 2026-11-26T12:00:00Z is NOT well: it is off after 3.0 s\u{fffd}[2J\n\
                       not removed: rbd:sas/web.poolshift-rehearsal: it is open; poolshift gc PLAN --yes tries again\n";
         assert_eq!(shown(&done), failed);

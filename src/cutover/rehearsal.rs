@@ -4,19 +4,21 @@
 //! # What is made, and by which names
 //!
 //! A clone of each volume's target, of the newest point that all of them have, is called by [`clone_name`] and carries a
-//! [`Mark`]; the stand-in is called by [`clone_name`] as well. So there is one rehearsal of a server at a time, and what
-//! one that was killed has left is found without a search. The point may be pruned meanwhile: its snapshots live on in
-//! the trash for as long as the clones do.
+//! [`Mark`]; the stand-in is called by [`clone_name`] as well, and carries the mark's id. So there is one rehearsal of a
+//! server at a time, and what one that was killed has left is found without a search. Nothing is removed by its name
+//! alone: of two rehearsals that begin at once, each removes what has its own id. The point may be pruned meanwhile: its
+//! snapshots live on in the trash for as long as the clones do.
 //!
 //! # The order
 //!
 //! What an earlier one has left goes; clones, marked; the stand-in boots, and is judged; it stays for as long as was
 //! asked for; the stand-in goes, then the clones. Whatever fails, and whoever interrupts it, the last two are done. After
-//! a kill the next rehearsal does them, or `gc`. A rehearsal counts as left behind once its process is known to be dead,
-//! or the time that it has given itself is over.
+//! a kill the next rehearsal does them, or `gc`, on the same host where a hypervisor has to be asked. A rehearsal counts
+//! as left behind once its process is known to be dead, or the time that it has given itself is over.
 
 mod clones;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -26,8 +28,8 @@ use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
 use super::finalize::{journal_of, place, wrong_state};
-use super::provider::rehearse::{Boots, StandIn};
-use super::provider::{Provider, ProviderError, ServerDisk, Verdict};
+use super::provider::rehearse::{Boots, Judgement, StandIn};
+use super::provider::{Precondition, Provider, ServerDisk, Verdict};
 use super::server::{CutoverError, Observer, Result};
 use crate::fleet::group::GroupPoint;
 use crate::image::rbd::{Connector, RbdImage};
@@ -47,6 +49,8 @@ pub fn clone_name(name: &str) -> String {
 /// What is kept with each clone: who rehearses what.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mark {
+    /// Which rehearsal.
+    pub id: String,
     /// The server, by its name in the plan.
     pub server: String,
     /// The point, by the name of its snapshots.
@@ -69,6 +73,8 @@ pub struct Stage {
     name: String,
     provider: Arc<dyn Provider>,
     connector: Connector,
+    /// The cluster of the sources, by its fsid, where they are in one.
+    source_cluster: Option<String>,
     targets: Vec<(ServerDisk, RbdImage)>,
 }
 
@@ -87,12 +93,10 @@ pub struct Rehearsed {
     pub stand_in: String,
     /// The clones that it ran from.
     pub clones: Vec<String>,
-    /// Whether it is known to have booted, and to be well.
-    pub passed: bool,
-    /// What says so; `None` where it is left to a person, or it failed.
+    /// Whether it has booted and is well; `None` where only a person can know.
+    pub passed: Option<bool>,
+    /// What says so, or otherwise.
     pub found: Option<String>,
-    /// Why it failed.
-    pub problem: Option<String>,
     /// From the first clone until it was judged.
     #[serde(rename = "took_seconds", serialize_with = "seconds")]
     pub took: Duration,
@@ -109,13 +113,12 @@ fn seconds<S: serde::Serializer>(duration: &Duration, serializer: S) -> Result<S
 /// A rehearsal, as far as its judgement.
 struct Played {
     point: GroupPoint,
-    /// By what it is known to be well, where somebody can tell; or why it failed.
-    judged: Result<Option<String>, ProviderError>,
+    judgement: Judgement,
     remarks: Vec<String>,
 }
 
 /// What a rehearsal has left that was killed.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Leftovers {
     /// The server.
     pub server: String,
@@ -125,6 +128,9 @@ pub struct Leftovers {
     pub stand_in: Option<String>,
     /// Its clones.
     pub clones: Vec<String>,
+    /// Which rehearsals they are of.
+    #[serde(skip)]
+    ids: BTreeSet<String>,
 }
 
 impl Leftovers {
@@ -135,36 +141,47 @@ impl Leftovers {
 }
 
 impl Stage {
-    /// Opens the targets of a server. Changes nothing.
+    /// Opens the targets of a server. Changes nothing. `clusters`: of the sources, unless they are files, and of the
+    /// targets.
     pub async fn open(
         name: &str,
         provider: Arc<dyn Provider>,
         disks: Vec<ServerDisk>,
-        connector: &Connector,
+        clusters: (Option<&Connector>, &Connector),
     ) -> Result<Self> {
+        let (sources, connector) = clusters;
         let open = |disk: ServerDisk| async move {
             let (pool, namespace, image) = place(&disk.target)?;
             let target = RbdImage::open_target(connector, pool, namespace, image).await?;
             Ok::<_, ImageError>((disk, target))
         };
         let targets = try_join_all(disks.into_iter().map(open)).await?;
-        Ok(Self { name: name.to_owned(), provider, connector: connector.clone(), targets })
+        let source_cluster = sources.map(|sources| sources.fsid().to_owned());
+        Ok(Self { name: name.to_owned(), provider, connector: connector.clone(), source_cluster, targets })
     }
 
-    /// What the clones and the stand-in are called.
-    fn stand_in(&self) -> StandIn {
+    /// What the clones and the stand-in of a rehearsal are called.
+    fn stand_in(&self, id: &str) -> StandIn {
         let clone_of =
             |(disk, _): &(ServerDisk, RbdImage)| ServerDisk { target: clone_spec(&disk.target), ..disk.clone() };
         let name = clone_name(self.provider.runs_as().unwrap_or(&self.name));
-        StandIn { name, server: self.name.clone(), disks: self.targets.iter().map(clone_of).collect() }
+        let disks = self.targets.iter().map(clone_of).collect();
+        StandIn { name, id: id.to_owned(), server: self.name.clone(), disks }
     }
 
     /// Removes what a rehearsal that was killed has left. Gives back what could not be removed, and why.
-    pub async fn clear(&self, observer: &dyn Observer) -> Result<Vec<String>> {
-        if self.leftovers().await?.is_empty() {
-            return Ok(Vec::new());
+    pub async fn clear(&self, left: &Leftovers, observer: &dyn Observer) -> Vec<String> {
+        if left.is_empty() {
+            return Vec::new();
         }
-        Ok(self.strike(&self.stand_in(), observer).await)
+        observer.note(&format!("removing what an earlier rehearsal has left: {}", left.clones.join(", ")));
+        for id in &left.ids {
+            if let Err(error) = self.provider.strike(&self.stand_in(id)).await {
+                // It has the clones open, or will.
+                return vec![error.to_string(), format!("its clones: {}", left.clones.join(", "))];
+            }
+        }
+        self.remove_clones(&left.ids, true).await
     }
 
     /// Rehearses. `keep`: how long the stand-in stays after it was judged, well or not. Told to stop, it tidies up first.
@@ -175,19 +192,15 @@ impl Stage {
         cancel: &CancellationToken,
     ) -> Result<Rehearsed> {
         self.refuse(keep).await?;
-        let left = self.clear(observer).await?;
+        let left = self.clear(&self.leftovers().await?, observer).await;
         if !left.is_empty() {
             let problem = format!("has a rehearsal behind it that can't be removed: {}", left.join("; "));
-            return Err(wrong_state(&self.name, &problem, "remove it, and run it again"));
+            return Err(wrong_state(&self.name, &problem, "mend that, or remove it by hand, and run it again"));
         }
-        let preconditions = self.provider.rehearsal_preconditions().await;
-        if preconditions.iter().any(|found| found.verdict == Verdict::Error) {
-            return Err(CutoverError::NoStage { server: self.name.clone(), preconditions });
-        }
-        let warnings = preconditions.iter().filter(|found| found.verdict == Verdict::Warning);
-        warnings.for_each(|found| observer.note(&format!("{}: {}", found.what, found.found)));
-        let (stand_in, begun) = (self.stand_in(), Instant::now());
-        let played = self.play(&stand_in, keep, observer, cancel).await;
+        let stand_in = self.stand_in(&format!("{:016x}", fastrand::u64(..)));
+        self.refuse_unready(&stand_in).await?;
+        let begun = Instant::now();
+        let (played, staged) = self.play(&stand_in, keep, observer, cancel).await;
         let took = begun.elapsed();
         if let (Some(keep), Ok(played)) = (keep, &played) {
             self.tell_kept(&stand_in, played, keep, observer);
@@ -196,13 +209,18 @@ impl Stage {
                 () = cancel.cancelled() => {}
             }
         }
-        let left = self.strike(&stand_in, observer).await;
-        let Played { point, judged, remarks } = match played {
+        let left = self.strike(&stand_in, staged, observer).await;
+        let Played { point, judgement, remarks } = match played {
             Ok(played) => played,
             Err(error) => {
                 left.iter().for_each(|left| observer.note(&format!("not removed: {left}")));
                 return Err(error);
             }
+        };
+        let (passed, found) = match judgement {
+            Judgement::Well(found) => (Some(true), Some(found)),
+            Judgement::NotWell(found) => (Some(false), Some(found)),
+            Judgement::Unknown => (None, None),
         };
         Ok(Rehearsed {
             server: self.name.clone(),
@@ -211,9 +229,8 @@ impl Stage {
             point_at: point.at.to_string(),
             clones: stand_in.disks.iter().map(|disk| disk.target.to_string()).collect(),
             stand_in: stand_in.name,
-            passed: judged.is_ok(),
-            problem: judged.as_ref().err().map(|error| error.to_string()),
-            found: judged.ok().flatten(),
+            passed,
+            found,
             took,
             remarks,
             left,
@@ -251,70 +268,95 @@ impl Stage {
         }
     }
 
-    /// Until the stand-in is judged. What is asked of the cluster or of libvirt is not cut: it would go on by itself, and
-    /// be there after all was tidied up.
+    async fn refuse_unready(&self, stand_in: &StandIn) -> Result<()> {
+        let mut preconditions = self.provider.rehearsal_preconditions(stand_in).await;
+        let elsewhere = self.source_cluster.as_deref().filter(|cluster| *cluster != self.connector.fsid());
+        if let (true, Some(cluster)) = (self.provider.needs_one_cluster(), elsewhere) {
+            let found = format!(
+                "its sources are in the cluster {cluster}, its targets in {}: {} finds its disks in one only",
+                self.connector.fsid(),
+                self.provider.describe()
+            );
+            preconditions.push(Precondition::new("clusters", Verdict::Error, found));
+        }
+        match preconditions.iter().any(|found| found.verdict == Verdict::Error) {
+            true => Err(CutoverError::NoStage { server: self.name.clone(), preconditions }),
+            false => Ok(()),
+        }
+    }
+
+    /// Until the stand-in is judged; and whether there may be one. What is asked of the cluster or of libvirt is not cut:
+    /// it would go on by itself, and be there after all was tidied up.
     async fn play(
         &self,
         stand_in: &StandIn,
         keep: Option<Duration>,
         observer: &dyn Observer,
         cancel: &CancellationToken,
-    ) -> Result<Played> {
+    ) -> (Result<Played>, bool) {
+        let point = match self.clone_all(stand_in, keep).await {
+            Ok(point) => point,
+            Err(error) => return (Err(error), false),
+        };
+        observer.note(&format!("cloned as of {}: {}", moment(point.at), names(stand_in)));
         let interrupted = || CutoverError::Interrupted { server: self.name.clone() };
+        if cancel.is_cancelled() {
+            return (Err(interrupted()), false);
+        }
+        let remarks = match self.provider.stage(stand_in).await {
+            Ok(remarks) => remarks,
+            Err(error) => return (Err(error.into()), true),
+        };
+        let boots = self.provider.boots();
+        if boots == Boots::Provider {
+            observer.note(&format!("{} was started", stand_in.name));
+        }
+        remarks.iter().for_each(|remark| observer.note(remark));
+        let judged = tokio::select! {
+            judged = self.provider.judge(stand_in) => judged.map_err(CutoverError::from),
+            // A command removes what it has made at its end, and nobody else can.
+            () = cancel.cancelled(), if boots != Boots::Command => Err(interrupted()),
+        };
+        (judged.map(|judgement| Played { point, judgement, remarks }), true)
+    }
+
+    async fn clone_all(&self, stand_in: &StandIn, keep: Option<Duration>) -> Result<GroupPoint> {
         let owner = LeaseOwner::current()
             .map_err(|error| ImageError::from_io(error, self.name.as_str(), "say who rehearses"))?;
         let span = self.provider.rehearsal_limit() + keep.unwrap_or_default() + SPARE;
-        let until = Timestamp::now().checked_add(span).unwrap_or(Timestamp::MAX);
-        let until = moment(until).to_string();
+        let until = moment(Timestamp::now().checked_add(span).unwrap_or(Timestamp::MAX)).to_string();
         let mark = |point: &GroupPoint| Mark {
+            id: stand_in.id.clone(),
             server: self.name.clone(),
             point: point.snapshot.clone(),
             owner: owner.clone(),
             until: until.clone(),
         };
-        let point = self.make_clones(stand_in, mark).await?;
-        observer.note(&format!("cloned as of {}: {}", moment(point.at), names(stand_in)));
-        if cancel.is_cancelled() {
-            return Err(interrupted());
-        }
-        let remarks = match self.provider.stage(stand_in).await {
-            Ok(remarks) => remarks,
-            Err(error) => return Ok(Played { point, judged: Err(error), remarks: Vec::new() }),
-        };
-        if self.provider.boots() == Boots::Provider {
-            observer.note(&format!("{} was started", stand_in.name));
-        }
-        remarks.iter().for_each(|remark| observer.note(remark));
-        tokio::select! {
-            judged = self.provider.judge(stand_in) => Ok(Played { point, judged, remarks }),
-            () = cancel.cancelled() => Err(interrupted()),
-        }
+        self.make_clones(stand_in, mark).await
     }
 
     fn tell_kept(&self, stand_in: &StandIn, played: &Played, keep: Duration, observer: &dyn Observer) {
-        let Played { point, judged, .. } = played;
-        match judged {
-            Ok(Some(found)) => observer.note(&format!("it is well: {found}")),
-            Ok(None) => {}
-            Err(problem) => observer.note(&format!("it failed: {problem}")),
+        match &played.judgement {
+            Judgement::Well(found) => observer.note(&format!("it is well: {found}")),
+            Judgement::NotWell(found) => observer.note(&format!("it is NOT well: {found}")),
+            Judgement::Unknown => {}
         }
-        let until = Timestamp::now().checked_add(keep).unwrap_or(Timestamp::MAX);
+        let until = moment(Timestamp::now().checked_add(keep).unwrap_or(Timestamp::MAX));
         let what = match self.provider.boots() {
             Boots::Provider => format!("{} stays", stand_in.name),
             Boots::Person | Boots::Command => format!("boot from {}, which stay", names(stand_in)),
         };
-        let (until, at) = (moment(until), moment(point.at));
+        let at = moment(played.point.at);
         observer.note(&format!("{what} until {until}, as of {at}; Ctrl-C ends it now"));
     }
 
     /// Removes the stand-in and the clones, as far as possible. Gives back what is left, and why.
-    async fn strike(&self, stand_in: &StandIn, observer: &dyn Observer) -> Vec<String> {
+    async fn strike(&self, stand_in: &StandIn, staged: bool, observer: &dyn Observer) -> Vec<String> {
         observer.note(&format!("removing {} and its clones", stand_in.name));
-        if let Err(error) = self.provider.strike(stand_in).await {
-            // It has the clones open, or will.
+        if staged && let Err(error) = self.provider.strike(stand_in).await {
             return vec![error.to_string(), format!("its clones: {}", names(stand_in))];
         }
-        self.remove_clones(stand_in).await
+        self.remove_clones(&BTreeSet::from([stand_in.id.clone()]), false).await
     }
 }
 
@@ -346,6 +388,7 @@ mod tests {
         let now: Timestamp = "2026-11-26T12:00:00Z".parse().unwrap();
         let alive = LeaseOwner::current().unwrap();
         let mark = |owner: &LeaseOwner, until: &str| Mark {
+            id: "1".into(),
             server: "web".into(),
             point: "p".into(),
             owner: owner.clone(),

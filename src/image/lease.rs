@@ -57,11 +57,22 @@ impl LeaseOwner {
     /// Whether the holder is certainly dead: it ran on this host in this boot and in these namespaces, and no such
     /// process is left. Any doubt is `false`.
     pub fn is_known_dead(&self) -> bool {
-        rustix::system::uname().nodename().to_string_lossy() == self.host
+        self.is_of_this_host()
             && boot_id().is_ok_and(|boot| boot == self.boot_id)
             && self.namespaces.is_some()
             && self.namespaces == namespaces()
             && !may_run(self.pid, self.start_ticks)
+    }
+
+    /// Whether it ran on a host of this name, in another boot. Another host may have the same name: a look at who has
+    /// the image open has to confirm that it is gone.
+    pub fn is_of_another_boot_here(&self) -> bool {
+        self.is_of_this_host() && boot_id().is_ok_and(|boot| boot != self.boot_id)
+    }
+
+    /// Whether it ran on a host of this name.
+    pub fn is_of_this_host(&self) -> bool {
+        rustix::system::uname().nodename().to_string_lossy() == self.host
     }
 }
 

@@ -123,8 +123,13 @@ pub(in crate::cli) async fn open_stage(context: &Context<'_>, server: &plan::Ser
         return Ok(None);
     }
     let provider = provider::of(server, None).map_err(CutoverError::from)?;
-    let connector = images::connect(context, &context.config.target_ceph).await?;
-    match Stage::open(&server.name, provider, provider::disks_of(server), &connector).await {
+    let from_rbd = server.volumes.iter().any(|volume| matches!(volume.source, ImageSpec::Rbd { .. }));
+    let sources = match from_rbd {
+        true => Some(images::connect(context, &context.config.source_ceph).await?),
+        false => None,
+    };
+    let targets = images::connect(context, &context.config.target_ceph).await?;
+    match Stage::open(&server.name, provider, provider::disks_of(server), (sources.as_ref(), &targets)).await {
         Ok(stage) => Ok(Some(stage)),
         Err(CutoverError::Image(error)) if error.kind == ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error.into()),

@@ -39,7 +39,8 @@
 //!     here nor all there.
 //! - **rehearse** has a throw-away server boot from the clones that `POOLSHIFT_DISKS` names as `target`, check itself,
 //!   and be removed again. It must touch nothing of the real server. With 0 the stand-in was well; the first words that
-//!   it prints are told. After it the clones are removed: nothing may have them open.
+//!   it prints are told. After it the clones are removed: nothing may have them open. Ctrl-C does not end it: it is waited
+//!   for, within its limit.
 //!
 //! A gateway that keeps its data in the images on SATA, for example: `quiesce` pauses its sync, `stop` flushes it and
 //! closes the images, `swap` writes the other pool into its configuration, `start` opens the images there and goes on.
@@ -50,7 +51,7 @@ use async_trait::async_trait;
 use serde_json::json;
 use tokio::process::Command;
 
-use super::rehearse::{Boots, Rehearse, StandIn};
+use super::rehearse::{Boots, Judgement, Rehearse, StandIn};
 use super::run::{also, brief, run};
 use super::{Notes, Observed, Power, Precondition, Provider, ProviderError, ServerDisk, Side, Verdict};
 use crate::plan::CommandCutover;
@@ -200,11 +201,13 @@ impl Rehearse for Commands {
         self.commands.limit
     }
 
-    async fn judge(&self, stand_in: &StandIn) -> Result<Option<String>, ProviderError> {
-        let Some(script) = &self.commands.rehearse else { return Ok(None) };
-        let said = self.run("rehearse", script, Some(Side::Target), None, &stand_in.disks).await?;
-        let said = brief(&said);
-        Ok(Some(if said.is_empty() { "its command said so".to_owned() } else { said }))
+    async fn judge(&self, stand_in: &StandIn) -> Result<Judgement, ProviderError> {
+        let Some(script) = &self.commands.rehearse else { return Ok(Judgement::Unknown) };
+        Ok(match self.run("rehearse", script, Some(Side::Target), None, &stand_in.disks).await {
+            Ok(said) if brief(&said).is_empty() => Judgement::Well("its command said so".to_owned()),
+            Ok(said) => Judgement::Well(brief(&said)),
+            Err(error) => Judgement::NotWell(error.problem),
+        })
     }
 }
 

@@ -61,8 +61,9 @@ async fn the_commands_are_told_what_to_do_and_waited_for() {
     assert_eq!(log(folder.path())[6..], ["swap source none", "start source 1"]);
     assert!(provider.settle(Side::Source, &mut notes).await.unwrap().is_empty());
 
-    let stand_in = StandIn { name: "w".into(), server: "w".into(), disks: provider.disks.clone() };
-    assert_eq!(provider.judge(&stand_in).await.unwrap().as_deref(), Some("its command said so"));
+    let stand_in = StandIn { name: "w".into(), id: "1".into(), server: "w".into(), disks: provider.disks.clone() };
+    let well = Judgement::Well("its command said so".into());
+    assert_eq!(provider.judge(&stand_in).await.unwrap(), well);
     let disks: serde_json::Value =
         serde_json::from_str(&std::fs::read_to_string(folder.path().join("disks")).unwrap()).unwrap();
     let expected = json!([{"volume": "root", "boot": true, "source": "rbd:sata/web", "target": "rbd:sas/ns/web"}]);

@@ -15,8 +15,10 @@ use super::{Precondition, ProviderError, ServerDisk};
 /// A throw-away server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StandIn {
-    /// What it is called; nothing else is.
+    /// What it is called.
     pub name: String,
+    /// Which rehearsal it belongs to: no other one has this.
+    pub id: String,
     /// The server that it stands in for, by its name in the plan.
     pub server: String,
     /// The disks of that server, with the clones as their targets: it runs from those, and from nothing else.
@@ -32,6 +34,24 @@ pub enum Boots {
     Command,
     /// The provider itself; it stays until it is struck.
     Provider,
+}
+
+/// A server with the name of a stand-in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Staged {
+    /// The rehearsal that it belongs to; `None` if poolshift has not made it.
+    pub id: Option<String>,
+}
+
+/// How a stand-in is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Judgement {
+    /// It is well, and what says so.
+    Well(String),
+    /// It is not, and what says so.
+    NotWell(String),
+    /// Nobody can be asked: a person knows.
+    Unknown,
 }
 
 /// Has a stand-in boot, and removes it. Left out by a provider, all of it is a person's.
@@ -56,13 +76,14 @@ pub trait Rehearse: Send + Sync {
     }
 
     /// What is in the way. Changes nothing.
-    async fn rehearsal_preconditions(&self) -> Vec<Precondition> {
+    async fn rehearsal_preconditions(&self, _stand_in: &StandIn) -> Vec<Precondition> {
         Vec::new()
     }
 
-    /// Whether there is a server of the stand-in's name.
-    async fn stand_in_exists(&self, _stand_in: &StandIn) -> Result<bool, ProviderError> {
-        Ok(false)
+    /// Whether there is a server of the stand-in's name, and if so, of which rehearsal it is: of none that is known, where
+    /// poolshift has not made it.
+    async fn staged(&self, _stand_in: &StandIn) -> Result<Option<Staged>, ProviderError> {
+        Ok(None)
     }
 
     /// Starts it, on no network that the server is on. Gives back what it has not of what the server has.
@@ -70,12 +91,13 @@ pub trait Rehearse: Send + Sync {
         Ok(Vec::new())
     }
 
-    /// Waits until it has booted and is known to be well. Gives back what says so; `None` where nobody can be asked.
-    async fn judge(&self, _stand_in: &StandIn) -> Result<Option<String>, ProviderError> {
-        Ok(None)
+    /// Waits until it has booted and is known to be well, or not to be. An error says that nobody could find out.
+    async fn judge(&self, _stand_in: &StandIn) -> Result<Judgement, ProviderError> {
+        Ok(Judgement::Unknown)
     }
 
-    /// Removes it, with all that it has left but its disks. Gone already is no error.
+    /// Removes it, with all that it has left but its disks. Gone already is no error; one of the same name that is of
+    /// another rehearsal, or of none, is left alone, which is no error either.
     async fn strike(&self, _stand_in: &StandIn) -> Result<(), ProviderError> {
         Ok(())
     }

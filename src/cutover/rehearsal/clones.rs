@@ -1,5 +1,6 @@
-//! The clones of a rehearsal: made of one point, known again by name and mark, removed.
+//! The clones of a rehearsal: made of one point, known again by their marks, removed.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use futures::future::{join_all, try_join_all};
@@ -8,11 +9,11 @@ use jiff::Timestamp;
 use super::{Leftovers, Mark, Stage};
 use crate::cutover::finalize::{load_state, place, wrong_state};
 use crate::cutover::provider::ServerDisk;
-use crate::cutover::provider::rehearse::StandIn;
+use crate::cutover::provider::rehearse::{Boots, StandIn};
 use crate::cutover::server::{CutoverError, Result};
 use crate::fleet::group::{GroupPoint, common_point};
 use crate::image::rbd::RbdImage;
-use crate::image::{ErrorKind, ImageError, ImageSpec, SourceImage as _};
+use crate::image::{Disk as _, ErrorKind, ImageError, ImageSpec, SourceImage as _};
 use crate::replicate::Look;
 
 /// How long a clone is waited for that somebody still has open: a QEMU that was killed seems to, for 30 s.
@@ -21,37 +22,84 @@ const CLOSE_PATIENCE: Duration = Duration::from_secs(45);
 const STEP: Duration = Duration::from_millis(500);
 /// How often clones are begun anew, because the daemon has pruned the point that was chosen.
 const TRIES: usize = 3;
+/// How long a clone may be there before it has its mark: by then whoever made it is gone.
+const UNMARKED: Duration = Duration::from_secs(300);
+
+/// What stands under the name of a clone.
+enum There {
+    Nothing,
+    /// Its name and id, as a removal that was cut has left them; the id.
+    Remains(String),
+    /// A clone that was made moments ago, or whose maker was killed before it could mark it.
+    Unmarked(RbdImage),
+    Marked(RbdImage, Box<Mark>),
+}
 
 impl Stage {
-    /// What a rehearsal that was killed has left. [`ErrorKind::Busy`] where one is under way.
+    /// What a rehearsal that was killed has left. [`ErrorKind::Busy`] where one is under way, or what is left is for
+    /// another host to remove.
     pub async fn leftovers(&self) -> Result<Leftovers> {
-        let stand_in = self.stand_in();
-        let (mut clones, mut by) = (Vec::new(), None);
-        for ((_, target), disk) in self.targets.iter().zip(&stand_in.disks) {
-            let Some(clone) = self.open_clone(&disk.target).await? else { continue };
-            match self.mark_of(&clone, target).await? {
-                Some(mark) if !mark.is_left_behind(Timestamp::now()) => return Err(under_way(&clone, &mark).into()),
-                mark => by = by.or(mark.map(|mark| mark.owner.to_string())),
+        let mut left = Leftovers { server: self.name.clone(), ..Leftovers::default() };
+        for ((_, target), disk) in self.targets.iter().zip(&self.stand_in("").disks) {
+            match self.there(target, &disk.target).await? {
+                There::Nothing => continue,
+                There::Remains(_) => {}
+                There::Unmarked(clone) => {
+                    let made = clone.created().await?;
+                    if made.is_none_or(|made| older_than(made, UNMARKED)) && clone.users().await?.is_empty() {
+                        left.clones.push(disk.target.to_string());
+                        continue;
+                    }
+                    let holder = "somebody who has just made it".to_owned();
+                    return Err(
+                        busy(&clone, holder, "wait for its end; a killed one's is removed after 5 minutes").into()
+                    );
+                }
+                There::Marked(clone, mark) => {
+                    self.refuse_under_way(&clone, &mark).await?;
+                    left.by = left.by.or(Some(mark.owner.to_string()));
+                    left.ids.insert(mark.id);
+                }
             }
-            clones.push(disk.target.to_string());
+            left.clones.push(disk.target.to_string());
         }
-        // It goes before its clones do; and nobody needs to reach a hypervisor to learn that there is nothing.
-        let there = !clones.is_empty() && self.provider.stand_in_exists(&stand_in).await?;
-        Ok(Leftovers { server: self.name.clone(), by, stand_in: there.then_some(stand_in.name), clones })
+        for id in &left.ids {
+            let stand_in = self.stand_in(id);
+            // It goes before its clones do; and nobody needs to reach a hypervisor to learn that there is nothing.
+            let staged = self.provider.staged(&stand_in).await?;
+            if staged.is_some_and(|staged| staged.id.as_ref() == Some(id)) {
+                left.stand_in = Some(stand_in.name);
+            }
+        }
+        Ok(left)
     }
 
-    async fn open_clone(&self, spec: &ImageSpec) -> Result<Option<RbdImage>, ImageError> {
-        let (pool, namespace, image) = place(spec)?;
-        match RbdImage::open_target(&self.connector, pool, namespace, image).await {
-            Ok(image) => Ok(Some(image)),
-            Err(error) if error.kind == ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error),
+    /// Fails unless the rehearsal was left behind, and by this host where a hypervisor's is to be asked.
+    async fn refuse_under_way(&self, clone: &RbdImage, mark: &Mark) -> Result<(), ImageError> {
+        let over = mark.is_left_behind(Timestamp::now())
+            || mark.owner.is_of_another_boot_here() && clone.users().await?.is_empty();
+        if !over {
+            let holder = format!("{}, which rehearses {} until {} at the latest", mark.owner, mark.server, mark.until);
+            return Err(busy(clone, holder, "wait for its end, or end that process: it tidies up"));
         }
+        if self.provider.boots() == Boots::Provider && !mark.owner.is_of_this_host() {
+            let holder = format!("nobody any more, but {} may have left a stand-in there", mark.owner);
+            return Err(busy(clone, holder, "remove it on that host: poolshift gc PLAN --yes"));
+        }
+        Ok(())
     }
 
-    /// The mark of a clone; `None` if it was made in the last moment before a crash. An image that only has the name of
-    /// one is an error.
-    async fn mark_of(&self, clone: &RbdImage, target: &RbdImage) -> Result<Option<Mark>, ImageError> {
+    async fn there(&self, target: &RbdImage, spec: &ImageSpec) -> Result<There, ImageError> {
+        let (pool, namespace, name) = place(spec)?;
+        let clone = match RbdImage::open_target(&self.connector, pool, namespace, name).await {
+            Ok(clone) => clone,
+            Err(error) if error.kind == ErrorKind::NotFound => {
+                let images = self.connector.images(pool, namespace).await?;
+                let id = images.into_iter().find(|image| image.name == name).and_then(|image| image.id);
+                return Ok(id.map_or(There::Nothing, There::Remains));
+            }
+            Err(error) => return Err(error),
+        };
         let foreign = |problem: &str| {
             ImageError::new(ErrorKind::AlreadyExists, clone.location(), "rehearse")
                 .detail(problem.to_owned())
@@ -59,17 +107,15 @@ impl Stage {
         };
         match clone.rehearsal_mark().await? {
             Some(text) => match serde_json::from_str::<Mark>(&text) {
-                Ok(mark) if mark.server == self.name => Ok(Some(mark)),
+                Ok(mark) if mark.server == self.name => Ok(There::Marked(clone, Box::new(mark))),
                 Ok(mark) => Err(foreign(&format!("it is of a rehearsal of server {}", mark.server))),
                 Err(_) => Err(foreign("the mark of its rehearsal can't be read")),
             },
             None => {
                 let parent = clone.relations().await?.parent;
-                let ours = parent.is_some_and(|parent| parent.image.id == target.identity().image);
-                if ours {
-                    Ok(None)
-                } else {
-                    Err(foreign("an image that poolshift did not make has the name of a clone"))
+                match parent.is_some_and(|parent| parent.image.id == target.identity().image) {
+                    true => Ok(There::Unmarked(clone)),
+                    false => Err(foreign("an image that poolshift did not make has the name of a clone")),
                 }
             }
         }
@@ -100,7 +146,7 @@ impl Stage {
         stand_in: &StandIn,
         mark: impl Fn(&GroupPoint) -> Mark,
     ) -> Result<GroupPoint> {
-        let mut tries = 0..TRIES;
+        let mut tries = 1..TRIES;
         loop {
             let (point, looks) = self.point().await?;
             let mark = serde_json::to_string(&mark(&point)).unwrap_or_default();
@@ -112,31 +158,49 @@ impl Stage {
             if error.kind != ErrorKind::NotFound || tries.next().is_none() {
                 return Err(error.into());
             }
-            let left = self.remove_clones(stand_in).await;
-            if !left.is_empty() {
+            if !self.remove_clones(&BTreeSet::from([stand_in.id.clone()]), false).await.is_empty() {
                 return Err(error.into());
             }
         }
     }
 
-    pub(super) async fn remove_clones(&self, stand_in: &StandIn) -> Vec<String> {
-        let clones = self.targets.iter().zip(&stand_in.disks);
-        let removed = join_all(clones.map(|((_, target), disk)| self.remove_clone(target, &disk.target))).await;
+    /// Removes the clones of those rehearsals, and `unmarked` ones as well. Gives back what is left, and why.
+    pub(super) async fn remove_clones(&self, ids: &BTreeSet<String>, unmarked: bool) -> Vec<String> {
+        let disks = self.stand_in("").disks;
+        let clones = self.targets.iter().zip(&disks);
+        let removed = clones.map(|((_, target), disk)| self.remove_clone(target, &disk.target, ids, unmarked));
+        let removed = join_all(removed).await;
         removed.into_iter().filter_map(|removed| removed.err().map(|error| error.to_string())).collect()
     }
 
-    async fn remove_clone(&self, target: &RbdImage, spec: &ImageSpec) -> Result<(), ImageError> {
+    async fn remove_clone(
+        &self,
+        target: &RbdImage,
+        spec: &ImageSpec,
+        ids: &BTreeSet<String>,
+        unmarked: bool,
+    ) -> Result<(), ImageError> {
         let deadline = Instant::now() + CLOSE_PATIENCE;
         loop {
-            let Some(clone) = self.open_clone(spec).await? else { return Ok(()) };
-            self.mark_of(&clone, target).await?;
-            match clone.remove().await {
-                Err(error) if matches!(error.kind, ErrorKind::Busy { .. }) && Instant::now() < deadline => {
-                    tokio::time::sleep(STEP).await;
+            let clone = match self.there(target, spec).await? {
+                There::Remains(id) => {
+                    let (pool, namespace, _) = place(spec)?;
+                    return self.connector.remove_remains(pool, namespace, &id).await;
                 }
-                Err(error) if error.kind == ErrorKind::NotFound => return Ok(()),
-                removed => return removed,
+                There::Marked(clone, mark) if ids.contains(&mark.id) => clone,
+                There::Unmarked(clone) if unmarked => clone,
+                // Another one's, or nothing.
+                There::Nothing | There::Marked(..) | There::Unmarked(_) => return Ok(()),
+            };
+            let in_use = clone.users().await?.iter().any(|user| !user.is_own);
+            if in_use && Instant::now() < deadline {
+                tokio::time::sleep(STEP).await;
+                continue;
             }
+            return match clone.remove().await {
+                Err(error) if error.kind == ErrorKind::NotFound => Ok(()),
+                removed => removed,
+            };
         }
     }
 }
@@ -153,10 +217,20 @@ async fn make_clone(
         ImageError::new(ErrorKind::NotFound, target.location(), format!("look for {}", point.snapshot))
     })?;
     let (_, _, name) = place(&disk.target)?;
-    target.clone_of_snapshot(&commit.on_target(), name, mark).await.map(drop)
+    let made = target.clone_of_snapshot(&commit.on_target(), name, mark).await;
+    made.map(drop).map_err(|error| match error.kind {
+        ErrorKind::AlreadyExists => {
+            error.hint("another rehearsal of the server may have begun: look with poolshift gc PLAN")
+        }
+        _ => error,
+    })
 }
 
-fn under_way(clone: &RbdImage, mark: &Mark) -> ImageError {
-    let holder = format!("{}, which rehearses {} until {} at the latest", mark.owner, mark.server, mark.until);
-    ImageError::new(ErrorKind::Busy { holder: holder.clone() }, clone.location(), "rehearse").detail(holder)
+fn older_than(at: Timestamp, span: Duration) -> bool {
+    Duration::try_from(Timestamp::now().duration_since(at)).is_ok_and(|age| age > span)
+}
+
+fn busy(clone: &RbdImage, holder: String, hint: &str) -> ImageError {
+    let kind = ErrorKind::Busy { holder: holder.clone() };
+    ImageError::new(kind, clone.location(), "rehearse").detail(holder).hint(hint)
 }

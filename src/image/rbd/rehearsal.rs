@@ -44,6 +44,12 @@ impl RbdImage {
         self.inner.look("look for a rehearsal's mark", |image| image.metadata(MARK_KEY)).await
     }
 
+    /// When this image was made; `None` where no clock can have said that.
+    pub async fn created(&self) -> Result<Option<jiff::Timestamp>> {
+        let seconds = self.inner.look("look when it was made", Image::created).await?;
+        Ok(jiff::Timestamp::from_second(seconds).ok())
+    }
+
     /// Removes the image, which has no snapshots and which nobody else has open. A lease that this holds is given back.
     ///
     /// [`ErrorKind::Busy`] where it has snapshots, clones, or users.
@@ -104,14 +110,18 @@ fn clone(inner: &Inner, snapshot: &Snapshot, name: &str, mark: &str) -> ceph::Re
     check_name(inner, &parent)?;
     inner.pool.clone_image(&parent, &snapshot.name, name, Features(CreateOptions::FEATURES))?;
     let clone = Image::open(&inner.pool, name, OpenMode::ReadWrite)?;
+    // librbd clones by names only: whether it was the right one is seen afterwards.
+    match clone.parent_link()? {
+        Some(ParentLink { snapshot_id, image, .. }) if snapshot_id == snapshot.id && image.id == inner.id => {}
+        _ => {
+            let what = format!("a clone {name:?} of another snapshot");
+            return Err(CephError::Nonsense { function: "rbd_clone3", what });
+        }
+    }
     clone.set_metadata(MARK_KEY, Some(mark))?;
     // librbd copies the parent's metadata, the state of a cutover with it.
     for key in [STATE_KEY, LEASE_KEY, NOTE_KEY, JOURNAL_KEY] {
         clone.set_metadata(key, None)?;
     }
-    // librbd clones by names only: whether it was the right one is seen afterwards.
-    match clone.parent_link()? {
-        Some(ParentLink { snapshot_id, image, .. }) if snapshot_id == snapshot.id && image.id == inner.id => clone.id(),
-        _ => Err(CephError::Nonsense { function: "rbd_clone3", what: format!("a clone {name:?} of another snapshot") }),
-    }
+    clone.id()
 }

@@ -118,14 +118,6 @@ impl Libvirt {
         self.virsh.define(operation, &new).await
     }
 
-    /// Ends a domain in memory whose memory is not needed any more.
-    async fn destroy(&self, operation: &str) -> Result<(), ProviderError> {
-        match self.virsh.with_domain(operation, "destroy", &[], self.limit()).await {
-            Err(_) if self.virsh.power(operation).await? == Power::Off => Ok(()),
-            other => other.map(drop),
-        }
-    }
-
     /// The last step of each way to start: it runs, and from where it should.
     async fn expect_running(&self, operation: &str, on: Side, notes: &Notes) -> Result<(), ProviderError> {
         let observed = self.look(operation, notes).await?;
@@ -151,7 +143,7 @@ impl Libvirt {
             }
             // Its memory is in the file, as it is here; or it is not wanted.
             _ if suspended && (fresh || self.saved(&operation, notes).await?.is_some()) => {
-                self.destroy(&operation).await?;
+                self.virsh.destroy(&operation, self.limit()).await?;
                 self.define(&operation, to).await
             }
             // It stands still after its memory counted as used: what it is now goes back.
@@ -249,7 +241,7 @@ impl Provider for Libvirt {
             // Whoever started it: what was saved before is of no use any more.
             Power::Running => return self.spend_save(&operation, notes),
             Power::Suspended if fresh => {
-                self.destroy(&operation).await?;
+                self.virsh.destroy(&operation, self.limit()).await?;
                 self.spend_save(&operation, notes)?;
                 self.boot(&operation, fresh).await?;
             }

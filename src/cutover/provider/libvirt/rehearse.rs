@@ -8,12 +8,13 @@ use async_trait::async_trait;
 use tokio::process::Command;
 
 use super::super::command;
-use super::super::rehearse::{Boots, Rehearse, StandIn};
+use super::super::rehearse::{Boots, Judgement, Rehearse, Staged, StandIn};
 use super::super::run::{also, brief, run};
 use super::super::{Power, Precondition, ProviderError, Verdict};
-use super::preconditions::{save_folder, size};
-use super::stand_in::{Definition, Wanted, definition};
+use super::preconditions::{field, save_folder, size};
+use super::stand_in::{Definition, Wanted, definition, id_in, is_on};
 use super::virsh::{POLL, QUESTION, Virsh};
+use super::xml::Domain;
 use super::{Libvirt, xml};
 
 /// What is kept of a console's end, in bytes: a text that is waited for is found across two looks, and what went wrong
@@ -22,6 +23,15 @@ const TAIL: usize = 16 << 10;
 
 /// How much of it an error tells, in bytes.
 const LAST_WORDS: usize = 300;
+
+/// How much of a console is read at a look, in bytes.
+const LOOK: usize = 1 << 20;
+
+/// What a stand-in needs beside its memory, in bytes: QEMU itself, and the caches of its images.
+const MEMORY_SPARE: u64 = 512 << 20;
+
+/// What virtlogd calls the older parts of a file, unless it was told to keep more.
+const ROTATED: [&str; 4] = ["", ".0", ".1", ".2"];
 
 /// How long an agent may take to answer, in seconds.
 const AGENT_SECONDS: &str = "5";
@@ -45,9 +55,13 @@ impl Console {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
             Err(error) => return Err(error),
         };
+        // virtlogd begins a file anew when it is long.
+        if file.metadata()?.len() < self.read {
+            self.read = 0;
+        }
         file.seek(SeekFrom::Start(self.read))?;
         let mut buffer = [0; 64 << 10];
-        loop {
+        for _ in 0..LOOK / buffer.len() {
             let length = file.read(&mut buffer)?;
             if length == 0 {
                 return Ok(false);
@@ -61,6 +75,7 @@ impl Console {
                 return Ok(true);
             }
         }
+        Ok(false)
     }
 
     /// Its last words, for an error.
@@ -79,13 +94,15 @@ impl Libvirt {
     fn console_of(&self, stand_in: &StandIn) -> PathBuf {
         let plain = |c: char| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '_' };
         let name: String = stand_in.name.chars().map(plain).collect();
-        self.config.save_folder.join(format!("{name}.console"))
+        self.config.save_folder.join(format!("{name}.{}.console", stand_in.id))
     }
 
     async fn definition_of(&self, operation: &str, stand_in: &StandIn) -> Result<Definition, ProviderError> {
         let own = self.virsh.definition(operation).await?;
         let wanted = Wanted {
             name: &stand_in.name,
+            id: &stand_in.id,
+            uuid: &new_uuid(),
             disks: &self.disks,
             clones: &stand_in.disks,
             network: self.config.rehearsal.network.as_deref(),
@@ -94,42 +111,70 @@ impl Libvirt {
         definition(&own, &wanted).map_err(|error| self.xml_error(operation, &error))
     }
 
-    async fn look_at_stage(&self, found: &mut Vec<Precondition>) -> Result<(), ProviderError> {
+    async fn look_at_stage(&self, stand_in: &StandIn, found: &mut Vec<Precondition>) -> Result<(), ProviderError> {
         let operation = "check";
         let what = format!("domain {}", self.virsh.domain);
+        let mut wrong = |what: &str, text: String| found.push(Precondition::new(what, Verdict::Error, text));
+        if let Some(staged) = self.staged(stand_in).await? {
+            let whose = match staged.id {
+                Some(id) => format!("of rehearsal {id}, whose clones are gone"),
+                None => "which poolshift has not made".to_owned(),
+            };
+            let name = &stand_in.name;
+            wrong(&format!("domain {name}"), format!("it is there, {whose}: `virsh destroy` and `virsh undefine` it"));
+        }
         let info = self.virsh.with_domain(operation, "dominfo", &[], QUESTION).await?;
-        // Read as for the real one: whatever can't be is found before anything is made.
-        let nobody = StandIn { name: "check".into(), server: String::new(), disks: self.disks.clone() };
-        let made = self.definition_of(operation, &nobody).await?;
+        let definition = self.virsh.definition(operation).await?;
+        let made = self.definition_of(operation, stand_in).await?;
+        let domain = Domain::read(&definition, &self.disks).map_err(|error| self.xml_error(operation, &error))?;
+        for disk in domain.disks.iter().filter(|disk| disk.volume.is_some()) {
+            if let Some(more) = disk.more {
+                wrong(&format!("disk {}", disk.device), format!("{} {more}: it can't be rehearsed", disk.image));
+            }
+        }
         let judge = &self.config.rehearsal;
         if judge.console.is_none() && judge.check.is_none() && !made.has_agent {
             let text = "nothing would say whether its stand-in has booted: give it rehearsal = { console = \"login:\" } \
                         in the plan, or a check, or a guest agent";
-            found.push(Precondition::new(&what, Verdict::Error, text));
-        }
-        let needed = size(&info, "Max memory");
-        let free = free_memory(&self.virsh.call(operation, &["nodememstats"], None, QUESTION).await?);
-        if let (Some(needed), Some(free)) = (needed, free) {
-            let text = format!("it has {} MiB free, and a stand-in needs {} MiB", free >> 20, needed >> 20);
-            let verdict = if free < needed { Verdict::Error } else { Verdict::Ok };
-            found.push(Precondition::new("memory of the host", verdict, text));
-        }
-        if let Some(network) = &judge.network {
-            let named = format!("--network={network}");
-            let xml = self.virsh.call(operation, &["net-dumpxml", &named], None, QUESTION).await?;
-            let isolated = xml::network_is_isolated(&xml).map_err(|error| self.xml_error(operation, &error))?;
-            let (verdict, text) = match isolated {
-                true => (Verdict::Ok, "it is isolated"),
-                false => {
-                    (Verdict::Error, "it forwards: a stand-in has the addresses of its server; take an isolated one")
-                }
-            };
-            found.push(Precondition::new(format!("network {network}"), verdict, text));
+            wrong(&what, text.to_owned());
         }
         let uri = self.virsh.call(operation, &["uri"], None, QUESTION).await?;
         if let Some(problem) = save_folder(uri.trim(), &self.config.save_folder) {
             let place = format!("save_folder {}", self.config.save_folder.display());
-            found.push(Precondition::new(place, Verdict::Error, format!("{problem}; the console is written there")));
+            wrong(&place, format!("{problem}; the console is written there"));
+        } else if let (Some(memory), Some(free)) = (size(&info, "Max memory"), free_memory()) {
+            let needed = memory.saturating_add(MEMORY_SPARE);
+            if free < needed {
+                let text = format!("{} MiB are available, and a stand-in needs {} MiB", free >> 20, needed >> 20);
+                wrong("memory of the host", text);
+            }
+        }
+        if let Some(network) = &judge.network {
+            self.look_at_network(operation, network, &definition, &mut wrong).await?;
+        }
+        Ok(())
+    }
+
+    async fn look_at_network(
+        &self,
+        operation: &str,
+        network: &str,
+        definition: &str,
+        wrong: &mut impl FnMut(&str, String),
+    ) -> Result<(), ProviderError> {
+        let (what, named) = (format!("network {network}"), format!("--network={network}"));
+        let xml = self.virsh.call(operation, &["net-dumpxml", &named], None, QUESTION).await?;
+        let unreadable = |error| self.xml_error(operation, &error);
+        let (isolated, bridge) = xml::network(&xml).map_err(unreadable)?;
+        if !isolated {
+            wrong(&what, "it forwards, and a stand-in has the addresses of its server: take an isolated one".into());
+        }
+        if is_on(definition, network, bridge.as_deref()).map_err(unreadable)? {
+            wrong(&what, format!("domain {} is on it, with the same addresses: take another", self.virsh.domain));
+        }
+        let info = self.virsh.call(operation, &["net-info", &named], None, QUESTION).await?;
+        if field(&info, "Active") != Some("yes") {
+            wrong(&what, format!("it is not active: virsh net-start {network}"));
         }
         Ok(())
     }
@@ -140,8 +185,7 @@ impl Libvirt {
         virsh.with_domain("rehearsal", "qemu-agent-command", &words, QUESTION).await.is_ok()
     }
 
-    async fn run_check(&self, script: &str, stand_in: &StandIn, console: &Path) -> Result<String, ProviderError> {
-        let virsh = self.virsh_of(stand_in);
+    async fn run_check(&self, script: &str, stand_in: &StandIn, console: &Path) -> Result<Judgement, ProviderError> {
         let mut command = Command::new("/bin/sh");
         command.args(["-c", script]).env("POOLSHIFT_STEP", "check").env("POOLSHIFT_SERVER", &stand_in.server);
         command.env("POOLSHIFT_DOMAIN", &stand_in.name).env("POOLSHIFT_CONSOLE", console);
@@ -149,13 +193,51 @@ impl Libvirt {
         if let Some(uri) = &self.virsh.uri {
             command.env("LIBVIRT_DEFAULT_URI", uri);
         }
-        let failed = |problem: String| virsh.error("check", format!("{script:?} {problem}"), None);
-        let ended = run(command, Vec::new(), self.limit()).await.map_err(|error| failed(error.to_string()))?;
+        let ended = match run(command, Vec::new(), self.limit()).await {
+            Ok(ended) => ended,
+            Err(error) => return Ok(Judgement::NotWell(format!("{script:?}: {error}"))),
+        };
         if ended.status.success() {
-            return Ok(brief(&ended.output));
+            let said = brief(&ended.output);
+            return Ok(Judgement::Well(if said.is_empty() { "its check said so".into() } else { said }));
         }
         let said = if ended.error.trim().is_empty() { &ended.output } else { &ended.error };
-        Err(failed(format!("failed ({}){}", ended.status, also(said))))
+        Ok(Judgement::NotWell(format!("{script:?} failed ({}){}", ended.status, also(said))))
+    }
+
+    /// Waits until it has booted, as far as the plan has somebody to ask: by what it is known, `Err` with why not.
+    async fn booted(
+        &self,
+        virsh: &Virsh,
+        console: &mut Console,
+    ) -> Result<Result<Option<String>, String>, ProviderError> {
+        let (judge, operation, begun) = (&self.config.rehearsal, "rehearsal", Instant::now());
+        if judge.console.is_none() && judge.check.is_some() {
+            return Ok(Ok(None));
+        }
+        loop {
+            // Before the look at the console: what it wrote before it ended is seen.
+            let power = virsh.power(operation).await?;
+            let shows = console.shows(judge.console.as_deref().unwrap_or_default()).map_err(|error| {
+                virsh.error(operation, format!("its console {}: {error}", console.path.display()), None)
+            })?;
+            let after = format!("after {:.1} s", begun.elapsed().as_secs_f64());
+            match &judge.console {
+                Some(text) if shows => return Ok(Ok(Some(format!("its console showed {text:?} {after}")))),
+                None if power == Power::Running && self.agent_answers(virsh).await => {
+                    return Ok(Ok(Some(format!("its agent answered {after}"))));
+                }
+                _ if power != Power::Running => {
+                    return Ok(Err(format!("it is {power} {after}, and did not come up{}", console.last_words())));
+                }
+                _ if begun.elapsed() >= self.config.limit => {
+                    let limit = self.config.limit;
+                    let cure = "raise the limit in the plan if it is slow";
+                    return Ok(Err(format!("it did not come up within {limit:?} ({cure}){}", console.last_words())));
+                }
+                _ => tokio::time::sleep(POLL).await,
+            }
+        }
     }
 }
 
@@ -170,22 +252,27 @@ impl Rehearse for Libvirt {
     }
 
     fn rehearsal_limit(&self) -> std::time::Duration {
-        // To boot, and for the command after it.
-        self.config.limit + self.limit()
+        // To be started, to boot, and to be checked.
+        self.config.limit + self.limit() * 2
     }
 
-    async fn rehearsal_preconditions(&self) -> Vec<Precondition> {
+    async fn rehearsal_preconditions(&self, stand_in: &StandIn) -> Vec<Precondition> {
         let mut found = Vec::new();
-        if let Err(error) = self.look_at_stage(&mut found).await {
+        if let Err(error) = self.look_at_stage(stand_in, &mut found).await {
             let hint = error.hint.map(|hint| format!("; {hint}")).unwrap_or_default();
             found.push(Precondition::new(error.server, Verdict::Error, format!("{}{hint}", error.problem)));
         }
         found
     }
 
-    async fn stand_in_exists(&self, stand_in: &StandIn) -> Result<bool, ProviderError> {
-        let names = self.virsh.call("look for a stand-in", &["list", "--all", "--name"], None, QUESTION).await?;
-        Ok(names.lines().any(|name| name == stand_in.name))
+    async fn staged(&self, stand_in: &StandIn) -> Result<Option<Staged>, ProviderError> {
+        let (virsh, operation) = (self.virsh_of(stand_in), "look for a stand-in");
+        let names = virsh.call(operation, &["list", "--all", "--name"], None, QUESTION).await?;
+        if !names.lines().any(|name| name == stand_in.name) {
+            return Ok(None);
+        }
+        let xml = virsh.with_domain(operation, "dumpxml", &["--inactive"], QUESTION).await?;
+        Ok(Some(Staged { id: id_in(&xml).map_err(|error| virsh.error(operation, error.to_string(), None))? }))
     }
 
     async fn stage(&self, stand_in: &StandIn) -> Result<Vec<String>, ProviderError> {
@@ -197,85 +284,67 @@ impl Rehearse for Libvirt {
         Ok(made.lacks)
     }
 
-    async fn judge(&self, stand_in: &StandIn) -> Result<Option<String>, ProviderError> {
-        let (virsh, judge, operation) = (self.virsh_of(stand_in), &self.config.rehearsal, "rehearsal");
-        let (deadline, begun) = (Instant::now() + self.config.limit, Instant::now());
+    async fn judge(&self, stand_in: &StandIn) -> Result<Judgement, ProviderError> {
+        let (virsh, operation) = (self.virsh_of(stand_in), "rehearsal");
         let mut console = Console::new(self.console_of(stand_in));
-        let ask_agent = judge.console.is_none() && judge.check.is_none();
-        let mut found = Vec::new();
-        loop {
-            // Before the look at the console: what it wrote before it ended is seen.
-            let power = virsh.power(operation).await?;
-            let shows = console.shows(judge.console.as_deref().unwrap_or_default()).map_err(|error| {
-                virsh.error(operation, format!("its console {}: {error}", console.path.display()), None)
-            })?;
-            let after = || format!("after {:.1} s", begun.elapsed().as_secs_f64());
-            match &judge.console {
-                Some(text) if shows => found.push(format!("its console showed {text:?} {}", after())),
-                None if ask_agent && power == Power::Running && self.agent_answers(&virsh).await => {
-                    found.push(format!("its agent answered {}", after()));
-                }
-                None if !ask_agent => {}
-                _ if power != Power::Running => {
-                    let problem = format!("it is {power} {}, and did not come up{}", after(), console.last_words());
-                    return Err(virsh.error(operation, problem, None));
-                }
-                _ if Instant::now() >= deadline => {
-                    let waited = self.config.limit;
-                    let problem = format!("it did not come up within {waited:?}{}", console.last_words());
-                    return Err(virsh.error(operation, problem, Some("raise the limit in the plan if it is slow")));
-                }
-                _ => {
-                    tokio::time::sleep(POLL).await;
-                    continue;
-                }
+        let mut found = match self.booted(&virsh, &mut console).await? {
+            Ok(found) => found,
+            Err(problem) => return Ok(Judgement::NotWell(problem)),
+        };
+        if let Some(script) = &self.config.rehearsal.check {
+            match self.run_check(script, stand_in, &console.path).await? {
+                Judgement::Well(said) => found = Some(found.map_or(said.clone(), |found| format!("{found}; {said}"))),
+                other => return Ok(other),
             }
-            break;
-        }
-        if let Some(script) = &judge.check {
-            let said = self.run_check(script, stand_in, &console.path).await?;
-            found.push(if said.is_empty() { "its check said so".to_owned() } else { said });
         }
         match virsh.power(operation).await? {
-            Power::Running => Ok(Some(found.join("; "))),
-            power => Err(virsh.error(operation, format!("it is {power} in the end{}", console.last_words()), None)),
+            Power::Running => Ok(Judgement::Well(found.unwrap_or_default())),
+            power => Ok(Judgement::NotWell(format!("it is {power} in the end{}", console.last_words()))),
         }
     }
 
     async fn strike(&self, stand_in: &StandIn) -> Result<(), ProviderError> {
-        let operation = "remove its stand-in";
-        let virsh = self.virsh_of(stand_in);
-        if self.stand_in_exists(stand_in).await? {
+        let (virsh, operation) = (self.virsh_of(stand_in), "remove its stand-in");
+        let is_ours = |staged: Option<Staged>| staged.is_some_and(|staged| staged.id.as_ref() == Some(&stand_in.id));
+        if is_ours(self.staged(stand_in).await?) {
             if virsh.power(operation).await? != Power::Off {
-                match virsh.with_domain(operation, "destroy", &[], self.limit()).await {
-                    Err(_) if virsh.power(operation).await? == Power::Off => {}
-                    other => other.map(drop)?,
-                }
+                virsh.destroy(operation, self.limit()).await?;
             }
             let all = ["--nvram", "--managed-save", "--snapshots-metadata"];
             match virsh.with_domain(operation, "undefine", &all, QUESTION).await {
-                Err(_) if !self.stand_in_exists(stand_in).await? => {}
+                Err(_) if !is_ours(self.staged(stand_in).await?) => {}
                 other => other.map(drop)?,
             }
         }
         let console = self.console_of(stand_in);
-        match std::fs::remove_file(&console) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(virsh.error(operation, format!("{}: {error}", console.display()), None))
+        for rotated in ROTATED {
+            let file = format!("{}{rotated}", console.display());
+            match std::fs::remove_file(&file) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(virsh.error(operation, format!("{file} can't be removed: {error}"), None));
+                }
+                _ => {}
             }
-            _ => Ok(()),
         }
+        Ok(())
     }
 }
 
-/// What is free or can be made so, in bytes, in what `virsh nodememstats` prints.
-fn free_memory(stats: &str) -> Option<u64> {
-    let value = |title: &str| {
-        let value = stats.lines().find_map(|line| line.split_once(':').filter(|(key, _)| key.trim() == title))?.1;
-        value.trim().strip_suffix("KiB")?.trim().parse::<u64>().ok()
-    };
-    let kept = value("cached").unwrap_or(0).saturating_add(value("buffers").unwrap_or(0));
-    Some(value("free")?.saturating_add(kept).saturating_mul(1 << 10))
+/// A UUID that nobody else has (RFC 9562, version 4).
+fn new_uuid() -> String {
+    let random = fastrand::u128(..) & !(0xf << 76) & !(0x3 << 62) | (0x4 << 76) | (0x2 << 62);
+    let hex = format!("{random:032x}");
+    format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
+}
+
+/// What memory of this host is free or can be made so, in bytes (`MemAvailable` in proc_meminfo(5)).
+fn free_memory() -> Option<u64> {
+    available(&std::fs::read_to_string("/proc/meminfo").ok()?)
+}
+
+fn available(meminfo: &str) -> Option<u64> {
+    let value = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    value.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()?.checked_mul(1 << 10)
 }
 
 #[cfg(test)]
@@ -298,13 +367,22 @@ mod tests {
         assert!(console.tail.len() <= TAIL);
         write(b"in: ");
         assert!(console.shows("login:").unwrap());
+        // Begun anew, as virtlogd does it.
+        std::fs::write(folder.path().join("c"), "up\n").unwrap();
+        assert!(console.shows("up").unwrap());
     }
 
     #[test]
     fn the_hosts_memory_is_read() {
-        let stats =
-            "total  :             24576000 KiB\nfree   :             1000 KiB\nbuffers:  10 KiB\ncached :  5 KiB\n";
-        assert_eq!(free_memory(stats), Some(1015 << 10));
-        assert_eq!(free_memory("nonsense"), None);
+        assert_eq!(available("MemTotal:  9 kB\nMemAvailable:   1015 kB\n"), Some(1015 << 10));
+        assert_eq!(available("nonsense"), None);
+        assert!(free_memory().is_some());
+    }
+
+    #[test]
+    fn a_uuid_is_of_version_4() {
+        let (one, other) = (new_uuid(), new_uuid());
+        assert!(one != other && one.len() == 36 && one.as_bytes()[14] == b'4', "{one}");
+        assert!(b"89ab".contains(&one.as_bytes()[19]), "{one}");
     }
 }

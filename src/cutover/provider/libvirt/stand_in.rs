@@ -1,5 +1,6 @@
 //! The definition of a domain's stand-in: the domain's own, with its disks on the clones, and without whatever it would
-//! share with the domain: its name, its network, the host's devices, files and sockets.
+//! share with the domain: its names, its network, the host's devices, files and sockets. Of its devices only those stay
+//! that are known to share nothing.
 
 use std::ops::Range;
 use std::path::Path;
@@ -12,10 +13,17 @@ use crate::cutover::provider::ServerDisk;
 /// The agent's channel, as libvirt makes it when nobody says where its socket is.
 const AGENT: &str = "org.qemu.guest_agent.0";
 
+/// Where the mark of a stand-in is, in its definition's metadata.
+const NAMESPACE: &str = "https://poolshift.invalid/rehearsal";
+
 /// What a stand-in is to be.
 pub(super) struct Wanted<'a> {
     /// Its name.
     pub(super) name: &'a str,
+    /// The rehearsal that it belongs to.
+    pub(super) id: &'a str,
+    /// Its UUID.
+    pub(super) uuid: &'a str,
     /// The server's volumes.
     pub(super) disks: &'a [ServerDisk],
     /// The same, with the clones as their targets.
@@ -54,7 +62,7 @@ impl<'x> Edits<'x> {
 
     fn lacks(&mut self, node: Node<'_, '_>, what: String) {
         self.remove(node);
-        self.lacks.push(format!("it has not {what}"));
+        self.lacks.push(format!("it lacks {what}"));
     }
 
     /// The children of a node with these names, as they stand.
@@ -84,18 +92,22 @@ pub(super) fn definition(xml: &str, wanted: &Wanted<'_>) -> Result<Definition, X
     let damaged = |what: &str| XmlError::Damaged(what.to_owned());
     let name = child(root, "name").ok_or_else(|| damaged("it has no name"))?;
     let devices = child(root, "devices").ok_or_else(|| damaged("it has no devices"))?;
-    edits.replace(name, format!("<name>{}</name>", escaped(wanted.name)));
-    // Both are libvirt's to choose: nothing may take the stand-in for the domain.
-    for node in root.children().filter(|node| node.has_tag_name("uuid") || node.has_tag_name("genid")) {
-        let with = if node.has_tag_name("genid") { "<genid/>" } else { "" };
-        edits.replace(node, with);
-    }
-    if let Some(nvram) = child(root, "os").and_then(|os| child(os, "nvram")) {
-        match nvram.attribute("template") {
-            Some(template) => edits.replace(nvram, format!("<nvram template='{}'/>", escaped(template))),
-            None => edits.remove(nvram),
+    let (own_name, id) = (escaped(wanted.name), escaped(wanted.id));
+    let mark = format!("<metadata><poolshift:rehearsal xmlns:poolshift='{NAMESPACE}' id='{id}'/></metadata>");
+    edits.replace(name, format!("<name>{own_name}</name><uuid>{}</uuid>{mark}", escaped(wanted.uuid)));
+    for node in root.children().filter(|node| node.is_element()) {
+        match node.tag_name().name() {
+            // QEMU's own words, of files and sockets that libvirt does not know.
+            kind if node.tag_name().namespace().is_some() => {
+                edits.lacks(node, format!("what the domain gives to QEMU itself ({kind})"));
+            }
+            // Nothing may take the stand-in for the domain, or give it the domain's share of the host.
+            "uuid" | "metadata" | "cputune" | "numatune" | "blkiotune" | "resource" | "title" => edits.remove(node),
+            "genid" => edits.replace(node, "<genid/>"),
+            "sysinfo" => sysinfo(node, wanted.uuid, &mut edits),
+            "os" => firmware(node, &mut edits)?,
+            _ => {}
         }
-        edits.lacks.push("its UEFI variables are new ones, not the domain's".into());
     }
     let mut found = vec![false; wanted.disks.len()];
     let (mut has_console, mut has_agent) = (false, false);
@@ -104,11 +116,21 @@ pub(super) fn definition(xml: &str, wanted: &Wanted<'_>) -> Result<Definition, X
         match device.tag_name().name() {
             "disk" => disk(device, wanted, &mut edits, &mut found),
             "interface" => {
-                let kept = edits.kept(device, &["mac", "model", "driver", "address", "mtu", "boot"]);
+                let mut names = vec!["mac", "model", "address", "boot", "rom", "acpi"];
+                // Neither goes with a card that is connected to nothing.
+                names.extend(wanted.network.iter().flat_map(|_| ["driver", "mtu"]));
+                let kept = edits.kept(device, &names);
                 edits.replace(device, interface(&kept, wanted.network));
             }
             // libvirt adds a console for the first serial port.
-            "console" if has_serial => edits.remove(device),
+            "console" if has_serial => {
+                let target = child(device, "target").and_then(|target| target.attribute("type")).unwrap_or("serial");
+                if target == "serial" {
+                    edits.remove(device);
+                } else {
+                    edits.lacks(device, format!("the domain's {target} console; its serial port is what is looked at"));
+                }
+            }
             "serial" | "console" if has_console => edits.remove(device),
             kind @ ("serial" | "console") => {
                 has_console = true;
@@ -126,16 +148,20 @@ pub(super) fn definition(xml: &str, wanted: &Wanted<'_>) -> Result<Definition, X
                     edits.remove(device);
                 }
             }
-            // Its screen's port, or socket, is the domain's.
-            "graphics" | "redirdev" | "redirfilter" | "smartcard" | "parallel" | "vsock" | "audio" | "sound" => {
-                edits.remove(device);
+            "emulator" | "controller" | "watchdog" | "memballoon" | "panic" | "iommu" | "hub" => {}
+            "video" => {
+                let models = device.children().filter(|child| child.has_tag_name("model"));
+                // It needs a screen.
+                models.filter_map(|model| child(model, "acceleration")).for_each(|node| edits.remove(node));
             }
-            "hostdev" => edits.lacks(device, "the device of the host that the domain has".into()),
-            "filesystem" => edits.lacks(device, "the folder of the host that the domain has".into()),
-            "shmem" => edits.lacks(device, "the domain's shared memory".into()),
-            "lease" => edits.remove(device),
-            "tpm" => edits.lacks(device, "a TPM".into()),
-            _ => {}
+            "input" if matches!(device.attribute("type"), Some("mouse" | "tablet" | "keyboard")) => {}
+            "rng"
+                if child(device, "backend")
+                    .is_some_and(|backend| is_one_of(backend, "model", &["random", "builtin"])) => {}
+            "memory" if is_one_of(device, "model", &["dimm", "virtio-mem"]) => {}
+            // Its screen and what belongs to that; what holds a lock for it.
+            "graphics" | "redirdev" | "redirfilter" | "smartcard" | "audio" | "sound" | "lease" => edits.remove(device),
+            kind => edits.lacks(device, format!("the domain's {}", device_name(kind))),
         }
     }
     if !has_console {
@@ -151,6 +177,69 @@ pub(super) fn definition(xml: &str, wanted: &Wanted<'_>) -> Result<Definition, X
     }
     let lacks = std::mem::take(&mut edits.lacks);
     Ok(Definition { xml: edits.applied(), lacks, has_agent })
+}
+
+fn is_one_of(node: Node<'_, '_>, attribute: &str, known: &[&str]) -> bool {
+    node.attribute(attribute).is_some_and(|value| known.contains(&value))
+}
+
+fn device_name(kind: &str) -> String {
+    match kind {
+        "hostdev" => "device of the host (hostdev)".into(),
+        "filesystem" => "folder of the host (filesystem)".into(),
+        "shmem" => "shared memory (shmem)".into(),
+        kind => kind.to_owned(),
+    }
+}
+
+/// What the firmware tells the guest is the stand-in's own.
+fn sysinfo(node: Node<'_, '_>, uuid: &str, edits: &mut Edits<'_>) {
+    let entries =
+        node.descendants().filter(|entry| entry.has_tag_name("entry") && entry.attribute("name") == Some("uuid"));
+    for entry in entries {
+        edits.replace(entry, format!("<entry name='uuid'>{}</entry>", escaped(uuid)));
+    }
+}
+
+/// The firmware's variables are in a file of the domain's.
+fn firmware(os: Node<'_, '_>, edits: &mut Edits<'_>) -> Result<(), XmlError> {
+    if child(os, "loader").is_some_and(|loader| is_one_of(loader, "readonly", &["no"])) {
+        return Err(XmlError::Shared("a firmware that can be written (loader readonly='no')".into()));
+    }
+    let files = os.children().filter(|node| node.has_tag_name("nvram") || node.has_tag_name("varstore"));
+    for file in files {
+        match file.attribute("template") {
+            Some(template) => {
+                let kind = file.tag_name().name();
+                edits.replace(file, format!("<{kind} template='{}'/>", escaped(template)));
+            }
+            None => edits.remove(file),
+        }
+        edits.lacks.push("its UEFI variables are new ones, not the domain's".into());
+    }
+    Ok(())
+}
+
+/// The rehearsal that a domain's definition says that it belongs to.
+pub(super) fn id_in(xml: &str) -> Result<Option<String>, XmlError> {
+    let document = parse(xml)?;
+    let metadata = child(document.root_element(), "metadata");
+    let mark =
+        metadata.and_then(|metadata| metadata.children().find(|node| node.has_tag_name((NAMESPACE, "rehearsal"))));
+    Ok(mark.and_then(|mark| mark.attribute("id")).map(str::to_owned))
+}
+
+/// Whether a domain has a card on that network of libvirt's, or on its bridge.
+pub(super) fn is_on(xml: &str, network: &str, bridge: Option<&str>) -> Result<bool, XmlError> {
+    let document = parse(xml)?;
+    let devices = child(document.root_element(), "devices");
+    let mut cards = devices.into_iter().flat_map(|devices| devices.children());
+    Ok(cards.any(|card| {
+        let source = child(card, "source").filter(|_| card.has_tag_name("interface"));
+        source.is_some_and(|source| {
+            source.attribute("network") == Some(network) || bridge.is_some() && source.attribute("bridge") == bridge
+        })
+    }))
 }
 
 fn text(path: &Path) -> Result<String, XmlError> {
@@ -172,8 +261,7 @@ fn disk(device: Node<'_, '_>, wanted: &Wanted<'_>, edits: &mut Edits<'_>, found:
         edits.edits.push((at, escaped(&clone)));
         return;
     }
-    let is_medium = matches!(device.attribute("device"), Some("cdrom" | "floppy"));
-    if is_medium || child(device, "readonly").is_some() {
+    if device.attribute("device") == Some("cdrom") || child(device, "readonly").is_some() {
         return;
     }
     let target = child(device, "target").and_then(|target| target.attribute("dev")).unwrap_or("?");
@@ -198,6 +286,8 @@ mod tests {
     use crate::cutover::provider::Side;
     use crate::cutover::provider::libvirt::xml::Domain;
 
+    const UUID: &str = "11111111-2222-4333-8444-555555555555";
+
     fn disks(pool: &str, ending: &str) -> Vec<ServerDisk> {
         let disk = |volume: &str| ServerDisk {
             volume: volume.into(),
@@ -211,7 +301,7 @@ mod tests {
     fn made(xml: &str, network: Option<&str>) -> Result<Definition, XmlError> {
         let (disks, clones) = (disks("sas", ""), disks("sas", ".r"));
         let console = Path::new("/c/o'n");
-        definition(xml, &Wanted { name: "a&b", disks: &disks, clones: &clones, network, console })
+        definition(xml, &Wanted { name: "a&b", id: "17", uuid: UUID, disks: &disks, clones: &clones, network, console })
     }
 
     #[test]
@@ -221,11 +311,12 @@ mod tests {
         let domain = Domain::read(&made.xml, &disks("sas", ".r")).unwrap();
         assert_eq!(domain.side(2), Some(Side::Target));
         assert!(made.lacks.is_empty() && made.has_agent, "{made:?}");
-        for gone in ["sata/", "<uuid>", ".sock", ".log", "<name>guest<"] {
+        assert_eq!((id_in(&made.xml).unwrap().as_deref(), id_in(xml).unwrap()), (Some("17"), None));
+        for gone in ["sata/", "ce818fbd", ".sock", ".log", "<name>guest<"] {
             assert!(!made.xml.contains(gone), "{gone} in {}", made.xml);
         }
         for there in
-            ["<name>a&amp;b</name>", "<source path='/c/o&apos;n' append='off'/>", "<serial>guest-root</serial>"]
+            ["<name>a&amp;b</name>", UUID, "<source path='/c/o&apos;n' append='off'/>", "<serial>guest-root</serial>"]
         {
             assert!(made.xml.contains(there), "{there} in {}", made.xml);
         }
@@ -242,8 +333,11 @@ mod tests {
         };
         let domain = |devices: &str| {
             format!(
-                "<domain type='kvm'><name>g</name><genid>1</genid><os><nvram template='/t'>/n</nvram></os><devices>{}{}\
-                 {devices}</devices></domain>",
+                "<domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'><name>g</name><genid>1</genid>\
+                 <uuid>u</uuid><metadata><nova/></metadata><cputune><shares>9</shares></cputune>\
+                 <sysinfo type='smbios'><system><entry name='uuid'>u</entry></system></sysinfo>\
+                 <os><nvram template='/t'>/n</nvram></os><devices>{}{}{devices}</devices>\
+                 <qemu:commandline><qemu:arg value='-drive'/></qemu:commandline></domain>",
                 disk("sata/guest-root", "vda", ""),
                 disk("sas/guest-data", "vdb", ""),
             )
@@ -253,7 +347,12 @@ mod tests {
             &disk("sata/tools", "vdd", "<readonly/>"),
             "<disk type='file' device='cdrom'><source file='/iso'/><target dev='sda'/></disk>",
             "<interface type='bridge'><mac address='52:54:00:00:00:01'/><source bridge='br0'/><model type='virtio'/>\
-             <target dev='tap0'/></interface>",
+             <driver queues='4'/><mtu size='9000'/><acpi index='1'/><target dev='tap0'/></interface>",
+            "<memory model='nvdimm'><source><path>/pmem</path></source></memory><memory model='dimm'/>",
+            "<disk type='network' device='floppy'><source protocol='rbd' name='sata/f'/><target dev='fda'/></disk>",
+            "<rng model='virtio'><backend model='egd'/></rng><rng model='virtio'><backend model='random'/></rng>",
+            "<video><model type='virtio'><acceleration accel3d='yes'/></model></video><sound model='ich9'/>",
+            "<input type='tablet' bus='usb'/><input type='evdev'><source dev='/dev/input/1'/></input>",
             "<hostdev mode='subsystem' type='pci'/><graphics type='vnc' port='5900'/>",
             "<channel type='spicevmc'><target type='virtio' name='com.redhat.spice.0'/></channel>",
         ]
@@ -263,19 +362,61 @@ mod tests {
             whole.lacks,
             [
                 "its UEFI variables are new ones, not the domain's",
-                "it has not the disk vdc, which is no volume of the plan",
-                "it has not the device of the host that the domain has",
+                "it lacks what the domain gives to QEMU itself (commandline)",
+                "it lacks the disk vdc, which is no volume of the plan",
+                "it lacks the domain's memory",
+                "it lacks the disk fda, which is no volume of the plan",
+                "it lacks the domain's rng",
+                "it lacks the domain's input",
+                "it lacks the domain's device of the host (hostdev)",
             ]
         );
-        for gone in ["sata/other", "br0", "tap0", "vnc", "spice", "hostdev", "/n<"] {
+        for gone in [
+            "sata/other",
+            "br0",
+            "tap0",
+            "vnc",
+            "spice",
+            "hostdev",
+            "/n<",
+            "<nova/>",
+            "shares",
+            ">u<",
+            "qemu:",
+            "queues",
+            "mtu",
+            "nvdimm",
+            "sata/f",
+            "egd",
+            "accel3d",
+            "ich9",
+            "evdev",
+        ] {
             assert!(!whole.xml.contains(gone), "{gone} in {}", whole.xml);
         }
-        for there in ["sata/tools", "/iso", "52:54:00:00:00:01", "<link state='down'/>", "<genid/>", "template='/t'"] {
+        for there in [
+            "sata/tools",
+            "/iso",
+            "52:54:00:00:00:01",
+            "<link state='down'/>",
+            "<genid/>",
+            "template='/t'",
+            "acpi index",
+            "'dimm'",
+            "'random'",
+            "tablet",
+        ] {
             assert!(whole.xml.contains(there), "{there} in {}", whole.xml);
         }
+        assert_eq!(whole.xml.matches(UUID).count(), 2, "{}", whole.xml);
         assert!(!whole.has_agent && whole.xml.ends_with("</serial></devices></domain>"), "{}", whole.xml);
         let on = made(&domain(&devices), Some("lab")).unwrap();
         assert!(on.xml.contains("<source network='lab'/>") && !on.xml.contains("link state"), "{}", on.xml);
+        assert!(on.xml.contains("queues") && on.xml.contains("mtu"), "{}", on.xml);
+        assert!(is_on(&domain(&devices), "x", Some("br0")).unwrap() && !is_on(&domain(&devices), "x", None).unwrap());
+        assert!(is_on(&on.xml, "lab", None).unwrap() && !is_on(&on.xml, "x", Some("br0")).unwrap());
+        let written = domain("").replace("<nvram", "<loader readonly='no'>/f</loader><nvram");
+        assert_eq!(made(&written, None).unwrap_err().to_string().matches("firmware that can be written").count(), 1);
         let missing = made(&domain("").replace("sas/guest-data", "sas/x"), None).unwrap_err();
         assert!(missing.to_string().contains("none of its disks is volume data"), "{missing}");
     }

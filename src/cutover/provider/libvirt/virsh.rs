@@ -137,6 +137,14 @@ impl Virsh {
         self.with_domain(operation, "dumpxml", &["--inactive", "--security-info"], QUESTION).await
     }
 
+    /// Ends a domain in memory whose memory is not needed any more.
+    pub(super) async fn destroy(&self, operation: &str, limit: Duration) -> Result<(), ProviderError> {
+        match self.with_domain(operation, "destroy", &[], limit).await {
+            Err(_) if self.power(operation).await? == Power::Off => Ok(()),
+            other => other.map(drop),
+        }
+    }
+
     /// Gives it another definition.
     pub(super) async fn define(&self, operation: &str, xml: &str) -> Result<(), ProviderError> {
         // Through a pipe: nothing of its passwords is left in a file.

@@ -22,6 +22,8 @@ pub(super) enum XmlError {
     Missing { volume: String, source_image: String, target_image: String },
     #[error("its disks {first} and {second} are both volume {volume}")]
     Twice { volume: String, first: String, second: String },
+    #[error("it has {0}: nothing may share that with it")]
+    Shared(String),
     #[error("volume {0} is a file: libvirt domains are moved between RBD images only")]
     NoRbd(String),
 }
@@ -68,18 +70,24 @@ pub(super) fn rbd_name(image: &ImageSpec) -> Option<String> {
 
 /// A domain's XML, read.
 pub(super) fn parse(xml: &str) -> Result<Document<'_>, XmlError> {
+    parse_as("domain", xml)
+}
+
+fn parse_as<'x>(what: &str, xml: &'x str) -> Result<Document<'x>, XmlError> {
     let options = ParsingOptions { nodes_limit: NODES_MAX, ..ParsingOptions::default() };
     let document = Document::parse_with_options(xml, options).map_err(|error| XmlError::Damaged(error.to_string()))?;
-    match document.root_element().has_tag_name("domain") {
+    match document.root_element().has_tag_name(what) {
         true => Ok(document),
-        false => Err(XmlError::Damaged("it is no domain".into())),
+        false => Err(XmlError::Damaged(format!("it is no {what}"))),
     }
 }
 
-/// Whether a network's XML says that it ends at the host.
-pub(super) fn network_is_isolated(xml: &str) -> Result<bool, XmlError> {
-    let document = Document::parse(xml).map_err(|error| XmlError::Damaged(error.to_string()))?;
-    Ok(child(document.root_element(), "forward").is_none())
+/// Whether a network's XML says that it ends at the host, and which bridge it has.
+pub(super) fn network(xml: &str) -> Result<(bool, Option<String>), XmlError> {
+    let document = parse_as("network", xml)?;
+    let root = document.root_element();
+    let bridge = child(root, "bridge").and_then(|bridge| bridge.attribute("name"));
+    Ok((child(root, "forward").is_none(), bridge.map(str::to_owned)))
 }
 
 /// A text as it stands in XML, also in an attribute.
