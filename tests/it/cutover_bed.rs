@@ -237,12 +237,17 @@ impl Running {
 
     /// Reads on until it tells that it is at a phase; says whether it did, before its end.
     pub(crate) fn until(&mut self, phase: &str) -> bool {
+        self.until_line(|line| line.trim_end().ends_with(&format!(": {phase}")))
+    }
+
+    /// Reads on until it has told a line like that; says whether it did, before its end.
+    pub(crate) fn until_line(&mut self, wanted: impl Fn(&str) -> bool) -> bool {
         let mut line = String::new();
         while self.stderr.read_line(&mut line).expect("it tells in text") > 0 {
             print!("{line}");
-            let is_phase = line.trim_end().ends_with(&format!(": {phase}"));
+            let is_wanted = wanted(&line);
             self.told += &std::mem::take(&mut line);
-            if is_phase {
+            if is_wanted {
                 return true;
             }
         }

@@ -12,6 +12,7 @@ mod ceph_finalize;
 mod ceph_interop;
 mod ceph_model;
 mod ceph_plan;
+mod ceph_rehearse;
 mod ceph_relations;
 mod ceph_vm;
 mod ceph_vm_provider;
