@@ -186,9 +186,9 @@ impl<'a> Walk<'a> {
         self.stopped.get_or_insert_with(Timestamp::now);
         self.journal.stopped = self.stopped.map(|at| at.to_string());
         self.enter(Phase::Quiescing).await?;
-        self.within_limit(async |walk: &mut Self| walk.quiesce().await).await?;
+        let holder = self.within_limit(async |walk: &mut Self| walk.quiesce().await).await?;
         // Whole or not at all: a lock that comes late would be a broken disk to a server that was brought back.
-        self.shut_out(&before).await?;
+        self.shut_out(holder, &before).await?;
         // The journal is with the first of the images that may have failed: it keeps nobody for longer than they may.
         self.within_limit(async |walk: &mut Self| {
             walk.enter(Phase::FinalDelta).await?;
@@ -225,16 +225,18 @@ impl<'a> Walk<'a> {
         if server.provider.by_hand() {
             return Ok(());
         }
+        let started = Timestamp::now();
         let observed = self.observe().await?;
         if observed != (Observed { power: Power::Running, side: Some(to) }) {
             return Err(self.unexpected("start", &observed));
         }
-        self.note_outage();
+        self.note_outage(started);
         Ok(())
     }
 
-    pub(super) fn note_outage(&mut self) {
-        let passed = |at: Timestamp| Duration::try_from(Timestamp::now().duration_since(at)).ok();
+    /// The server runs, since that moment at the latest.
+    pub(super) fn note_outage(&mut self, started: Timestamp) {
+        let passed = |at: Timestamp| Duration::try_from(started.duration_since(at)).ok();
         self.outage = self.stopped.and_then(passed);
     }
 
@@ -257,17 +259,19 @@ impl<'a> Walk<'a> {
         .into()
     }
 
-    async fn quiesce(&mut self) -> Result<()> {
+    /// Has the server stand still, and says how what it leaves is to be fenced then.
+    async fn quiesce(&mut self) -> Result<LockHolder> {
         let server = self.server();
         if server.provider.by_hand() {
-            return self.wait_for_a_person().await;
+            self.wait_for_a_person().await?;
+            return Ok(LockHolder::Refuse);
         }
         server.provider.quiesce(&mut self.journal.notes).await?;
         let observed = self.observe().await?;
         if observed.power == Power::Running {
             return Err(self.unexpected("stop", &observed));
         }
-        Ok(())
+        Ok(self.holder(&observed))
     }
 
     /// How the side that is left is to be fenced, as the server is now.
@@ -298,8 +302,7 @@ impl<'a> Walk<'a> {
 
     /// Keeps everybody from writing what is left, and makes sure that nobody is there who might: but the server, where it
     /// stands still with its disks open.
-    async fn shut_out(&mut self, before: &[Vec<DiskUser>]) -> Result<()> {
-        let holder = self.holder(&self.observe().await?);
+    async fn shut_out(&mut self, holder: LockHolder, before: &[Vec<DiskUser>]) -> Result<()> {
         let may_stay = if holder == LockHolder::Ask { before } else { &[] };
         if let Some(stranger) = self.sides.wait_until_closed(may_stay).await? {
             return Err(self.in_use(stranger));
@@ -383,19 +386,16 @@ impl<'a> Walk<'a> {
     }
 
     /// Does a part of the outage, which ends when the limit on the outage passes, or when a person says so.
-    async fn within_limit(&mut self, part: impl AsyncFnOnce(&mut Self) -> Result<()>) -> Result<()> {
+    async fn within_limit<T>(&mut self, part: impl AsyncFnOnce(&mut Self) -> Result<T>) -> Result<T> {
         // A person who stops the server by hand takes the time that it takes.
         let left = self.time_left().filter(|_| !self.server().provider.by_hand());
+        let left = left.map(|(limit, left)| (left, self.too_long(limit)));
         let (cancel, server) = (self.cancel.clone(), self.server().name.clone());
-        let late = left.map(|(limit, _)| self.too_long(limit));
         let part = part(self);
         let limited = async {
             match left {
                 None => part.await,
-                Some((_, left)) => match tokio::time::timeout(left, part).await {
-                    Ok(done) => done,
-                    Err(_) => late.map_or(Ok(()), Err),
-                },
+                Some((left, late)) => tokio::time::timeout(left, part).await.unwrap_or(Err(late)),
             }
         };
         tokio::select! {

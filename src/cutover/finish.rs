@@ -92,7 +92,7 @@ impl Walk<'_> {
             Ok(Back::Here) => Ok(self.report(Phase::RolledBack, Some(&because))),
             Ok(Back::There) => {
                 self.remarks.push(format!("it runs where it was to go all the same, after: {}", chain_text(&because)));
-                self.note_outage();
+                self.note_outage(jiff::Timestamp::now());
                 // Its disks are its own.
                 self.sides.release_leases().await;
                 self.commit().await
@@ -140,7 +140,7 @@ impl Walk<'_> {
                 return Err(self.unexpected("way back", &now));
             }
             if !runs {
-                self.note_outage();
+                self.note_outage(jiff::Timestamp::now());
             }
             match server.provider.settle(from, &mut self.journal.notes).await {
                 Ok(remarks) => self.remarks.extend(remarks),

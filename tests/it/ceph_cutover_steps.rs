@@ -45,7 +45,7 @@ impl<'a> Beds<'a> {
     }
 }
 
-/// A `virsh` that is found before the real one, counts its calls, and lets one of them fail.
+/// A `virsh` that is found before the real one, counts its calls, and lets one of them fail, with all that it was told.
 struct Virsh {
     folder: PathBuf,
 }
@@ -60,11 +60,12 @@ impl Virsh {
              folder={folder}\n\
              exec 9>>$folder/calls\n\
              flock 9\n\
-             echo \"$*\" >&9\n\
+             set -f\n\
+             echo $(echo \"$*\") >&9\n\
              number=$(wc -l <$folder/calls)\n\
              exec 9>&-\n\
              [ $number = $(cat $folder/which) ] || exec {real} \"$@\"\n\
-             [ ! -e $folder/after ] || {real} \"$@\"\n\
+             [ ! -e $folder/after ] || {real} \"$@\" >/dev/null\n\
              echo 'error: this call was to fail' >&2\n\
              exit 1\n",
             folder = folder.display(),

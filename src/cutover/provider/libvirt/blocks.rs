@@ -120,22 +120,48 @@ fn discarding(discard: bool) -> &'static str {
     if discard { "unmap" } else { "ignore" }
 }
 
-/// The name of the node for an image that is opened by poolshift: always the same one for the same image, so that one
-/// that was left behind is known again.
-pub(super) fn node_of(image: &str) -> String {
+/// A name for the node of an image that is opened by poolshift, which no node has had before: where one could not be
+/// opened, nothing else is taken for it.
+pub(super) fn new_node() -> String {
     // QEMU takes 31 characters.
-    format!("poolshift-{}", &blake3::hash(image.as_bytes()).to_hex()[..16])
+    format!("poolshift-{:016x}", fastrand::u64(..))
+}
+
+/// What QEMU answers to a question: as it was told already, or asked now.
+async fn told(
+    virsh: &Virsh,
+    operation: &str,
+    question: (&str, Option<Value>),
+    told: Option<&str>,
+) -> Result<Value, ProviderError> {
+    let (execute, arguments) = question;
+    match told.and_then(|text| virsh.qemu_said(operation, execute, text).ok()) {
+        Some(answer) => Ok(answer),
+        None => virsh.qemu(operation, execute, arguments).await,
+    }
 }
 
 /// The devices that have an RBD image open.
-pub(super) async fn devices(virsh: &Virsh, operation: &str) -> Result<Vec<Device>, ProviderError> {
-    let answer = virsh.qemu(operation, "query-block", None).await?;
+pub(super) async fn devices(
+    virsh: &Virsh,
+    operation: &str,
+    answer: Option<&str>,
+) -> Result<Vec<Device>, ProviderError> {
+    let answer = told(virsh, operation, ("query-block", None), answer).await?;
     Ok(answer.as_array().into_iter().flatten().filter_map(Device::read).collect())
 }
 
-/// The nodes that have an RBD image open themselves, each with its image.
-pub(super) async fn nodes(virsh: &Virsh, operation: &str) -> Result<Vec<(String, String)>, ProviderError> {
-    let answer = virsh.qemu(operation, "query-named-block-nodes", Some(json!({"flat": true}))).await?;
+/// The question for all nodes.
+pub(super) fn nodes_question() -> (&'static str, Option<Value>) {
+    ("query-named-block-nodes", Some(json!({"flat": true})))
+}
+
+/// A node, and its image.
+pub(super) type Node = (String, String);
+
+/// The nodes that have an RBD image open themselves.
+pub(super) async fn nodes(virsh: &Virsh, operation: &str, answer: Option<&str>) -> Result<Vec<Node>, ProviderError> {
+    let answer = told(virsh, operation, nodes_question(), answer).await?;
     let node = |node: &Value| {
         let text = |key: &str| node.get(key).and_then(Value::as_str);
         (text("drv")? == "rbd").then_some(())?;
@@ -187,6 +213,6 @@ mod tests {
         assert_eq!(image_in("rbd:sata/a@s"), None);
         let deep = format!("json:{}1{}", "{\"file\":".repeat(1000), "}".repeat(1000));
         assert_eq!(image_in(&deep), None);
-        assert!(node_of("sas/tenant/a").len() <= 31);
+        assert!(new_node().len() <= 31 && new_node() != new_node());
     }
 }

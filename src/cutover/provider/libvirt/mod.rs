@@ -23,6 +23,7 @@
 mod blocks;
 mod cold;
 mod hot;
+mod look;
 mod preconditions;
 mod rehearse;
 mod stand_in;
@@ -36,6 +37,7 @@ use async_trait::async_trait;
 
 use super::{Notes, Observed, Power, Precondition, Provider, ProviderError, ServerDisk, Side};
 use crate::plan::{LibvirtCutover, Method};
+use look::Look;
 use virsh::{QUESTION, Virsh};
 use xml::{Domain, XmlError};
 
@@ -84,33 +86,12 @@ impl Libvirt {
         self.virsh.error(operation, error.to_string(), Some(hint))
     }
 
-    async fn look(&self, operation: &str, notes: &Notes) -> Result<Observed, ProviderError> {
-        let power = self.virsh.power_at_rest(operation, self.limit()).await?;
-        if matches!(power, Power::Running | Power::Suspended) {
-            let side = match blocks::devices(&self.virsh, operation).await {
-                Ok(devices) => blocks::side(&devices, &self.disks),
-                // It has ended meanwhile, and has to be looked at as one that is off.
-                Err(_) if self.virsh.power(operation).await? == Power::Off => {
-                    return self.look_at_rest(operation, notes).await;
-                }
-                Err(error) => return Err(error),
-            };
-            return Ok(Observed { power, side });
-        }
-        self.look_at_rest(operation, notes).await
-    }
-
-    async fn look_at_rest(&self, operation: &str, notes: &Notes) -> Result<Observed, ProviderError> {
-        let saved = self.saved(operation, notes).await?.is_some();
-        let definition = self.virsh.definition(operation).await?;
-        let domain = Domain::read(&definition, &self.disks).map_err(|error| self.xml_error(operation, &error))?;
-        let power = if saved { Power::Saved } else { Power::Off };
-        Ok(Observed { power, side: domain.side(self.disks.len()) })
-    }
-
-    /// Has the definition that it starts from name the disks on `to`.
-    async fn define(&self, operation: &str, to: Side) -> Result<(), ProviderError> {
-        let old = self.virsh.definition(operation).await?;
+    /// Has the definition that it starts from name the disks on `to`; `told`: that definition, if it was told already.
+    async fn define(&self, operation: &str, to: Side, told: Option<&str>) -> Result<(), ProviderError> {
+        let old = match told {
+            Some(definition) => definition.to_owned(),
+            None => self.virsh.definition(operation).await?,
+        };
         let new = xml::on_side(&old, &self.disks, to).map_err(|error| self.xml_error(operation, &error))?;
         if new == old {
             return Ok(());
@@ -120,7 +101,7 @@ impl Libvirt {
 
     /// The last step of each way to start: it runs, and from where it should.
     async fn expect_running(&self, operation: &str, on: Side, notes: &Notes) -> Result<(), ProviderError> {
-        let observed = self.look(operation, notes).await?;
+        let observed = self.look(operation, notes, Vec::new()).await?.observed;
         if observed == (Observed { power: Power::Running, side: Some(on) }) {
             return Ok(());
         }
@@ -132,29 +113,31 @@ impl Libvirt {
 
     async fn bring(&self, to: Side, fresh: bool, notes: &mut Notes) -> Result<(), ProviderError> {
         let operation = format!("swap to the {}", name(to));
-        let observed = self.look(&operation, notes).await?;
-        let suspended = observed.power == Power::Suspended;
-        match observed {
-            Observed { power: Power::Off | Power::Saved, .. } => self.define(&operation, to).await,
+        let more = if self.method == Method::Hot { self.disk_questions() } else { Vec::new() };
+        let look = self.look(&operation, notes, more).await?;
+        let definition = look.definition();
+        let suspended = look.observed.power == Power::Suspended;
+        match look.observed {
+            Observed { power: Power::Off | Power::Saved, .. } => self.define(&operation, to, definition).await,
             Observed { side: Some(side), .. } if side == to => {
-                self.define(&operation, to).await?;
+                self.define(&operation, to, definition).await?;
                 // What a swap that was interrupted has left open.
                 if suspended { self.close(&operation, to).await } else { Ok(()) }
             }
             // Its memory is in the file, as it is here; or it is not wanted.
-            _ if suspended && (fresh || self.saved(&operation, notes).await?.is_some()) => {
+            _ if suspended && (fresh || self.saved(&operation, notes, None).await?.is_some()) => {
                 self.virsh.destroy(&operation, self.limit()).await?;
-                self.define(&operation, to).await
+                self.define(&operation, to, definition).await
             }
             // It stands still after its memory counted as used: what it is now goes back.
             _ if suspended && self.method == Method::Warm => {
                 self.choose_save(&operation, notes)?;
                 self.save(notes).await?;
-                self.define(&operation, to).await
+                self.define(&operation, to, definition).await
             }
             _ if suspended && self.method == Method::Hot => {
-                self.define(&operation, to).await?;
-                self.reopen(&operation, to).await
+                self.define(&operation, to, definition).await?;
+                self.reopen(&operation, to, &look).await
             }
             Observed { power, .. } => {
                 let problem = format!("the domain is {power:?}, with its disks on the other side");
@@ -205,7 +188,7 @@ impl Provider for Libvirt {
     }
 
     async fn observe(&self, notes: &Notes) -> Result<Observed, ProviderError> {
-        self.look("state", notes).await
+        Ok(self.look("state", notes, Vec::new()).await?.observed)
     }
 
     async fn prepare(&self, from: Side, notes: &mut Notes) -> Result<(), ProviderError> {
@@ -232,25 +215,25 @@ impl Provider for Libvirt {
 
     async fn start(&self, on: Side, fresh: bool, notes: &mut Notes) -> Result<(), ProviderError> {
         let operation = starting(on);
-        let observed = self.look(&operation, notes).await?;
+        let Look { observed, saved, .. } = self.look(&operation, notes, Vec::new()).await?;
         if observed.side != Some(on) {
             let problem = format!("the domain is {:?}, and its disks are not on the {}", observed.power, name(on));
             return Err(self.virsh.error(&operation, problem, Some("compare the plan with `virsh dumpxml`")));
         }
-        match observed.power {
+        match (observed.power, saved.filter(|_| !fresh)) {
             // Whoever started it: what was saved before is of no use any more.
-            Power::Running => return self.spend_save(&operation, notes),
-            Power::Suspended if fresh => {
+            (Power::Running, _) => return self.spend_save(&operation, notes),
+            (Power::Suspended, _) if fresh => {
                 self.virsh.destroy(&operation, self.limit()).await?;
                 self.spend_save(&operation, notes)?;
                 self.boot(&operation, fresh).await?;
             }
-            Power::Suspended => self.go_on(&operation, notes).await?,
-            Power::Saved if !fresh => {
-                self.restore(&operation, on, notes).await?;
+            (Power::Suspended, _) => self.go_on(&operation, notes).await?,
+            (_, Some(definition)) => {
+                self.restore(&operation, on, notes, &definition).await?;
                 self.go_on(&operation, notes).await?;
             }
-            Power::Saved | Power::Off => {
+            (_, None) => {
                 self.spend_save(&operation, notes)?;
                 self.boot(&operation, fresh).await?;
             }
@@ -266,7 +249,7 @@ impl Provider for Libvirt {
     async fn settle(&self, on: Side, notes: &mut Notes) -> Result<Vec<String>, ProviderError> {
         let operation = "cleaning up";
         // The next start is from here, whatever was interrupted.
-        self.define(operation, on).await?;
+        self.define(operation, on, None).await?;
         self.remove_save(operation, notes)?;
         if self.virsh.power(operation).await? == Power::Off {
             return Ok(Vec::new());

@@ -75,7 +75,7 @@ async fn look(libvirt: &Libvirt, from: Side, what: &str, found: &mut Found) -> R
     let domain = Domain::read(&definition, &libvirt.disks).map_err(|error| libvirt.xml_error(operation, &error))?;
     definition_found(libvirt, &domain, from, what, found);
     if power == Power::Running {
-        let devices = devices(virsh, operation).await?;
+        let devices = devices(virsh, operation, None).await?;
         match blocks::side(&devices, &libvirt.disks) {
             Some(side) if side == from => {}
             Some(side) => found.add(what, Error, format!("QEMU has its disks on the {} open already", name(side))),

@@ -19,7 +19,7 @@ const SPENT: &str = ".spent";
 
 impl Libvirt {
     /// Where this cutover saves the memory.
-    fn save_file<'n>(&self, operation: &str, notes: &'n Notes) -> Result<Option<&'n str>, ProviderError> {
+    pub(super) fn save_file<'n>(&self, operation: &str, notes: &'n Notes) -> Result<Option<&'n str>, ProviderError> {
         let Some(file) = notes.get(SAVE) else { return Ok(None) };
         if !file.starts_with('/') || !file.ends_with(ENDING) || file.contains('\0') {
             let problem =
@@ -45,19 +45,24 @@ impl Libvirt {
         Ok(())
     }
 
-    /// The file with the saved memory, if there is one that is whole and was not used, with the definition in it.
-    pub(super) async fn saved<'n>(
+    /// The definition in the saved memory, if there is one that is whole and was not used; `told`: as virsh has told it
+    /// already, after the domain had come to rest.
+    pub(super) async fn saved(
         &self,
         operation: &str,
-        notes: &'n Notes,
-    ) -> Result<Option<(&'n str, String)>, ProviderError> {
+        notes: &Notes,
+        told: Option<&str>,
+    ) -> Result<Option<String>, ProviderError> {
         let Some(file) = self.save_file(operation, notes)? else { return Ok(None) };
         match std::fs::symlink_metadata(file) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(self.virsh.error(operation, format!("{file}: {error}"), None)),
             Ok(_) => {}
         }
-        Ok(self.virsh.saved_definition(operation, file).await?.map(|xml| (file, xml)))
+        match told {
+            Some(definition) => Ok(Some(definition.to_owned())),
+            None => self.virsh.saved_definition(operation, file).await,
+        }
     }
 
     /// Saves the memory. A save that was interrupted is waited for, or done again.
@@ -80,18 +85,24 @@ impl Libvirt {
         // libvirt goes on without virsh, and has the domain go on if it is told to stop. Nothing to stop is no error.
         let _ = self.virsh.with_domain(operation, "domjobabort", &[], QUESTION).await;
         match self.virsh.power_at_rest(operation, QUESTION).await {
-            Ok(Power::Off) if matches!(self.saved(operation, notes).await, Ok(Some(_))) => Ok(()),
+            Ok(Power::Off) if matches!(self.saved(operation, notes, None).await, Ok(Some(_))) => Ok(()),
             _ => Err(error),
         }
     }
 
-    /// Restores the saved memory with the disks on `on`. The domain stands still after it.
-    pub(super) async fn restore(&self, operation: &str, on: Side, notes: &Notes) -> Result<(), ProviderError> {
-        let Some((file, definition)) = self.saved(operation, notes).await? else {
-            return Err(self.virsh.error(operation, "its saved memory has gone meanwhile", None));
+    /// Restores the saved memory, in which this definition is, with the disks on `on`. The domain stands still after it.
+    pub(super) async fn restore(
+        &self,
+        operation: &str,
+        on: Side,
+        notes: &Notes,
+        definition: &str,
+    ) -> Result<(), ProviderError> {
+        let Some(file) = self.save_file(operation, notes)? else {
+            return Err(self.virsh.error(operation, "nobody has said where its memory is", None));
         };
         let definition =
-            xml::on_side(&definition, &self.disks, on).map_err(|error| self.xml_error(operation, &error))?;
+            xml::on_side(definition, &self.disks, on).map_err(|error| self.xml_error(operation, &error))?;
         let file = format!("--file={file}");
         let words = ["restore", &file, "--xml=/dev/stdin", "--paused"];
         self.virsh.call(operation, &words, Some(&definition), self.limit()).await.map(drop)

@@ -19,7 +19,9 @@ impl Fake {
         let script = concat!(env!("CARGO_MANIFEST_DIR"), "/src/cutover/provider/libvirt/tests/virsh");
         std::os::unix::fs::symlink(script, fake.path("virsh")).unwrap();
         for (file, text) in
-            [("state", "running"), ("definition", "sata"), ("live", "sata"), ("memory", "1"), ("disk", "1")]
+            [("state", "running"), ("definition", "sata"), ("named", "sata"), ("memory", "1"), ("disk", "1")]
+                .into_iter()
+                .chain([("live", "sata"), ("node", "booted"), ("nodes", "booted sata 1")])
         {
             fake.set(file, text);
         }
@@ -69,6 +71,8 @@ impl Fake {
         let found = ["state", "live", "definition"].map(|file| self.get(file));
         assert_eq!(found, ["running", pool, pool], "{case}\n{}", self.get("log"));
         assert!(!self.get("log").contains("corrupt"), "{case}\n{}", self.get("log"));
+        let nodes = self.get("nodes");
+        assert!(nodes.lines().count() == 1 && nodes.contains(pool), "{case}\n{nodes}");
     }
 }
 
@@ -95,8 +99,8 @@ async fn every_call_fails(method: Method, back: bool) {
     // A shutdown has less that can go wrong: each case has its turn in one of the two directions.
     let whens: &[&str] = match (method, back) {
         (Method::Cold, true) => &["after"],
-        (Method::Cold, false) => &["before"],
-        _ => &["before", "after"],
+        (Method::Cold, false) => &["before", "killed"],
+        _ => &["before", "after", "killed"],
     };
     for when in whens {
         let mut calls = 0;
@@ -124,7 +128,7 @@ async fn every_call_fails(method: Method, back: bool) {
                 fake.assert_runs("sas", &case);
             }
             assert_eq!(fake.saves(), 0, "{case}");
-            if method == Method::Warm && back {
+            if method != Method::Cold && back {
                 assert!(!fake.get("log").contains("boot"), "{case}\n{}", fake.get("log"));
             }
             calls += 1;
@@ -140,6 +144,11 @@ async fn a_shutdown_ends_well_whatever_call_fails() {
 #[tokio::test]
 async fn a_save_ends_well_whatever_call_fails() {
     tokio::join!(every_call_fails(Method::Warm, false), every_call_fails(Method::Warm, true));
+}
+
+#[tokio::test]
+async fn a_suspension_ends_well_whatever_call_fails() {
+    tokio::join!(every_call_fails(Method::Hot, false), every_call_fails(Method::Hot, true));
 }
 
 #[tokio::test]
@@ -178,6 +187,52 @@ async fn a_memory_is_used_once_and_never_after_the_disks_have_changed() {
     provider.settle(Side::Source, &mut notes).await.unwrap();
     assert_eq!((fake.saves(), notes.len()), (0, 0));
     fake.assert_runs("sata", "");
+}
+
+#[tokio::test]
+async fn one_process_is_told_many_things_and_every_answer_is_told_from_the_rest() {
+    let fake = Fake::new();
+    let provider = fake.provider(Method::Hot);
+    let virsh = &provider.virsh;
+    let odd = "it's a $(node); echo `x` # @";
+    // More than goes into one process.
+    let many = (0..300).map(|number| virsh.say_to_qemu(&format!("x{}{number}", "-".repeat(1000)), None));
+    let first = [
+        virsh.say("domstate", &["--reason"]),
+        virsh.say("resume", &[]),
+        virsh.say_to_qemu("blockdev-del", Some(serde_json::json!({"node-name": odd}))),
+    ];
+    let said: Vec<_> = first.into_iter().chain(many).collect();
+    let answers = virsh.batch("test", &said, QUESTION).await.unwrap();
+    assert_eq!(answers.get(0).map(str::trim), Some("running (whatever)"));
+    assert_eq!((answers.get(1), answers.error.trim()), (None, "error: domain is running"));
+    let answer = |index: usize| virsh.qemu_said("test", "x", answers.get(index).unwrap()).unwrap_err().problem;
+    assert_eq!(answer(2), format!("QEMU's x: there is no node {odd}"));
+    assert!((0..300).all(|number| answers.get(3 + number).unwrap().contains(&format!("-{number}\""))));
+    assert_eq!(answers.get(303), None);
+
+    fake.set("fail", "2 killed");
+    let answers = virsh.batch("test", &said[..5], QUESTION).await.unwrap();
+    let answered: Vec<_> = (0..5).map(|index| answers.get(index).is_some()).collect();
+    assert_eq!(answered, [true, false, false, false, false], "what was printed at its end may be a part of it");
+}
+
+#[tokio::test]
+async fn a_disk_that_can_t_be_opened_or_switched_leaves_all_as_it_was() {
+    // Seven questions and the definition are before them.
+    for (call, what) in [(8, "blockdev-add"), (9, "blockdev-reopen")] {
+        let fake = Fake::new();
+        let provider = fake.provider(Method::Hot);
+        let mut notes = Notes::new();
+        provider.quiesce(&mut notes).await.unwrap();
+        fake.set("fail", &format!("{call} before"));
+        let error = provider.swap(Side::Target, &mut notes).await.unwrap_err();
+        let expected = format!("QEMU's {what}: it was not answered: error: made to fail before");
+        assert_eq!((error.problem, fake.get("live").as_str()), (expected, "sata"));
+        assert_eq!(fake.get("nodes"), "booted sata 1");
+        provider.undo(Side::Source, false, &mut notes).await.unwrap();
+        fake.assert_runs("sata", what);
+    }
 }
 
 #[tokio::test]
