@@ -48,7 +48,7 @@ impl Walk<'_> {
         self.journal.ended = Some(jiff::Timestamp::now().to_string());
         match to {
             Side::Target => {
-                let at = self.journal.ended.as_deref().unwrap_or_default();
+                let at = jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ");
                 self.leave_note(Some(&format!("{CUTOVER_NOTE} cut over to its targets at {at}"))).await?;
                 store_journal(server, Some(&self.journal)).await?;
             }

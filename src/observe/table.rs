@@ -114,7 +114,7 @@ fn summary(status: &FleetStatus) -> Vec<String> {
             "worker {} ({}), since {}: {} running, {} done, {} failed, {} of memory",
             plain(&worker.host),
             worker.pid,
-            plain(&worker.since),
+            human_moment(&worker.since),
             count(worker.volumes_running as u64, "volume"),
             count(worker.cycles_completed, "cycle"),
             worker.cycles_failed,
