@@ -266,11 +266,11 @@ fn killed_on_the_way(bed: &Bed<'_>, method: &str, phase: &str, delay: Duration, 
 #[test]
 fn a_cutover_that_is_killed_anywhere_is_finished_or_undone() {
     let Some(env) = vm() else { return };
-    let seed = std::env::var("POOLSHIFT_TEST_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1);
+    let seed: u64 = std::env::var("POOLSHIFT_TEST_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1);
     println!("POOLSHIFT_TEST_SEED={seed}");
     let mut random = fastrand::Rng::with_seed(seed);
     let mut beds = Beds::new(&env, "kill");
-    let (mut kills, mut undo) = (0, seed % 2 == 0);
+    let (mut kills, mut undo) = (0, seed.is_multiple_of(2));
     for (method, phases) in places() {
         for phase in phases {
             undo = !undo;
