@@ -95,7 +95,7 @@ impl Virsh {
     fn calls(&self) -> Vec<String> {
         let text = std::fs::read_to_string(self.folder.join("calls")).expect("it has counted");
         // Without the options of all calls, which are three words.
-        text.lines().map(|line| line.splitn(4, ' ').last().unwrap_or_default().to_owned()).collect()
+        text.lines().map(|line| line.splitn(4, ' ').last().unwrap_or_default().chars().take(80).collect()).collect()
     }
 
     /// Runs a cutover with it.
