@@ -87,16 +87,17 @@ async fn a_stopped_osd_is_a_bounded_wait_and_a_retryable_error() {
 async fn a_quota_that_is_reached_is_no_space() {
     let Some(env) = ceph_alone() else { return };
     let image = name("quota");
-    let (_connector, target) = make(&env, "sata", &image, &CreateOptions::new(64 * MIB)).await;
+    let (_connector, target) = make(&env, "sata", &image, &CreateOptions::new(MIB << 20)).await;
     leased(&target).await;
     target.write(0, noise(MIB as usize, 1)).await.unwrap();
     let Some(quota) = Disturbed::quota(&env, "sata", 4096) else { return };
     // The monitors hear from the manager what a pool holds: every few seconds, on a busy host much later.
     let begun = Instant::now();
-    let mut block = 0;
+    let mut object = 0;
     let refused = loop {
-        block = (block + 1) % 4096;
-        match target.write(block * 4096, noise(4096, block)).await {
+        // A new one each time: what makes a pool no fuller is written to a full one as well.
+        object += 1;
+        match target.write(object * 4 * MIB, noise(4096, object)).await {
             Ok(()) => assert!(begun.elapsed() < Duration::from_secs(300), "the quota never came"),
             Err(error) => break error,
         }
