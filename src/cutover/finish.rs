@@ -6,7 +6,7 @@ use std::time::Duration;
 use futures::future::try_join_all;
 
 use super::driver::Walk;
-use super::journal::Changes;
+use super::journal::{Changes, moment};
 use super::phase::Phase;
 use super::provider::{Observed, Power, Side};
 use super::server::{CutoverError, Report, Result};
@@ -48,7 +48,7 @@ impl Walk<'_> {
         self.journal.ended = Some(jiff::Timestamp::now().to_string());
         match to {
             Side::Target => {
-                let at = jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ");
+                let at = moment(jiff::Timestamp::now());
                 self.leave_note(Some(&format!("{CUTOVER_NOTE} cut over to its targets at {at}"))).await?;
                 store_journal(server, Some(&self.journal)).await?;
             }

@@ -22,6 +22,11 @@ pub fn kept_name(name: &str) -> String {
     format!("{name}{KEPT_SUFFIX}")
 }
 
+/// A moment in RFC 3339, to the second: for notes and marks that people read.
+pub(super) fn moment(at: jiff::Timestamp) -> impl std::fmt::Display {
+    at.strftime("%Y-%m-%dT%H:%M:%SZ")
+}
+
 /// The journal of one server.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Journal {

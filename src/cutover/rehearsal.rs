@@ -28,6 +28,7 @@ use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
 use super::finalize::{journal_of, place, wrong_state};
+use super::journal::moment;
 use super::provider::rehearse::{Boots, Judgement, StandIn};
 use super::provider::{Precondition, Provider, ServerDisk, Verdict};
 use super::server::{CutoverError, Observer, Result};
@@ -358,11 +359,6 @@ impl Stage {
         }
         self.remove_clones(&BTreeSet::from([stand_in.id.clone()]), false).await
     }
-}
-
-/// To the second, for people.
-fn moment(at: Timestamp) -> impl std::fmt::Display {
-    at.strftime("%Y-%m-%dT%H:%M:%SZ")
 }
 
 fn names(stand_in: &StandIn) -> String {

@@ -52,7 +52,7 @@ use serde_json::json;
 use tokio::process::Command;
 
 use super::rehearse::{Boots, Judgement, Rehearse, StandIn};
-use super::run::{also, brief, run};
+use super::run::{brief, run};
 use super::{Notes, Observed, Power, Precondition, Provider, ProviderError, ServerDisk, Side, Verdict};
 use crate::plan::CommandCutover;
 
@@ -103,8 +103,7 @@ impl Commands {
         let ended = run(command, Vec::new(), self.commands.limit).await;
         let ended = ended.map_err(|error| self.error(operation(), format!("{script:?}: {error}"), Some(hint)))?;
         if !ended.status.success() {
-            let said = also(if ended.error.trim().is_empty() { &ended.output } else { &ended.error });
-            let problem = format!("{script:?} failed ({}){said}", ended.status);
+            let problem = format!("{script:?} {}", ended.failure());
             return Err(self.error(operation(), problem, Some(hint)));
         }
         Ok(ended.output)
@@ -155,13 +154,7 @@ fn name(side: Side) -> &'static str {
 }
 
 fn told(observed: &Observed) -> String {
-    let power = match observed.power {
-        Power::Running => "running",
-        Power::Suspended => "suspended",
-        Power::Saved => "saved",
-        Power::Off => "off",
-    };
-    format!("{power} {}", observed.side.map_or("unknown", name))
+    format!("{} {}", observed.power, observed.side.map_or("unknown", name))
 }
 
 pub(super) fn list(disks: &[ServerDisk]) -> String {

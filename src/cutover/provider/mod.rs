@@ -130,6 +130,12 @@ impl Precondition {
     pub fn new(what: impl Into<String>, verdict: Verdict, found: impl Into<String>) -> Self {
         Self { what: what.into(), verdict, found: found.into() }
     }
+
+    /// One that could not be looked at, which is as bad as one that is not so.
+    pub fn failed(what: impl Into<String>, error: ProviderError) -> Self {
+        let hint = error.hint.map(|hint| format!("; {hint}")).unwrap_or_default();
+        Self::new(what, Verdict::Error, format!("{}{hint}", error.problem))
+    }
 }
 
 /// A provider could not do, or find out, something.

@@ -30,6 +30,14 @@ pub(super) struct Ended {
     pub(super) error: String,
 }
 
+impl Ended {
+    /// How it failed, with what it said of that: `failed (exit status: 1): no such domain`.
+    pub(super) fn failure(&self) -> String {
+        let said = if self.error.trim().is_empty() { &self.output } else { &self.error };
+        format!("failed ({}){}", self.status, also(said))
+    }
+}
+
 /// Why there is no end to tell of.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum RunError {

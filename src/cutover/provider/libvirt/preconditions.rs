@@ -24,8 +24,7 @@ impl Found {
     }
 
     fn failed(&mut self, what: impl Into<String>, error: ProviderError) {
-        let hint = error.hint.map(|hint| format!("; {hint}")).unwrap_or_default();
-        self.add(what, Error, format!("{}{hint}", error.problem));
+        self.0.push(Precondition::failed(what, error));
     }
 }
 

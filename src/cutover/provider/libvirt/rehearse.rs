@@ -9,7 +9,7 @@ use tokio::process::Command;
 
 use super::super::command;
 use super::super::rehearse::{Boots, Judgement, Rehearse, Staged, StandIn};
-use super::super::run::{also, brief, run};
+use super::super::run::{brief, run};
 use super::super::{Power, Precondition, ProviderError, Verdict};
 use super::preconditions::{field, save_folder, size};
 use super::stand_in::{Definition, Wanted, definition, id_in, is_on};
@@ -97,8 +97,8 @@ impl Libvirt {
         self.config.save_folder.join(format!("{name}.{}.console", stand_in.id))
     }
 
-    async fn definition_of(&self, operation: &str, stand_in: &StandIn) -> Result<Definition, ProviderError> {
-        let own = self.virsh.definition(operation).await?;
+    /// The stand-in of the domain, whose own definition is `own`.
+    fn definition_of(&self, operation: &str, own: &str, stand_in: &StandIn) -> Result<Definition, ProviderError> {
         let wanted = Wanted {
             name: &stand_in.name,
             id: &stand_in.id,
@@ -108,7 +108,7 @@ impl Libvirt {
             network: self.config.rehearsal.network.as_deref(),
             console: &self.console_of(stand_in),
         };
-        definition(&own, &wanted).map_err(|error| self.xml_error(operation, &error))
+        definition(own, &wanted).map_err(|error| self.xml_error(operation, &error))
     }
 
     async fn look_at_stage(&self, stand_in: &StandIn, found: &mut Vec<Precondition>) -> Result<(), ProviderError> {
@@ -125,7 +125,7 @@ impl Libvirt {
         }
         let info = self.virsh.with_domain(operation, "dominfo", &[], QUESTION).await?;
         let definition = self.virsh.definition(operation).await?;
-        let made = self.definition_of(operation, stand_in).await?;
+        let made = self.definition_of(operation, &definition, stand_in)?;
         let domain = Domain::read(&definition, &self.disks).map_err(|error| self.xml_error(operation, &error))?;
         for disk in domain.disks.iter().filter(|disk| disk.volume.is_some()) {
             if let Some(more) = disk.more {
@@ -201,8 +201,7 @@ impl Libvirt {
             let said = brief(&ended.output);
             return Ok(Judgement::Well(if said.is_empty() { "its check said so".into() } else { said }));
         }
-        let said = if ended.error.trim().is_empty() { &ended.output } else { &ended.error };
-        Ok(Judgement::NotWell(format!("{script:?} failed ({}){}", ended.status, also(said))))
+        Ok(Judgement::NotWell(format!("{script:?} {}", ended.failure())))
     }
 
     /// Waits until it has booted, as far as the plan has somebody to ask: by what it is known, `Err` with why not.
@@ -259,8 +258,7 @@ impl Rehearse for Libvirt {
     async fn rehearsal_preconditions(&self, stand_in: &StandIn) -> Vec<Precondition> {
         let mut found = Vec::new();
         if let Err(error) = self.look_at_stage(stand_in, &mut found).await {
-            let hint = error.hint.map(|hint| format!("; {hint}")).unwrap_or_default();
-            found.push(Precondition::new(error.server, Verdict::Error, format!("{}{hint}", error.problem)));
+            found.push(Precondition::failed(error.server.clone(), error));
         }
         found
     }
@@ -277,7 +275,8 @@ impl Rehearse for Libvirt {
 
     async fn stage(&self, stand_in: &StandIn) -> Result<Vec<String>, ProviderError> {
         let operation = "start its stand-in";
-        let made = self.definition_of(operation, stand_in).await?;
+        let own = self.virsh.definition(operation).await?;
+        let made = self.definition_of(operation, &own, stand_in)?;
         let virsh = self.virsh_of(stand_in);
         virsh.define(operation, &made.xml).await?;
         virsh.with_domain(operation, "start", &[], self.limit()).await?;

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tokio::process::Command;
 
-use super::super::run::{Ended, also, brief, run};
+use super::super::run::{Ended, brief, run};
 use super::super::{Power, ProviderError};
 
 /// How long a question may take. libvirt itself waits up to 30 s for what it is doing with a domain already.
@@ -76,8 +76,7 @@ impl Virsh {
     ) -> Result<String, ProviderError> {
         let ended = self.run(operation, words, input, limit).await?;
         if !ended.status.success() {
-            let said = if ended.error.trim().is_empty() { &ended.output } else { &ended.error };
-            let problem = format!("virsh {} failed ({}){}", verb_of(words), ended.status, also(said));
+            let problem = format!("virsh {} {}", verb_of(words), ended.failure());
             return Err(self.error(operation, problem, None));
         }
         Ok(ended.output)
