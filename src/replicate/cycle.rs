@@ -1,5 +1,6 @@
 //! The driver of a cycle: carries out what [`lineage`] decides.
 
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -228,10 +229,19 @@ pub(super) fn automatic_name(facts: &Facts) -> String {
     name
 }
 
-/// A name of poolshift's own scheme for this moment, which somebody may have given already.
+/// A name of poolshift's own scheme for this moment, which another process may have given already. Of two in the same
+/// millisecond the second is one later: a name is for one point only.
 pub fn name_of_now() -> String {
-    format!("{NAME_PREFIX}{}", jiff::Timestamp::now().strftime("%Y%m%dT%H%M%S.%3fZ"))
+    static LAST: AtomicI64 = AtomicI64::new(i64::MIN);
+    let now = jiff::Timestamp::now().as_millisecond();
+    let next = |last: i64| if last >= now && last.saturating_sub(now) < CLOCK_STEP { last + 1 } else { now };
+    let last = LAST.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |last| Some(next(last)));
+    let at = jiff::Timestamp::from_millisecond(next(last.unwrap_or_else(|last| last))).unwrap_or(jiff::Timestamp::MAX);
+    format!("{NAME_PREFIX}{}", at.strftime("%Y%m%dT%H%M%S.%3fZ"))
 }
+
+/// A clock that is further behind the last name than this, in milliseconds, was set: it is believed.
+const CLOCK_STEP: i64 = 1000;
 
 /// Whether a name is of poolshift's own scheme. That is no proof that poolshift gave it.
 pub fn is_automatic(name: &str) -> bool {

@@ -447,3 +447,10 @@ fn cases_that_failed_once() {
         run_model_here(events);
     }
 }
+
+#[test]
+fn no_two_points_of_a_process_have_the_same_name() {
+    let names: Vec<String> = (0..100).map(|_| name_of_now()).collect();
+    assert!(names.is_sorted() && names.windows(2).all(|pair| pair[0] != pair[1]), "{names:?}");
+    assert!(names.iter().all(|name| is_automatic(name)), "{names:?}");
+}
