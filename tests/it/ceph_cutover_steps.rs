@@ -189,7 +189,8 @@ fn a_call_of_virsh_that_fails_anywhere_loses_nothing() {
     let mut beds = Beds::new(&env, "virsh");
     let (mut runs, mut undo) = (0, false);
     let mut ends = std::collections::BTreeMap::<&str, u32>::new();
-    for method in ["warm", "hot"] {
+    let methods: &[&str] = if every_step() { &["warm", "hot", "cold"] } else { &["warm", "hot"] };
+    for &method in methods {
         // Spread evenly, and the two kinds at different places.
         let step = if every_step() { 1 } else { calls_of(beds.bed(), method) / SOME };
         for after in [false, true] {
