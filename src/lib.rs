@@ -30,6 +30,7 @@
 //! | [`replicate`] | one volume's cycle: lineage, plan, state, checkpoint, commit, retention, verification, reports |
 //! | [`plan`] | the plan file: which volumes and servers, how often, within which limits |
 //! | [`fleet`] | many volumes: scheduler, consistency groups, what is known of each |
+//! | [`openstack`] | Keystone, Cinder and Nova: a thin client |
 //! | [`cutover`] | a server goes on from its targets: phases, journal, driver, providers, the way back |
 //! | [`observe`] | the HTTP API, metrics, tables for people |
 //! | [`cli`] | flags → validated configuration → one command a file |
@@ -97,6 +98,7 @@ pub mod extent;
 pub mod fleet;
 pub mod image;
 pub mod observe;
+pub mod openstack;
 pub mod pipeline;
 pub mod plan;
 pub mod replicate;

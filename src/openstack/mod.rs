@@ -1,0 +1,96 @@
+//! A thin, typed client for the parts of OpenStack that a server's move to another volume type needs.
+//!
+//! | part | what it is |
+//! |---|---|
+//! | [`access`] | how to reach the cloud: `clouds.yaml`, `OS_*` |
+//! | `session` | the token, the catalog, microversions, limits and retries |
+//! | [`cinder`] | volumes, types, snapshots |
+//! | [`nova`] | servers and their attachments |
+//! | [`error`] | what can go wrong |
+//!
+//! # What an answer is worth
+//!
+//! Cinder and Nova answer 202 and may fail later, without another word. No function here waits for an effect, and none
+//! says that one has come: whoever asks looks at the volume and the server afterwards.
+//!
+//! # Versions
+//!
+//! Every call has one exact microversion, [`CINDER`] and [`NOVA`]: what a cloud answers is what was tried. An older
+//! cloud is refused by name when it is connected to.
+//!
+//! # Secrets
+//!
+//! Passwords, secrets and tokens are kept as [`secrecy::SecretString`], are part of no error, log or `Debug`, and are
+//! read from files and the environment only.
+
+pub mod access;
+pub mod cinder;
+pub mod error;
+pub mod nova;
+mod session;
+#[cfg(test)]
+mod tests;
+
+pub use access::CloudAccess;
+pub use error::{CloudError, Fault, Result};
+pub use session::Microversion;
+
+use session::{Service, Session};
+
+/// The version of Cinder's interface that is spoken: 3.27 (Pike) has attachments.
+pub const CINDER: Microversion = Microversion(3, 27);
+
+/// The version of Nova's interface that is spoken: 2.79 (Train) says of attachments whether they end with their server.
+pub const NOVA: Microversion = Microversion(2, 79);
+
+/// A cloud.
+#[derive(Debug)]
+pub struct Cloud {
+    session: Session,
+}
+
+impl Cloud {
+    /// Authenticates, and makes sure that the cloud speaks the versions that are needed.
+    ///
+    /// # Errors
+    /// [`Fault::Config`] and [`Fault::Unauthorized`] for the access, [`Fault::Version`] for a cloud that is too old, and
+    /// [`Fault::Unavailable`] where nobody answers.
+    pub async fn connect(access: CloudAccess) -> Result<Self> {
+        let session = Session::new(access)?;
+        for (service, needed, release) in [(Service::Cinder, CINDER, "Pike"), (Service::Nova, NOVA, "Train")] {
+            let (lowest, highest) = session.versions(service).await?;
+            if !(lowest..=highest).contains(&needed) {
+                let detail = format!("it speaks {lowest} to {highest}, and {needed} is needed");
+                let place = format!("{} of {}", service.name(), session.access().name);
+                return Err(CloudError::new(Fault::Version, "work with it", place, detail)
+                    .hint(format!("{needed} came with OpenStack {release}")));
+            }
+        }
+        Ok(Self { session })
+    }
+
+    /// What the cloud is called, for people.
+    pub fn name(&self) -> &str {
+        &self.session.access().name
+    }
+
+    /// The id of the project that the credentials are for.
+    pub async fn project(&self) -> Result<String> {
+        self.session.project().await
+    }
+
+    /// The roles that the credentials have there.
+    pub async fn roles(&self) -> Result<Vec<String>> {
+        self.session.roles().await
+    }
+}
+
+/// Ids are put into paths: whatever is none is refused.
+fn checked<'a>(id: &'a str, what: &str, operation: &str) -> Result<&'a str> {
+    let fits = !id.is_empty() && id.len() <= 64 && id.chars().all(|c| c.is_ascii_alphanumeric() || c == '-');
+    if fits {
+        return Ok(id);
+    }
+    let shown: String = id.chars().take(64).collect();
+    Err(CloudError::new(Fault::NotFound, operation, "the cloud", format!("{shown:?} is no id of a {what}")))
+}

@@ -1,0 +1,239 @@
+//! Servers, and the volumes that they have.
+//!
+//! Source of paths and fields: the Compute API, <https://docs.openstack.org/api-ref/compute/>.
+
+use std::collections::BTreeMap;
+
+use reqwest::Method;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::error::{CloudError, Fault, Result};
+use super::session::{Ask, Service};
+use super::{Cloud, NOVA, checked};
+
+/// How many servers are asked for at once.
+const PAGE: &str = "500";
+/// How many pages are read at most.
+const PAGES_MAX: usize = 200;
+
+/// Whose servers and volumes are listed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Whose {
+    /// Those of the project that the credentials are for.
+    #[default]
+    Own,
+    /// Those of the project with that id. Needs an administrator.
+    Project(String),
+    /// All. Needs an administrator.
+    All,
+}
+
+impl Whose {
+    pub(super) fn narrow<'a>(&'a self, query: &mut Vec<(&'a str, &'a str)>, key: &'static str) {
+        match self {
+            Self::Own => {}
+            Self::Project(id) => query.extend([("all_tenants", "1"), (key, id.as_str())]),
+            Self::All => query.push(("all_tenants", "1")),
+        }
+    }
+}
+
+/// A server.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Server {
+    /// Its id.
+    pub id: String,
+    /// Its name.
+    #[serde(default)]
+    pub name: String,
+    /// `ACTIVE`, `SHUTOFF`, `SHELVED_OFFLOADED`, `ERROR` and others.
+    pub status: String,
+    /// What is under way with it.
+    #[serde(default, rename = "OS-EXT-STS:task_state")]
+    pub task: Option<String>,
+    /// What its hypervisor says: 0 nothing, 1 running, 3 paused, 4 off, 6 crashed, 7 suspended.
+    #[serde(default, rename = "OS-EXT-STS:power_state")]
+    pub power: u8,
+    /// Whether its owner has locked it.
+    #[serde(default)]
+    pub locked: bool,
+    /// The project that it belongs to.
+    #[serde(default, rename = "tenant_id")]
+    pub project: String,
+    /// The host that it is on. For administrators only.
+    #[serde(default, rename = "OS-EXT-SRV-ATTR:host")]
+    pub host: Option<String>,
+    /// Under which name it has the disk that it boots from. For administrators only.
+    #[serde(default, rename = "OS-EXT-SRV-ATTR:root_device_name")]
+    pub root_device: Option<String>,
+    /// The volumes that it has.
+    #[serde(default, rename = "os-extended-volumes:volumes_attached")]
+    pub volumes: Vec<ServerVolume>,
+    /// What its owner has written to it.
+    #[serde(default)]
+    pub metadata: BTreeMap<String, String>,
+    /// Its tags.
+    #[serde(default)]
+    pub tags: Vec<String>,
+    /// Its key pair's name.
+    #[serde(default)]
+    pub key_name: Option<String>,
+    /// What went wrong with it last.
+    #[serde(default)]
+    pub fault: Option<ServerFault>,
+}
+
+/// A volume that a server has.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct ServerVolume {
+    /// The volume.
+    pub id: String,
+    /// Whether it ends with the server.
+    #[serde(default)]
+    pub delete_on_termination: bool,
+}
+
+/// What went wrong with a server.
+#[derive(Clone, Debug, Deserialize)]
+pub struct ServerFault {
+    /// In Nova's words.
+    #[serde(default)]
+    pub message: String,
+}
+
+/// A volume that a server has, with how it has it.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct ServerAttachment {
+    /// The volume.
+    #[serde(rename = "volumeId")]
+    pub volume: String,
+    /// Under which name the server has it: `/dev/vda`.
+    #[serde(default)]
+    pub device: Option<String>,
+    /// Whether it ends with the server.
+    #[serde(default)]
+    pub delete_on_termination: bool,
+    /// By which the server itself can tell it.
+    #[serde(default)]
+    pub tag: Option<String>,
+}
+
+/// What is done with a server as a whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ServerAction {
+    /// It is told to shut down.
+    Stop,
+    /// It is started.
+    Start,
+    /// It leaves its host, and keeps its volumes and ports.
+    Shelve,
+    /// It leaves its host, having been shelved.
+    ShelveOffload,
+    /// It is built anew on a host, and starts. It asks Cinder how to reach its volumes.
+    Unshelve,
+}
+
+impl ServerAction {
+    fn body(self) -> (Value, &'static str) {
+        match self {
+            Self::Stop => (json!({"os-stop": null}), "stop"),
+            Self::Start => (json!({"os-start": null}), "start"),
+            Self::Shelve => (json!({"shelve": null}), "shelve"),
+            Self::ShelveOffload => (json!({"shelveOffload": null}), "offload"),
+            Self::Unshelve => (json!({"unshelve": null}), "unshelve"),
+        }
+    }
+}
+
+impl Cloud {
+    async fn ask_nova<T: serde::de::DeserializeOwned>(
+        &self,
+        path: &str,
+        query: &[(&str, &str)],
+        operation: &str,
+    ) -> Result<T> {
+        let (service, version) = (Service::Nova, NOVA);
+        self.session.get(Ask { service, method: Method::GET, path, query, body: None, version, operation }).await
+    }
+
+    async fn tell_nova(&self, method: Method, path: &str, body: Option<&Value>, operation: &str) -> Result<()> {
+        let (service, version) = (Service::Nova, NOVA);
+        self.session.tell(Ask { service, method, path, query: &[], body, version, operation }).await
+    }
+
+    /// A server.
+    pub async fn server(&self, id: &str) -> Result<Server> {
+        #[derive(Deserialize)]
+        struct Answer {
+            server: Server,
+        }
+        let operation = format!("show server {id}");
+        let id = checked(id, "server", &operation)?;
+        Ok(self.ask_nova::<Answer>(&format!("servers/{id}"), &[], &operation).await?.server)
+    }
+
+    /// All servers of the project, of another one, or of all.
+    pub async fn servers(&self, whose: &Whose) -> Result<Vec<Server>> {
+        #[derive(Deserialize)]
+        struct Answer {
+            servers: Vec<Server>,
+        }
+        let mut all: Vec<Server> = Vec::new();
+        for _ in 0..PAGES_MAX {
+            let marker = all.last().map(|last| last.id.clone());
+            let mut query = vec![("limit", PAGE), ("sort_key", "created_at"), ("sort_dir", "asc")];
+            query.extend(marker.as_deref().map(|marker| ("marker", marker)));
+            whose.narrow(&mut query, "project_id");
+            let page: Answer = self.ask_nova("servers/detail", &query, "list servers").await?;
+            let Some(last) = page.servers.last() else { return Ok(all) };
+            if Some(&last.id) == marker.as_ref() {
+                return Ok(all);
+            }
+            all.extend(page.servers);
+        }
+        Err(CloudError::new(Fault::Strange, "list servers", "nova", format!("it has more than {} of them", all.len())))
+    }
+
+    /// The volumes that a server has, with how it has them.
+    pub async fn server_attachments(&self, server: &str) -> Result<Vec<ServerAttachment>> {
+        #[derive(Deserialize)]
+        struct Answer {
+            #[serde(rename = "volumeAttachments")]
+            attachments: Vec<ServerAttachment>,
+        }
+        let operation = format!("list the volumes of server {server}");
+        let path = format!("servers/{}/os-volume_attachments", checked(server, "server", &operation)?);
+        Ok(self.ask_nova::<Answer>(&path, &[], &operation).await?.attachments)
+    }
+
+    /// Begins something with a server. The answer says nothing of whether it will come about.
+    pub async fn act_on_server(&self, server: &str, action: ServerAction) -> Result<()> {
+        let (body, word) = action.body();
+        let operation = format!("{word} server {server}");
+        let path = format!("servers/{}/action", checked(server, "server", &operation)?);
+        self.tell_nova(Method::POST, &path, Some(&body), &operation).await
+    }
+
+    /// Begins to take a volume from a server.
+    pub async fn detach(&self, server: &str, volume: &str) -> Result<()> {
+        let operation = format!("detach volume {volume} from server {server}");
+        let server = checked(server, "server", &operation)?;
+        let path = format!("servers/{server}/os-volume_attachments/{}", checked(volume, "volume", &operation)?);
+        self.tell_nova(Method::DELETE, &path, None, &operation).await
+    }
+
+    /// Begins to give a volume to a server, as it had it.
+    pub async fn attach(&self, server: &str, attachment: &ServerAttachment) -> Result<()> {
+        let ServerAttachment { volume, device, delete_on_termination, tag } = attachment;
+        let operation = format!("attach volume {volume} to server {server}");
+        let path = format!("servers/{}/os-volume_attachments", checked(server, "server", &operation)?);
+        let mut wanted = json!({"volumeId": volume, "delete_on_termination": delete_on_termination});
+        for (key, value) in [("device", device), ("tag", tag)] {
+            if let Some(value) = value {
+                wanted[key] = value.as_str().into();
+            }
+        }
+        self.tell_nova(Method::POST, &path, Some(&json!({"volumeAttachment": wanted})), &operation).await
+    }
+}
