@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::fields::{Report, Section, shown};
+use super::openstack::{self, OpenStackCutover};
 
 /// How long a server may take to stop: less is a typing error, and nobody waits for more.
 const LIMITS: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(3600);
@@ -25,6 +26,8 @@ pub enum Cutover {
     Libvirt(LibvirtCutover),
     /// By commands of the operator's.
     Command(CommandCutover),
+    /// By OpenStack.
+    OpenStack(OpenStackCutover),
 }
 
 /// A libvirt domain.
@@ -108,19 +111,24 @@ pub struct CommandCutover {
 pub(super) fn read(server: &mut Section<'_>, report: &mut Report<'_>) -> Cutover {
     let Some(mut section) = server.table("cutover", report) else { return Cutover::None };
     let (span, key) = (section.span.clone(), server.name_of("cutover"));
-    let (libvirt, command) = (section.value("libvirt"), section.value("command"));
+    let ways = ["libvirt", "command", "openstack"].map(|key| section.value(key));
     section.finish(report);
-    let read = match (libvirt, command) {
-        (Some(value), None) => {
+    let read = match ways {
+        [Some(value), None, None] => {
             value.section(report).and_then(|section| libvirt_domain(section, report)).map(Cutover::Libvirt)
         }
-        (None, Some(value)) => {
+        [None, Some(value), None] => {
             value.section(report).and_then(|section| commands(section, report)).map(Cutover::Command)
         }
-        (both, _) => {
-            let problem = if both.is_some() { "it names two ways at once" } else { "it names no way" };
-            let cure = "write libvirt = { domain = \"web-1\" }, or command = { stop = \"…\", swap = \"…\", start = \"…\", \
-                        state = \"…\" }; leave the table out to swap the disks by hand";
+        [None, None, Some(value)] => {
+            let section = value.section(report);
+            section.and_then(|section| openstack::cutover(section, limit, report)).map(Cutover::OpenStack)
+        }
+        ways => {
+            let any = ways.iter().any(Option::is_some);
+            let problem = if any { "it names several ways at once" } else { "it names no way" };
+            let cure = "write libvirt = { domain = \"web-1\" }, openstack = { server = \"ID\" }, or command = { stop = \"…\", \
+                        swap = \"…\", start = \"…\", state = \"…\" }; leave the table out to swap the disks by hand";
             report.add(&span, &key, problem, cure);
             None
         }

@@ -23,6 +23,7 @@ mod check;
 mod cutover;
 mod error;
 mod fields;
+mod openstack;
 mod read;
 mod throttles;
 pub mod values;
@@ -32,6 +33,7 @@ mod tests;
 
 pub use cutover::{CommandCutover, Cutover, LibvirtCutover, LibvirtRehearsal, Method};
 pub use error::{PlanError, PlanProblem};
+pub use openstack::{CinderVolume, HelperTypes, Holder, OpenStackCutover};
 
 /// The largest plan file, in bytes.
 pub const FILE_MAX: usize = 1 << 20;
@@ -121,6 +123,23 @@ pub struct Volume {
     pub boot: bool,
     /// What this volume may ask its source for.
     pub rate: Rate,
+    /// Which volume of Cinder's it is, if it is one.
+    pub cinder: Option<CinderVolume>,
+}
+
+impl Volume {
+    /// The name that the target has once a server uses it: where Cinder decides, that of the source.
+    pub fn target_in_use(&self) -> ImageSpec {
+        match (&self.cinder, &self.source, &self.target) {
+            (Some(_), ImageSpec::Rbd { image: in_use, .. }, ImageSpec::Rbd { pool, namespace, .. }) => ImageSpec::Rbd {
+                pool: pool.clone(),
+                namespace: namespace.clone(),
+                image: in_use.clone(),
+                snapshot: None,
+            },
+            _ => self.target.clone(),
+        }
+    }
 }
 
 /// How often a new point is made.

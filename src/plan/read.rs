@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::check::{self, Names};
-use super::cutover;
+use super::cutover::{self, Cutover};
 use super::error::PlanError;
 use super::fields::{self, Report, Section, Value, shown};
+use super::openstack;
 use super::{Api, ClusterAccess, FILE_MAX, FleetLimits, Pace, Plan, Quiesce, Retention, Server, VOLUMES_MAX, Volume};
 use crate::image::ImageSpec;
 use crate::throttle::Rate;
@@ -237,6 +238,9 @@ fn server(
         report.add(&span, &key, "the server has no volume", "add a [[server.volume]], or remove the server");
     }
     refuse_shared_files(&section, &volumes, &quiesce, report);
+    if matches!(cutover, Cutover::OpenStack(_)) {
+        openstack::check(&section, &volumes, report);
+    }
     section.finish(report);
     Some((
         at,
@@ -260,6 +264,9 @@ fn single(
     let volumes: Vec<Volume> =
         volume.into_iter().map(|volume| Volume { boot: boot.unwrap_or(false), ..volume }).collect();
     refuse_shared_files(&section, &volumes, &quiesce, report);
+    if matches!(cutover, Cutover::OpenStack(_)) {
+        openstack::check(&section, &volumes, report);
+    }
     section.finish(report);
     Some((
         at,
@@ -312,9 +319,15 @@ fn volume(
     let target = section.needed("target", "\"rbd:sas/web-1\"", report);
     let target = target.and_then(|value| Some((image(&value, report)?, value)));
     let rate = rate(section, report);
+    let cinder = section.table("cinder", report).map(|section| openstack::volume(section, report));
     let (source, target) = (source?, target?);
     names.add_volume(name.as_deref(), (&source.0, &source.1), (&target.0, &target.1), report);
-    Some(Volume { name: name?, source: source.0, target: target.0, boot: false, rate: rate.resolve(Rate::default()) })
+    let cinder = match cinder {
+        Some(given) => Some(given?),
+        None => None,
+    };
+    let (source, target, rate) = (source.0, target.0, rate.resolve(Rate::default()));
+    Some(Volume { name: name?, source, target, boot: false, rate, cinder })
 }
 
 fn image(value: &Value<'_>, report: &mut Report<'_>) -> Option<ImageSpec> {

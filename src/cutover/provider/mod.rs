@@ -233,7 +233,7 @@ pub fn disks_of(server: &plan::Server) -> Vec<ServerDisk> {
 /// If a method is asked for that the server has no choice of.
 pub fn of(server: &plan::Server, method: Option<Method>) -> Result<Arc<dyn Provider>, ProviderError> {
     let disks = disks_of(server);
-    if let (Some(_), Cutover::None | Cutover::Command(_)) = (method, &server.cutover) {
+    if let (Some(_), Cutover::None | Cutover::Command(_) | Cutover::OpenStack(_)) = (method, &server.cutover) {
         return Err(ProviderError {
             operation: "cutover".into(),
             server: format!("server {}", server.name),
@@ -245,5 +245,6 @@ pub fn of(server: &plan::Server, method: Option<Method>) -> Result<Arc<dyn Provi
         Cutover::None => Arc::new(ByHand::new(&server.name, disks)),
         Cutover::Libvirt(config) => Arc::new(Libvirt::new(disks, config.clone(), method)),
         Cutover::Command(config) => Arc::new(Commands::new(&server.name, disks, config.clone())),
+        Cutover::OpenStack(_) => todo!(),
     })
 }
