@@ -166,6 +166,9 @@ fn own_note(by: &str) -> String {
     format!("{CUTOVER_NOTE} for its cutover{by}")
 }
 
+/// How often a server is looked at that is not the same at the second look. One that was told to stop changes once.
+const LOOKS_MAX: u32 = 5;
+
 /// How a cutover that was not over ended when it was given up.
 enum GivenUp {
     /// The server runs where it came from.
@@ -292,23 +295,25 @@ impl Walk<'_> {
     /// that the server was to go to decide, or the fence on the other one where the server may run there. Gives back what
     /// is true of the server, and whether what is left is as that process has left it.
     async fn take_over(&mut self) -> Result<(Observed, bool)> {
-        let (to, by_hand) = (self.sides.to, self.server().provider.by_hand());
-        let (observed, untouched) = (self.observe().await?, self.is_untouched().await?);
-        let runs_on = |side| !by_hand && observed == Observed { power: Power::Running, side: Some(side) };
-        match self.journal.phase {
-            // Its disks are its own.
-            Phase::Resuming | Phase::Committed if runs_on(to.other()) => return Err(self.diverged()),
-            Phase::Resuming | Phase::Committed => self.sides.fence(self.holder(&observed)).await?,
-            Phase::Swapping | Phase::RollingBack if runs_on(to) => self.sides.fence(LockHolder::Refuse).await?,
-            _ => self.sides.take_leases(self.observer, self.cancel).await?,
-        }
-        let now = sides::load_journal(self.server()).await?;
-        let same = now.is_some_and(|now| now == Journal { worker: now.worker.clone(), ..self.journal.clone() });
-        if !same || self.observe().await? != observed {
+        let mut tries = 0;
+        let (observed, untouched) = loop {
+            let (observed, untouched) = (self.observe().await?, self.is_untouched().await?);
+            self.keep_others_out(&observed).await?;
+            let now = sides::load_journal(self.server()).await?;
+            let same = now.is_some_and(|now| now == Journal { worker: now.worker.clone(), ..self.journal.clone() });
+            if same && self.observe().await? == observed {
+                break (observed, untouched);
+            }
             self.sides.release_leases().await;
             self.sides.release_fences().await?;
-            return Err(self.overtaken());
-        }
+            tries += 1;
+            if !same || tries >= LOOKS_MAX {
+                return Err(self.overtaken());
+            }
+            // What it was told before the process was killed it may do only now: a guest takes its time to shut down.
+            self.observer.note("the server is changing by itself: looking again");
+        };
+        let observed = self.have_stopped(observed).await?;
         if untouched && matches!(self.journal.phase, Phase::Resuming | Phase::Committed) {
             // It is this process now that has kept others out all the time.
             self.note_fences().await?;
@@ -317,6 +322,34 @@ impl Walk<'_> {
         let text = format!("going on where it was cut, at {}; the server is {}", self.journal.phase, observed.power);
         self.observer.note(&text);
         Ok((observed, untouched))
+    }
+
+    /// A server that runs, and was told to stop by a process that is gone, may stop at any moment: it is waited for, so
+    /// that nobody takes it for one that goes on.
+    async fn have_stopped(&mut self, observed: Observed) -> Result<Observed> {
+        let (server, from) = (self.server(), self.sides.to.other());
+        let runs = observed == Observed { power: Power::Running, side: Some(from) };
+        if !runs || self.journal.phase != Phase::Quiescing || server.provider.by_hand() {
+            return Ok(observed);
+        }
+        if let Err(error) = server.provider.finish_stop(&mut self.journal.notes).await {
+            // A guest that does not listen goes on.
+            tracing::warn!(error = chain_text(&error), "it was told to stop, and does not");
+        }
+        self.observe().await
+    }
+
+    /// Takes what decides who goes on with a walk that was cut, where the server is as it was found.
+    async fn keep_others_out(&mut self, observed: &Observed) -> Result<()> {
+        let (to, by_hand) = (self.sides.to, self.server().provider.by_hand());
+        let runs_on = |side| !by_hand && *observed == Observed { power: Power::Running, side: Some(side) };
+        match self.journal.phase {
+            // Its disks are its own.
+            Phase::Resuming | Phase::Committed if runs_on(to.other()) => Err(self.diverged()),
+            Phase::Resuming | Phase::Committed => self.sides.fence(self.holder(observed)).await,
+            Phase::Swapping | Phase::RollingBack if runs_on(to) => self.sides.fence(LockHolder::Refuse).await,
+            _ => self.sides.take_leases(self.observer, self.cancel).await,
+        }
     }
 
     /// What is to be done, as things are.

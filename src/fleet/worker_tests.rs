@@ -58,7 +58,14 @@ fn server(name: &str, volumes: usize) -> Server {
     let volume = |index| {
         let name = format!("{name}-{index}");
         let spec = |side: &str| format!("rbd:{side}/{name}").parse().unwrap();
-        Volume { source: spec("sata"), target: spec("sas"), boot: index == 0, rate: Default::default(), name }
+        Volume {
+            source: spec("sata"),
+            target: spec("sas"),
+            boot: index == 0,
+            rate: Default::default(),
+            name,
+            cinder: None,
+        }
     };
     let pace = Pace {
         interval: Duration::from_millis(200),

@@ -425,7 +425,7 @@ mod tests {
         let said = |result: Result<CloudAccess>| {
             let error = result.unwrap_err();
             assert_eq!(error.fault, Fault::Config);
-            format!("{error}; {}", error.hint.unwrap_or_default())
+            format!("{error}; {}", error.hint.clone().unwrap_or_default())
         };
         let several = said(load(None, &[("XDG_CONFIG_HOME", home)]));
         assert!(several.contains("lab, prod"), "{several}");

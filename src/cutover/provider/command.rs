@@ -247,6 +247,10 @@ impl Provider for Commands {
         self.until("stop", "stopped", |observed| observed.power != Power::Running).await
     }
 
+    async fn finish_stop(&self, notes: &mut Notes) -> Result<(), ProviderError> {
+        self.quiesce(notes).await
+    }
+
     async fn swap(&self, to: Side, _notes: &mut Notes) -> Result<(), ProviderError> {
         self.step("swap", &self.commands.swap, Some(to), None).await
     }

@@ -197,6 +197,12 @@ pub trait Provider: Rehearse + Debug {
     /// Has the server stop writing, with all that it wrote on its disks.
     async fn quiesce(&self, notes: &mut Notes) -> Result<(), ProviderError>;
 
+    /// Where a process that is gone may have told the running server to stop, and it may still do so: waits until it has.
+    /// `notes` are those of that process, which may have had another method. Left out, it stops at once or not at all.
+    async fn finish_stop(&self, _notes: &mut Notes) -> Result<(), ProviderError> {
+        Ok(())
+    }
+
     /// Gives the quiesced server its disks on `to`. It does not run.
     async fn swap(&self, to: Side, notes: &mut Notes) -> Result<(), ProviderError>;
 
@@ -245,6 +251,6 @@ pub fn of(server: &plan::Server, method: Option<Method>) -> Result<Arc<dyn Provi
         Cutover::None => Arc::new(ByHand::new(&server.name, disks)),
         Cutover::Libvirt(config) => Arc::new(Libvirt::new(disks, config.clone(), method)),
         Cutover::Command(config) => Arc::new(Commands::new(&server.name, disks, config.clone())),
-        Cutover::OpenStack(_) => todo!(),
+        Cutover::OpenStack(_) => unimplemented!(),
     })
 }

@@ -262,6 +262,34 @@ async fn nobody_else_has_open_what_is_left() {
 }
 
 #[tokio::test]
+async fn a_stop_that_comes_late_is_no_other_process() {
+    // Killed when it was told to stop and had not done it yet: it does while the next process looks at it.
+    let mut late = 0;
+    for (looks, by_rollback) in (0..4).flat_map(|looks| [(looks, false), (looks, true)]) {
+        for at in 1.. {
+            let kill = |world: &World| world.make_trouble(at, Trouble::KilledBefore);
+            let (mut world, _) = with_trouble(Method::Cold, false, &kill).await;
+            if world.calls() < at {
+                break;
+            }
+            let server = world.server();
+            if journal(&server).await.unwrap().is_none_or(|found| found.phase != Phase::Quiescing) {
+                continue;
+            }
+            world.stop_after(looks);
+            let ended = match by_rollback {
+                true => roll_back(&mut world, None).await,
+                false => cut_over(&mut world).await,
+            };
+            ended.expect("nobody kills it").unwrap_or_else(|error| panic!("{looks} looks, {by_rollback}: {error}"));
+            late += u32::from(world.has_stopped_late());
+            settled(&mut world).await;
+        }
+    }
+    assert!(late > 0);
+}
+
+#[tokio::test]
 async fn a_memory_is_not_restored_once_somebody_has_written_to_its_disks() {
     let mut used = 0;
     for (again, by_rollback) in (0..10).flat_map(|again| [(again, false), (again, true)]) {

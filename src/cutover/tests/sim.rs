@@ -44,6 +44,9 @@ struct State {
     counter: u8,
     calls: u64,
     trouble: Option<(u64, Trouble)>,
+    /// After so many looks at it, it does what it was told by a process that is gone: it stops.
+    stops_after: Option<u64>,
+    stopped_late: bool,
     violations: Vec<String>,
 }
 
@@ -69,6 +72,8 @@ impl World {
             counter: 0,
             calls: 0,
             trouble: None,
+            stops_after: None,
+            stopped_late: false,
             violations: Vec::new(),
         };
         let world = Self { method, disks, state: Arc::new(Mutex::new(state)), killed: Arc::default() };
@@ -162,6 +167,40 @@ impl World {
                 self.state().acknowledged[index][at..at + data.len()].copy_from_slice(&data);
             }
         }
+    }
+
+    /// Has the server, if it runs, stop by itself when it was looked at so often.
+    pub(super) fn stop_after(&self, looks: u64) {
+        let mut state = self.state();
+        state.stops_after = Some(looks).filter(|_| state.power == Power::Running);
+    }
+
+    /// Whether it has stopped by itself.
+    pub(super) fn has_stopped_late(&self) -> bool {
+        self.state().stopped_late
+    }
+
+    /// It stops writing.
+    fn stop(&self) {
+        if self.state().power != Power::Running {
+            return;
+        }
+        // Whoever is told twice stops once.
+        self.state().stops_after = None;
+        self.write();
+        let side = self.state().open.expect("it runs");
+        let memory = self.contents(side);
+        let (power, stays_open) = match self.method {
+            Method::Cold => (Power::Off, false),
+            Method::Warm => (Power::Saved, false),
+            Method::Hot => (Power::Suspended, true),
+        };
+        if !stays_open {
+            self.close();
+        }
+        let memory = Some(memory).filter(|_| self.keeps_memory());
+        let mut state = self.state();
+        (state.power, state.memory) = (power, memory);
     }
 
     /// Whether its memory was saved.
@@ -278,6 +317,15 @@ impl Provider for World {
 
     async fn observe(&self, _notes: &Notes) -> Result<Observed, ProviderError> {
         self.call("observe", || {}).await?;
+        let left = self.state().stops_after.take();
+        match left {
+            Some(0) => {
+                self.stop();
+                self.state().stopped_late = true;
+            }
+            Some(left) => self.state().stops_after = Some(left - 1),
+            None => {}
+        }
         let state = self.state();
         Ok(Observed { power: state.power, side: Some(state.open.unwrap_or(state.definition)) })
     }
@@ -289,27 +337,11 @@ impl Provider for World {
     }
 
     async fn quiesce(&self, _notes: &mut Notes) -> Result<(), ProviderError> {
-        let stop = || {
-            let power = self.state().power;
-            if power != Power::Running {
-                return;
-            }
-            self.write();
-            let side = self.state().open.expect("it runs");
-            let memory = self.contents(side);
-            let (power, stays_open) = match self.method {
-                Method::Cold => (Power::Off, false),
-                Method::Warm => (Power::Saved, false),
-                Method::Hot => (Power::Suspended, true),
-            };
-            if !stays_open {
-                self.close();
-            }
-            let memory = Some(memory).filter(|_| self.keeps_memory());
-            let mut state = self.state();
-            (state.power, state.memory) = (power, memory);
-        };
-        self.call("quiesce", stop).await
+        self.call("quiesce", || self.stop()).await
+    }
+
+    async fn finish_stop(&self, notes: &mut Notes) -> Result<(), ProviderError> {
+        if self.method == Method::Cold { self.quiesce(notes).await } else { Ok(()) }
     }
 
     async fn swap(&self, to: Side, _notes: &mut Notes) -> Result<(), ProviderError> {

@@ -37,6 +37,7 @@ use crate::ceph::{self, CephError, Cluster, ConnectOptions, CreateSpec, Features
 mod changes;
 mod disk;
 mod errors;
+mod in_use;
 mod lease;
 mod object_map;
 mod pool_list;
@@ -50,6 +51,7 @@ mod view;
 use errors::Failure;
 use lease::Held;
 
+pub use in_use::Named;
 pub use pool_list::{PoolImage, PoolSpace};
 pub use relations::{
     FlattenBound, FlattenCost, FlattenProgress, Flattened, RbdLink, RbdParentLink, RbdRelations, RbdSnapshot,

@@ -130,6 +130,7 @@ fn server() -> impl Strategy<Value = Server> {
                 target: ImageSpec::Rbd { pool, namespace: Some("to".into()), image: String::new(), snapshot: None },
                 boot: boot && number == 0,
                 rate,
+                cinder: None,
             };
             let name = if by_itself { "alone" } else { "server" }.to_owned();
             let volumes = volumes.into_iter().enumerate().map(volume).collect();

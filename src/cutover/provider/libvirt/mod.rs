@@ -41,6 +41,8 @@ use look::Look;
 use virsh::{QUESTION, Virsh};
 use xml::{Domain, XmlError};
 
+/// The note that the domain is to be shut down.
+const SHUT_DOWN: &str = "shut-down";
 /// How long a domain stands still for a suspend, a reopening and a resume.
 const HOT_PAUSE: Duration = Duration::from_secs(1);
 /// The same for a save and a restore, beside the memory.
@@ -196,6 +198,10 @@ impl Provider for Libvirt {
         let operation = "preparation";
         let definition = self.virsh.definition(operation).await?;
         xml::on_side(&definition, &self.disks, from.other()).map_err(|error| self.xml_error(operation, &error))?;
+        match self.method {
+            Method::Cold => drop(notes.insert(SHUT_DOWN.to_owned(), "yes".to_owned())),
+            Method::Warm | Method::Hot => drop(notes.remove(SHUT_DOWN)),
+        }
         // It runs: what an earlier walk has saved of it is old.
         self.remove_save(operation, notes)?;
         self.choose_save(operation, notes)
@@ -207,6 +213,10 @@ impl Provider for Libvirt {
             Method::Warm => self.save(notes).await,
             Method::Hot => self.suspend().await,
         }
+    }
+
+    async fn finish_stop(&self, notes: &mut Notes) -> Result<(), ProviderError> {
+        if notes.contains_key(SHUT_DOWN) { self.shut_down().await } else { Ok(()) }
     }
 
     async fn swap(&self, to: Side, notes: &mut Notes) -> Result<(), ProviderError> {

@@ -1,0 +1,123 @@
+//! Images that have one name while they are replicated, or kept, and another while a server uses them; and the
+//! placeholder that has the name meanwhile, where somebody else insists on there being an image of it.
+//!
+//! Cinder knows the image of a volume by its name only, `volume-ID`, in the pool of the volume's backend. What it moves
+//! to another pool is an empty image of 4 MiB of that name, so that it takes an instant; the real images have other
+//! names then. A placeholder carries a mark in its metadata, which librbd copies with it.
+
+use super::target::STATE_KEY;
+use super::{Connector, CreateOptions, RbdImage};
+use crate::image::{Disk as _, ErrorKind, ImageError, Result, TargetImage as _};
+
+/// The metadata key of the mark.
+const MARK_KEY: &str = "poolshift.placeholder";
+/// The size of a placeholder, in bytes: one object.
+const PLACEHOLDER_SIZE: u64 = 4 << 20;
+
+/// The name that a placeholder has before it takes the place of the image that is called `name`, and after.
+fn aside(name: &str) -> String {
+    format!("{name}.poolshift-placeholder")
+}
+
+/// What has a name in a pool.
+#[derive(Debug)]
+pub enum Named {
+    /// Nothing.
+    Nothing,
+    /// A placeholder.
+    Placeholder(RbdImage),
+    /// An image.
+    Image(RbdImage),
+}
+
+impl Connector {
+    /// What has that name.
+    pub async fn named(&self, pool: &str, namespace: Option<&str>, name: &str) -> Result<Named> {
+        match RbdImage::open_target(self, pool, namespace, name).await {
+            Ok(image) if image.is_placeholder().await? => Ok(Named::Placeholder(image)),
+            Ok(image) => Ok(Named::Image(image)),
+            Err(error) if error.kind == ErrorKind::NotFound => {
+                // The pool, or the image: only one of them is no error.
+                RbdImage::exists(self, pool, namespace, name).await?;
+                Ok(Named::Nothing)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The source that is called `in_use` while a server uses it, and `kept` otherwise; a placeholder is none.
+    pub async fn source_of(&self, pool: &str, namespace: Option<&str>, in_use: &str, kept: &str) -> Result<RbdImage> {
+        for name in [kept, in_use, kept] {
+            if let Named::Image(image) = self.named(pool, namespace, name).await? {
+                return Ok(image);
+            }
+        }
+        Err(missing(pool, namespace, in_use)
+            .detail(format!("{pool} has neither {in_use:?} nor {kept:?}, but for a placeholder"))
+            .hint("look for it with rbd ls: somebody has renamed or removed it"))
+    }
+
+    /// The target that is called `name` while it is written, and `in_use` while a server uses it. Of that name it is
+    /// known by what poolshift keeps with it: another image is none.
+    pub async fn target_of(&self, pool: &str, namespace: Option<&str>, name: &str, in_use: &str) -> Result<RbdImage> {
+        // It may be given the other name meanwhile, either way.
+        for (name, is_other) in [(name, false), (in_use, true), (name, false)] {
+            if let Named::Image(image) = self.named(pool, namespace, name).await?
+                && (!is_other || image.is_replicated().await?)
+            {
+                return Ok(image);
+            }
+        }
+        Err(missing(pool, namespace, name).detail(format!("{pool} has no image {name:?}")))
+    }
+
+    /// Makes a placeholder for the name, which it has not yet ([`Disk::rename`](crate::image::Disk::rename)). There already is no error.
+    pub async fn prepare_placeholder(&self, pool: &str, namespace: Option<&str>, name: &str) -> Result<RbdImage> {
+        let aside = aside(name);
+        match RbdImage::create(self, pool, namespace, &aside, &CreateOptions::new(PLACEHOLDER_SIZE)).await {
+            Ok(()) => {}
+            Err(error) if error.kind == ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(error),
+        }
+        let image = RbdImage::open_target(self, pool, namespace, &aside).await?;
+        // A run that was cut may have made it, and not marked it.
+        image.mark_as_placeholder(name).await?;
+        Ok(image)
+    }
+
+    /// Removes the placeholder that was put aside of that name. Nothing there is no error.
+    pub async fn remove_placeholder(&self, pool: &str, namespace: Option<&str>, name: &str) -> Result<()> {
+        match self.named(pool, namespace, &aside(name)).await? {
+            Named::Placeholder(image) => image.remove().await,
+            Named::Nothing | Named::Image(_) => Ok(()),
+        }
+    }
+}
+
+fn missing(pool: &str, namespace: Option<&str>, name: &str) -> ImageError {
+    let namespace = namespace.map(|namespace| format!("{namespace}/")).unwrap_or_default();
+    ImageError::new(ErrorKind::NotFound, format!("rbd:{pool}/{namespace}{name}"), "open the image")
+}
+
+impl RbdImage {
+    /// Whether it is a placeholder.
+    pub async fn is_placeholder(&self) -> Result<bool> {
+        let mark = self.inner.look("look for a placeholder's mark", |image| image.metadata(MARK_KEY)).await?;
+        Ok(mark.is_some())
+    }
+
+    /// Whether poolshift has written to it: it keeps a state with it, or a note.
+    pub async fn is_replicated(&self) -> Result<bool> {
+        let state = self.inner.look("look for a state", |image| image.metadata(STATE_KEY)).await?;
+        Ok(state.is_some() || self.load_journal().await?.is_some())
+    }
+
+    /// Gives a placeholder another name than that which it stands in for, so that the image can have that.
+    pub async fn put_aside(&self, name: &str) -> Result<()> {
+        self.rename(&aside(name)).await
+    }
+
+    async fn mark_as_placeholder(&self, name: &str) -> Result<()> {
+        self.store_bounded(MARK_KEY, Some(name), 1024, "mark the placeholder").await
+    }
+}
