@@ -1,6 +1,5 @@
 //! What the commands of a fleet share: how its images are opened, with the plan's clusters.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -62,21 +61,22 @@ fn was_there(error: &anyhow::Error) -> bool {
 impl Opener for PlanImages {
     async fn open(&self, volume: &Volume, to_look: bool) -> Result<Images, CycleError> {
         let context = self.context();
-        let no_state_dir: Option<&Path> = None;
         let open = async || -> anyhow::Result<Images> {
             let source = images::source(&context, &volume.source).await?;
+            if volume.cinder.is_some() {
+                images::refuse_placeholder(&source, &volume.source).await?;
+            }
+            let existing = images::target_of_plan(&context, volume).await;
             let target = if to_look {
-                images::existing_target(&context, &volume.target, no_state_dir).await?
+                existing?
             } else {
-                match images::target(&context, &volume.target, no_state_dir).await? {
+                match images::or_none(&context, &volume.target, existing).await? {
                     Some(target) => target,
                     None => {
                         let model = source.model().await?;
                         match images::create(&context, &volume.target, model, &Create::default()).await {
                             // Another worker was faster.
-                            Err(error) if was_there(&error) => {
-                                images::existing_target(&context, &volume.target, no_state_dir).await?
-                            }
+                            Err(error) if was_there(&error) => images::target_of_plan(&context, volume).await?,
                             created => created?,
                         }
                     }
@@ -89,6 +89,6 @@ impl Opener for PlanImages {
     }
 
     async fn open_target(&self, volume: &Volume) -> Result<Arc<dyn TargetImage>, CycleError> {
-        Ok(images::existing_target(&self.context(), &volume.target, None).await?)
+        Ok(images::target_of_plan(&self.context(), volume).await?)
     }
 }

@@ -10,6 +10,7 @@ use crate::ceph::Features;
 use crate::image::file::{FileImage, FileOptions};
 use crate::image::rbd::{Connector, CreateOptions, RbdImage, RbdOptions};
 use crate::image::{ErrorKind, ImageError, ImageSpec, Layout, SourceImage, TargetImage};
+use crate::plan::Volume;
 
 /// A source that is open. It keeps its backend's own type, because a new target is made like it.
 pub(super) enum Source {
@@ -112,13 +113,44 @@ pub(super) async fn existing_target(
     }
 }
 
+/// Opens a target of a plan, under the name that it has now.
+pub(super) async fn target_of_plan(context: &Context<'_>, volume: &Volume) -> Result<Arc<dyn TargetImage>, ImageError> {
+    match volume.cinder {
+        None => existing_target(context, &volume.target, None).await,
+        Some(_) => {
+            let connector = connect(context, &context.config.target_ceph).await?;
+            Ok(Arc::new(connector.open_target(&volume.target, Some(&volume.target_in_use())).await?))
+        }
+    }
+}
+
+/// Refuses to replicate what has a volume's name in Cinder's place while the volume is switched.
+pub(super) async fn refuse_placeholder(source: &Source, spec: &ImageSpec) -> Result<(), ImageError> {
+    match source {
+        Source::Rbd(image) if image.is_placeholder().await? => {
+            Err(ImageError::new(ErrorKind::NotFound, spec.to_string(), "open the image")
+                .detail("a placeholder has its name: the volume is being brought to its target, or was"))
+        }
+        Source::Rbd(_) | Source::File(_) => Ok(()),
+    }
+}
+
 /// Opens a target; `None` if it does not exist, though the place for it does.
 pub(super) async fn target(
     context: &Context<'_>,
     spec: &ImageSpec,
     state_dir: Option<&Path>,
 ) -> anyhow::Result<Option<Arc<dyn TargetImage>>> {
-    match existing_target(context, spec, state_dir).await {
+    or_none(context, spec, existing_target(context, spec, state_dir).await).await
+}
+
+/// `None` for an image that does not exist, though the place for it does.
+pub(super) async fn or_none(
+    context: &Context<'_>,
+    spec: &ImageSpec,
+    opened: Result<Arc<dyn TargetImage>, ImageError>,
+) -> anyhow::Result<Option<Arc<dyn TargetImage>>> {
+    match opened {
         Ok(image) => Ok(Some(image)),
         Err(error) if error.kind == ErrorKind::NotFound => match place_exists(context, spec).await? {
             true => Ok(None),

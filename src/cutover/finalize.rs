@@ -123,8 +123,7 @@ impl Kept {
     ) -> Result<Self> {
         let mut opened = Vec::new();
         for disk in disks {
-            let (pool, namespace, image) = place(&disk.target)?;
-            let target = RbdImage::open_target(targets, pool, namespace, image).await?;
+            let target = targets.open_target(&disk.target, disk.target_in_use.as_ref()).await?;
             opened.push((disk, target));
         }
         let journal = match opened.first() {

@@ -27,7 +27,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
-use super::finalize::{journal_of, place, wrong_state};
+use super::finalize::{journal_of, wrong_state};
 use super::journal::moment;
 use super::provider::rehearse::{Boots, Judgement, StandIn};
 use super::provider::{Precondition, Provider, ServerDisk, Verdict};
@@ -152,8 +152,7 @@ impl Stage {
     ) -> Result<Self> {
         let (sources, connector) = clusters;
         let open = |disk: ServerDisk| async move {
-            let (pool, namespace, image) = place(&disk.target)?;
-            let target = RbdImage::open_target(connector, pool, namespace, image).await?;
+            let target = connector.open_target(&disk.target, disk.target_in_use.as_ref()).await?;
             Ok::<_, ImageError>((disk, target))
         };
         let targets = try_join_all(disks.into_iter().map(open)).await?;

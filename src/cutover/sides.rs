@@ -247,6 +247,9 @@ impl Sides<'_> {
 
     /// Gives the sources the name under which servers use them, or that under which they are kept.
     pub(super) async fn name_sources(&self, kept: bool) -> Result<()> {
+        if self.server.provider.names_images() {
+            return Ok(());
+        }
         let rename = |volume: &Volume| {
             let (image, name) = (volume.source.clone(), volume.source_name().to_owned());
             async move { image.rename(&if kept { kept_name(&name) } else { name }).await }

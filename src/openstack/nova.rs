@@ -79,9 +79,19 @@ pub struct Server {
     /// Its key pair's name.
     #[serde(default)]
     pub key_name: Option<String>,
+    /// The image that it was made from: an empty text where it boots from a volume.
+    #[serde(default)]
+    image: Value,
     /// What went wrong with it last.
     #[serde(default)]
     pub fault: Option<ServerFault>,
+}
+
+impl Server {
+    /// Whether it has a disk of its own, that no volume is, and boots from that.
+    pub fn boots_from_image(&self) -> bool {
+        self.image.is_object()
+    }
 }
 
 /// A volume that a server has.

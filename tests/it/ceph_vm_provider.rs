@@ -35,6 +35,7 @@ impl<'a> Bed<'a> {
 
     fn disks(&self) -> Vec<ServerDisk> {
         let disk = |disk: &crate::vm::GuestDisk| ServerDisk {
+            target_in_use: None,
             volume: format!("{:?}", disk.role),
             source: format!("rbd:{}", disk.source).parse().expect("an image"),
             target: format!("rbd:{}", disk.target).parse().expect("an image"),

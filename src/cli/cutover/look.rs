@@ -142,7 +142,7 @@ pub(in crate::cli) async fn look(
 /// over. `None` where it runs from its sources, or has no target yet.
 pub(in crate::cli) async fn hands_off(context: &Context<'_>, server: &plan::Server) -> anyhow::Result<Option<String>> {
     let Some(first) = server.volumes.first() else { return Ok(None) };
-    let target = match open::target(context, &first.target).await {
+    let target = match open::target(context, first).await {
         Ok(Some(target)) => target,
         Ok(None) => return Ok(None),
         Err(error) if error.kind == ErrorKind::NotFound => return Ok(None),

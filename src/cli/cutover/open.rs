@@ -7,12 +7,13 @@ use crate::cli::config::{CephAccess, UsageError};
 use crate::cli::{Context, images};
 use crate::cutover::finalize::{self, Kept};
 use crate::cutover::journal::kept_name;
-use crate::cutover::provider;
+use crate::cutover::provider::openstack::Connectors;
+use crate::cutover::provider::{self, Provider, ServerDisk};
 use crate::cutover::rehearsal::Stage;
 use crate::cutover::{CutoverError, Server, Volume};
 use crate::image::rbd::RbdImage;
 use crate::image::{ErrorKind, ImageError, ImageSpec, SourceImage as _};
-use crate::plan::{self, Method, Plan};
+use crate::plan::{self, Cutover, Method, Plan};
 
 /// The server of that name.
 pub(in crate::cli) fn find<'p>(plan: &'p Plan, name: &str) -> Result<&'p plan::Server, AskError> {
@@ -34,11 +35,11 @@ pub(in crate::cli) async fn open_server(
     for spec in server.volumes.iter().flat_map(|volume| [&volume.source, &volume.target]) {
         refuse_file(spec)?;
     }
-    let provider = provider::of(server, method).map_err(CutoverError::from)?;
+    let provider = provider(context, server, method).await?;
     let mut volumes = Vec::new();
     for disk in provider::disks_of(server) {
-        let source = source(context, &disk.source).await?;
-        let target = match open(context, &context.config.target_ceph, &disk.target).await {
+        let source = source(context, &disk).await?;
+        let target = match open_target(context, &disk.target, disk.target_in_use.as_ref()).await {
             Ok(target) => target,
             Err(error) if error.kind == ErrorKind::NotFound && images::place_exists(context, &disk.target).await? => {
                 let plan = plan.path.display();
@@ -65,7 +66,30 @@ fn refuse_file(spec: &ImageSpec) -> Result<(), ImageError> {
     }
 }
 
-async fn source(context: &Context<'_>, spec: &ImageSpec) -> Result<Arc<RbdImage>, ImageError> {
+/// Who stops and starts the server, in the context of the plan.
+async fn provider(
+    context: &Context<'_>,
+    server: &plan::Server,
+    method: Option<Method>,
+) -> anyhow::Result<Arc<dyn Provider>> {
+    let connectors = match &server.cutover {
+        Cutover::OpenStack(_) => Some(Connectors {
+            source: images::connect(context, &context.config.source_ceph).await?,
+            target: images::connect(context, &context.config.target_ceph).await?,
+        }),
+        Cutover::None | Cutover::Libvirt(_) | Cutover::Command(_) => None,
+    };
+    Ok(provider::of(server, method, connectors.as_ref()).map_err(CutoverError::from)?)
+}
+
+async fn source(context: &Context<'_>, disk: &ServerDisk) -> Result<Arc<RbdImage>, ImageError> {
+    let spec = &disk.source;
+    if let (ImageSpec::Rbd { pool, namespace, image, .. }, Some(_)) = (spec, &disk.target_in_use) {
+        // Something else may have its name: a placeholder.
+        let connector = images::connect(context, &context.config.source_ceph).await?;
+        let source = connector.source_of(pool, namespace.as_deref(), image, &kept_name(image)).await?;
+        return Ok(Arc::new(source));
+    }
     let missing = match open(context, &context.config.source_ceph, spec).await {
         Err(error) if error.kind == ErrorKind::NotFound => error,
         opened => return opened,
@@ -95,10 +119,21 @@ async fn open(context: &Context<'_>, access: &CephAccess, spec: &ImageSpec) -> R
     Ok(Arc::new(image))
 }
 
+/// Opens a target, under the name that it has now.
+async fn open_target(
+    context: &Context<'_>,
+    spec: &ImageSpec,
+    in_use: Option<&ImageSpec>,
+) -> Result<Arc<RbdImage>, ImageError> {
+    refuse_file(spec)?;
+    let connector = images::connect(context, &context.config.target_ceph).await?;
+    Ok(Arc::new(connector.open_target(spec, in_use).await?))
+}
+
 /// Refuses a server that is being finalized: its sources are going, or have gone, and it can't be opened as a whole.
 pub(in crate::cli) async fn refuse_finalizing(context: &Context<'_>, server: &plan::Server) -> anyhow::Result<()> {
     let Some(first) = server.volumes.first() else { return Ok(()) };
-    match target(context, &first.target).await {
+    match target(context, first).await {
         Ok(Some(target)) => Ok(finalize::refuse_begun(&server.name, &target).await?),
         // What is wrong with it is told by those that need it.
         Ok(None) | Err(_) => Ok(()),
@@ -110,7 +145,7 @@ pub(in crate::cli) async fn open_kept(context: &Context<'_>, server: &plan::Serv
     for spec in server.volumes.iter().flat_map(|volume| [&volume.source, &volume.target]) {
         finalize::place(spec)?;
     }
-    let provider = provider::of(server, None).map_err(CutoverError::from)?;
+    let provider = provider(context, server, None).await?;
     let sources = images::connect(context, &context.config.source_ceph).await?;
     let targets = images::connect(context, &context.config.target_ceph).await?;
     Ok(Kept::open(&server.name, provider, provider::disks_of(server), (&sources, &targets)).await?)
@@ -122,7 +157,7 @@ pub(in crate::cli) async fn open_stage(context: &Context<'_>, server: &plan::Ser
     if server.volumes.iter().any(|volume| !matches!(volume.target, ImageSpec::Rbd { .. })) {
         return Ok(None);
     }
-    let provider = provider::of(server, None).map_err(CutoverError::from)?;
+    let provider = provider(context, server, None).await?;
     let from_rbd = server.volumes.iter().any(|volume| matches!(volume.source, ImageSpec::Rbd { .. }));
     let sources = match from_rbd {
         true => Some(images::connect(context, &context.config.source_ceph).await?),
@@ -137,9 +172,12 @@ pub(in crate::cli) async fn open_stage(context: &Context<'_>, server: &plan::Ser
 }
 
 /// Opens a target that keeps a journal; `None` where it is a file, which keeps none.
-pub(super) async fn target(context: &Context<'_>, spec: &ImageSpec) -> Result<Option<Arc<RbdImage>>, ImageError> {
-    match spec {
-        ImageSpec::Rbd { .. } => open(context, &context.config.target_ceph, spec).await.map(Some),
+pub(super) async fn target(context: &Context<'_>, volume: &plan::Volume) -> Result<Option<Arc<RbdImage>>, ImageError> {
+    match volume.target {
+        ImageSpec::Rbd { .. } => {
+            let in_use = volume.cinder.is_some().then(|| volume.target_in_use());
+            open_target(context, &volume.target, in_use.as_ref()).await.map(Some)
+        }
         ImageSpec::File { .. } => Ok(None),
     }
 }

@@ -159,7 +159,7 @@ fn told(observed: &Observed) -> String {
 
 pub(super) fn list(disks: &[ServerDisk]) -> String {
     let disk = |disk: &ServerDisk| {
-        let ServerDisk { volume, source, target, boot } = disk;
+        let ServerDisk { volume, source, target, boot, target_in_use: _ } = disk;
         json!({"volume": volume, "boot": boot, "source": source.to_string(), "target": target.to_string()})
     };
     serde_json::Value::from(disks.iter().map(disk).collect::<Vec<_>>()).to_string()

@@ -23,6 +23,7 @@ fn commands(folder: &Path) -> CommandCutover {
 
 fn provider(commands: CommandCutover) -> Commands {
     let disk = ServerDisk {
+        target_in_use: None,
         volume: "root".into(),
         source: "rbd:sata/web".parse().unwrap(),
         target: "rbd:sas/ns/web".parse().unwrap(),

@@ -34,12 +34,14 @@ pub use crate::replicate::state::Side;
 pub mod command;
 pub mod libvirt;
 pub mod none;
+pub mod openstack;
 pub mod rehearse;
 mod run;
 
 pub use command::Commands;
 pub use libvirt::Libvirt;
 pub use none::ByHand;
+pub use openstack::OpenStack;
 use rehearse::Rehearse;
 
 /// A volume of a server, with where it is on both sides, by the names that it has while it is in use.
@@ -51,6 +53,8 @@ pub struct ServerDisk {
     pub source: ImageSpec,
     /// Its image on the side that the server is to run from.
     pub target: ImageSpec,
+    /// The name that this has while a server uses it, where that is another one than while it is replicated.
+    pub target_in_use: Option<ImageSpec>,
     /// Whether the server boots from it.
     pub boot: bool,
 }
@@ -168,6 +172,12 @@ pub trait Provider: Rehearse + Debug {
         false
     }
 
+    /// Whether it is the provider itself that gives the images the names under which servers use them, and others: in
+    /// [`Self::swap`], whatever the direction.
+    fn names_images(&self) -> bool {
+        false
+    }
+
     /// Whether both sides have to be in one cluster, because the server's configuration can name one only.
     fn needs_one_cluster(&self) -> bool {
         false
@@ -228,6 +238,7 @@ pub fn disks_of(server: &plan::Server) -> Vec<ServerDisk> {
         volume: volume.name.clone(),
         source: volume.source.clone(),
         target: volume.target.clone(),
+        target_in_use: volume.cinder.is_some().then(|| volume.target_in_use()),
         boot: volume.boot,
     };
     server.volumes.iter().map(disk).collect()
@@ -235,9 +246,15 @@ pub fn disks_of(server: &plan::Server) -> Vec<ServerDisk> {
 
 /// The provider that the plan has for a server; `method` is another one than the plan's, for a libvirt domain.
 ///
+/// `connectors` are asked for where a provider names images.
+///
 /// # Errors
 /// If a method is asked for that the server has no choice of.
-pub fn of(server: &plan::Server, method: Option<Method>) -> Result<Arc<dyn Provider>, ProviderError> {
+pub fn of(
+    server: &plan::Server,
+    method: Option<Method>,
+    connectors: Option<&openstack::Connectors>,
+) -> Result<Arc<dyn Provider>, ProviderError> {
     let disks = disks_of(server);
     if let (Some(_), Cutover::None | Cutover::Command(_) | Cutover::OpenStack(_)) = (method, &server.cutover) {
         return Err(ProviderError {
@@ -251,6 +268,9 @@ pub fn of(server: &plan::Server, method: Option<Method>) -> Result<Arc<dyn Provi
         Cutover::None => Arc::new(ByHand::new(&server.name, disks)),
         Cutover::Libvirt(config) => Arc::new(Libvirt::new(disks, config.clone(), method)),
         Cutover::Command(config) => Arc::new(Commands::new(&server.name, disks, config.clone())),
-        Cutover::OpenStack(_) => unimplemented!(),
+        Cutover::OpenStack(config) => match connectors {
+            Some(connectors) => Arc::new(OpenStack::new(server, config.clone(), connectors)),
+            None => Arc::new(ByHand::new(&server.name, disks)),
+        },
     })
 }

@@ -74,6 +74,7 @@ mod tests {
     #[tokio::test]
     async fn a_person_is_told_what_to_swap() {
         let disk = |volume: &str, boot| ServerDisk {
+            target_in_use: None,
             volume: volume.into(),
             source: format!("rbd:sata/{volume}").parse().unwrap(),
             target: format!("rbd:sas/{volume}").parse().unwrap(),

@@ -109,6 +109,7 @@ impl World {
         self.state().trouble = None;
         let volume = |(index, (source, target)): (usize, &(MemoryImage, MemoryImage))| Volume {
             disk: ServerDisk {
+                target_in_use: None,
                 volume: format!("v{index}"),
                 source: format!("rbd:sata/s{index}").parse().unwrap(),
                 target: format!("rbd:sas/t{index}").parse().unwrap(),

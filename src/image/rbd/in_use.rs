@@ -7,7 +7,7 @@
 
 use super::target::STATE_KEY;
 use super::{Connector, CreateOptions, RbdImage};
-use crate::image::{Disk as _, ErrorKind, ImageError, Result, TargetImage as _};
+use crate::image::{Disk as _, ErrorKind, ImageError, ImageSpec, Result};
 
 /// The metadata key of the mark.
 const MARK_KEY: &str = "poolshift.placeholder";
@@ -30,7 +30,26 @@ pub enum Named {
     Image(RbdImage),
 }
 
+/// Where an image is, by the names of its pool and namespace, or why it can't be on RBD.
+fn place_of(spec: &ImageSpec) -> Result<(&str, Option<&str>, &str)> {
+    match spec {
+        ImageSpec::Rbd { pool, namespace, image, .. } => Ok((pool, namespace.as_deref(), image)),
+        ImageSpec::File { .. } => {
+            Err(ImageError::new(ErrorKind::Unsupported, spec.to_string(), "open the image").detail("it is a file"))
+        }
+    }
+}
+
 impl Connector {
+    /// Opens a target to write to; `in_use` is its name while a server uses it, where that is another one.
+    pub async fn open_target(&self, spec: &ImageSpec, in_use: Option<&ImageSpec>) -> Result<RbdImage> {
+        let (pool, namespace, name) = place_of(spec)?;
+        match in_use {
+            None => RbdImage::open_target(self, pool, namespace, name).await,
+            Some(in_use) => self.target_of(pool, namespace, name, place_of(in_use)?.2).await,
+        }
+    }
+
     /// What has that name.
     pub async fn named(&self, pool: &str, namespace: Option<&str>, name: &str) -> Result<Named> {
         match RbdImage::open_target(self, pool, namespace, name).await {
@@ -59,7 +78,7 @@ impl Connector {
 
     /// The target that is called `name` while it is written, and `in_use` while a server uses it. Of that name it is
     /// known by what poolshift keeps with it: another image is none.
-    pub async fn target_of(&self, pool: &str, namespace: Option<&str>, name: &str, in_use: &str) -> Result<RbdImage> {
+    async fn target_of(&self, pool: &str, namespace: Option<&str>, name: &str, in_use: &str) -> Result<RbdImage> {
         // It may be given the other name meanwhile, either way.
         for (name, is_other) in [(name, false), (in_use, true), (name, false)] {
             if let Named::Image(image) = self.named(pool, namespace, name).await?

@@ -290,6 +290,7 @@ mod tests {
 
     fn disks(pool: &str, ending: &str) -> Vec<ServerDisk> {
         let disk = |volume: &str| ServerDisk {
+            target_in_use: None,
             volume: volume.into(),
             source: format!("rbd:sata/guest-{volume}").parse().unwrap(),
             target: format!("rbd:{pool}/guest-{volume}{ending}").parse().unwrap(),

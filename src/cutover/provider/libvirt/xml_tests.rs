@@ -9,6 +9,7 @@ const LIVE: &str = include_str!("tests/live.xml");
 
 fn disks() -> Vec<ServerDisk> {
     let disk = |volume: &str, boot| ServerDisk {
+        target_in_use: None,
         volume: volume.into(),
         source: format!("rbd:sata/guest-{volume}").parse().unwrap(),
         target: format!("rbd:sas/tenant/guest-{volume}").parse().unwrap(),

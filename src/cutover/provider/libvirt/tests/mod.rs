@@ -42,6 +42,7 @@ impl Fake {
 
     fn provider(&self, method: Method) -> Libvirt {
         let disk = ServerDisk {
+            target_in_use: None,
             volume: "vm".into(),
             source: "rbd:sata/vm".parse().unwrap(),
             target: "rbd:sas/vm".parse().unwrap(),

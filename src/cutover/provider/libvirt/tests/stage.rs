@@ -58,6 +58,7 @@ impl Stage {
 
 fn disk(target: &str) -> ServerDisk {
     ServerDisk {
+        target_in_use: None,
         volume: "vm".into(),
         source: "rbd:sata/vm".parse().unwrap(),
         target: target.parse().unwrap(),

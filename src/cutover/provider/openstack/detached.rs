@@ -1,0 +1,15 @@
+//! Volumes that nobody has: kept from being attached by the status `maintenance` while they are switched.
+
+use super::super::{Observed, Power, ProviderError};
+use super::OpenStack;
+use crate::openstack::cinder::Status;
+
+impl OpenStack {
+    /// Running: anybody may have them. Off: nobody may.
+    pub(super) async fn observe_detached(&self) -> Result<Observed, ProviderError> {
+        let volumes = self.look("state").await?;
+        let free = volumes.iter().all(|(volume, _)| volume.status == Status::Available.name());
+        let power = if free { Power::Running } else { Power::Off };
+        Ok(Observed { power, side: self.side_of(&volumes) })
+    }
+}

@@ -1,0 +1,97 @@
+//! Asking a cloud for something, and looking until it is so: Cinder and Nova answer yes and fail later.
+
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+
+use super::super::ProviderError;
+use super::OpenStack;
+use crate::openstack::{CloudError, Fault};
+
+/// How often it is looked.
+const POLL: Duration = Duration::from_millis(100);
+/// After so long without a sign of its having been heard, a request is made once more.
+const DEAF: Duration = Duration::from_secs(10);
+/// How often a request is made at most.
+const ASKS_MAX: u32 = 3;
+/// How long after a failure a request is made once more.
+const AGAIN: Duration = Duration::from_secs(1);
+
+/// How it is with what was asked for.
+#[derive(Debug)]
+pub(super) enum Look {
+    /// It is so.
+    Done,
+    /// Something is under way; in the cloud's words.
+    Working(String),
+    /// It is not so, and nothing is under way.
+    NotYet(String),
+    /// It can't come about by waiting or asking again.
+    Hopeless(String),
+}
+
+/// Something that is to be so.
+#[async_trait]
+pub(super) trait Effect: Send + Sync {
+    /// How it is to be, for people: `volume web-1-root that nobody has`.
+    fn wanted(&self) -> String;
+
+    /// Looks.
+    async fn look(&self) -> Result<Look, CloudError>;
+
+    /// Asks for it.
+    async fn ask(&self) -> Result<(), CloudError>;
+}
+
+impl OpenStack {
+    /// Looks, asks if need be, and looks until it is so, for as long as the plan allows. What passes is no failure: a
+    /// service that does not answer, a conflict with what is still under way, a yes that comes to nothing twice.
+    pub(super) async fn bring_about(&self, operation: &str, effect: &dyn Effect) -> Result<(), ProviderError> {
+        let wanted = effect.wanted();
+        let begun = Instant::now();
+        let (mut asks, mut asked, mut worked) = (0, None::<Instant>, false);
+        let (mut seen, mut refused) = (String::from("not to be seen"), None::<CloudError>);
+        let passing = |error: &CloudError| error.is_passing() || error.fault == Fault::Conflict;
+        loop {
+            match effect.look().await {
+                Ok(Look::Done) => return Ok(()),
+                Ok(Look::Working(how)) => (worked, seen) = (true, how),
+                Ok(Look::NotYet(how)) => {
+                    seen = how;
+                    // It has ended without success, or was never begun.
+                    let wait = if worked || refused.is_some() { AGAIN } else { DEAF };
+                    let due = asked.is_none_or(|at| at.elapsed() >= wait);
+                    if due && asks >= ASKS_MAX {
+                        let problem =
+                            format!("asked {asks} times for {wanted}, and it is {seen}{}", also(refused.as_ref()));
+                        let hint = refused.and_then(|error| error.hint);
+                        let usual = "the service's own log says why; the request's id is in it";
+                        return Err(self.error(operation, problem, Some(hint.as_deref().unwrap_or(usual))));
+                    }
+                    if due {
+                        (asks, asked, worked, refused) = (asks + 1, Some(Instant::now()), false, None);
+                        match effect.ask().await {
+                            Ok(()) => {}
+                            Err(error) if passing(&error) => refused = Some(error),
+                            Err(error) => return Err(self.cloud_error(operation, &error)),
+                        }
+                        continue;
+                    }
+                }
+                Ok(Look::Hopeless(how)) => return Err(self.error(operation, how, None)),
+                Err(error) if error.is_passing() => refused = Some(error),
+                Err(error) => return Err(self.cloud_error(operation, &error)),
+            }
+            if begun.elapsed() >= self.config.limit {
+                let limit = self.config.limit;
+                let problem = format!("after {limit:?} there is no {wanted}: it is {seen}{}", also(refused.as_ref()));
+                return Err(self.error(operation, problem, Some("see what keeps it, or raise the limit in the plan")));
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    }
+}
+
+fn also(error: Option<&CloudError>) -> String {
+    error.map(|error| format!("; {}", crate::fleet::chain_text(error))).unwrap_or_default()
+}

@@ -1,0 +1,293 @@
+//! A server, or volumes, of a cloud: the volumes keep their ids and are given another type, and with it another pool.
+//!
+//! | part | what it is |
+//! |---|---|
+//! | `switch` | one volume: what is to be done next, as a pure function, and doing it |
+//! | `server` | a server that runs from the volumes: it is stopped, shelved, and unshelved |
+//! | `gateway` | a server that has them as data disks: it gives them away, and gets them back |
+//! | `detached` | volumes that nobody has |
+//! | `effect` | asking a cloud for something, and looking until it is so |
+//! | `volumes` | what Cinder is asked for |
+//! | `preconditions` | what stands in the way |
+//!
+//! # The order
+//!
+//! A **server** is stopped; once the last delta is proved it is shelved, because only what is built anew asks Cinder how to
+//! reach its volumes: a server that was only stopped would start with the old image. Its volumes are switched, and it
+//! is unshelved. A **gateway** goes on: the volumes are detached from it, switched, and attached again, as they were. What
+//! nobody has is kept from being attached meanwhile by the status `maintenance`.
+//!
+//! # The hooks of a gateway
+//!
+//! `pause` and `resume` of the plan are run by `/bin/sh -c` as the commands of [`super::command`] are, with
+//! `POOLSHIFT_SERVER`, `POOLSHIFT_STEP` (`pause` or `resume`) and `POOLSHIFT_VOLUMES`, a JSON list of
+//! `{"volume": "…", "cinder": "…"}`. After `pause` nothing may use the disks: they are about to go. Both must be
+//! repeatable.
+
+mod detached;
+mod effect;
+mod gateway;
+mod preconditions;
+mod server;
+mod switch;
+mod volumes;
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures::future::{try_join, try_join_all};
+use tokio::sync::OnceCell;
+
+use super::rehearse::Rehearse;
+use super::{Notes, Observed, Precondition, Provider, ProviderError, Side};
+use crate::image::ImageError;
+use crate::openstack::cinder::{MigrationPolicy, Status, Volume};
+use crate::openstack::{Cloud, CloudAccess, CloudError};
+use crate::plan::{self, Holder, OpenStackCutover};
+pub use switch::Connectors;
+use switch::{CloudVolume, Seen, Step};
+
+/// How many steps a volume's switch has at most; the usual way has 5.
+const STEPS_MAX: usize = 40;
+/// How long a gateway is without a volume, beside the last delta.
+const GATEWAY_PAUSE: Duration = Duration::from_secs(4);
+
+/// A server, or volumes, of a cloud.
+#[derive(Debug)]
+pub struct OpenStack {
+    server: String,
+    config: OpenStackCutover,
+    volumes: Vec<CloudVolume>,
+    cloud: OnceCell<Cloud>,
+}
+
+impl OpenStack {
+    /// The server of the plan. Nobody is asked before something is to be known of it.
+    pub fn new(server: &plan::Server, config: OpenStackCutover, connectors: &Connectors) -> Self {
+        let volumes = server.volumes.iter().filter_map(|volume| CloudVolume::of(volume, connectors)).collect();
+        Self { server: server.name.clone(), config, volumes, cloud: OnceCell::new() }
+    }
+
+    async fn cloud(&self, operation: &str) -> Result<&Cloud, ProviderError> {
+        let connect = async {
+            let access = CloudAccess::load(self.config.cloud.as_deref())?;
+            Cloud::connect(access).await
+        };
+        self.cloud.get_or_try_init(|| connect).await.map_err(|error| self.cloud_error(operation, &error))
+    }
+
+    fn error(&self, operation: &str, problem: impl Into<String>, hint: Option<&str>) -> ProviderError {
+        ProviderError {
+            operation: operation.to_owned(),
+            server: format!("server {}", self.server),
+            problem: problem.into(),
+            hint: hint.map(str::to_owned),
+        }
+    }
+
+    fn cloud_error(&self, operation: &str, error: &CloudError) -> ProviderError {
+        self.error(operation, crate::fleet::chain_text(error), error.hint.as_deref())
+    }
+
+    fn image_error(&self, operation: &str, error: &ImageError) -> ProviderError {
+        self.error(operation, crate::fleet::chain_text(error), error.hint.as_deref())
+    }
+
+    /// All volumes, as Cinder has them.
+    async fn cinder_volumes(&self, operation: &str) -> Result<Vec<Volume>, ProviderError> {
+        let cloud = self.cloud(operation).await?;
+        let show = self.volumes.iter().map(|volume| cloud.volume(&volume.cinder.volume));
+        try_join_all(show).await.map_err(|error| self.cloud_error(operation, &error))
+    }
+
+    /// What is there of all volumes.
+    async fn look(&self, operation: &str) -> Result<Vec<(Volume, Seen)>, ProviderError> {
+        let volumes = self.cinder_volumes(operation).await?;
+        let looks = self.volumes.iter().zip(&volumes).map(|(volume, shown)| volume.look(shown));
+        let seen = try_join_all(looks).await.map_err(|error| self.image_error(operation, &error))?;
+        Ok(volumes.into_iter().zip(seen).collect())
+    }
+
+    /// The side that all volumes are on.
+    fn side_of(&self, all: &[(Volume, Seen)]) -> Option<Side> {
+        let first = all.first()?.1.side()?;
+        all.iter().all(|(_, seen)| seen.side() == Some(first)).then_some(first)
+    }
+
+    /// Gives all volumes their images on that side, and the type that goes with it. Nobody has them open.
+    async fn switch_all(&self, operation: &str, to: Side) -> Result<(), ProviderError> {
+        try_join_all(self.volumes.iter().map(|volume| self.switch(operation, volume, to))).await.map(drop)
+    }
+
+    async fn switch(&self, operation: &str, volume: &CloudVolume, to: Side) -> Result<(), ProviderError> {
+        let cloud = self.cloud(operation).await?;
+        let image_error = |error| self.image_error(operation, &error);
+        let mut seen: Option<Seen> = None;
+        for _ in 0..STEPS_MAX {
+            let known = match seen.take() {
+                Some(seen) => seen,
+                None => {
+                    let shown = cloud.volume(&volume.cinder.volume).await;
+                    let shown = shown.map_err(|error| self.cloud_error(operation, &error))?;
+                    volume.look(&shown).await.map_err(image_error)?
+                }
+            };
+            let step = switch::next(to, &known);
+            tracing::debug!(volume = volume.name, ?step, "{operation}");
+            match &step {
+                Step::Done => return Ok(()),
+                Step::Refuse(why) => {
+                    let problem = format!("volume {} ({}): {why}", volume.name, volume.cinder.volume);
+                    let hint =
+                        "look at it with `openstack volume show` and `rbd ls` of both pools; nothing of it was removed";
+                    return Err(self.error(operation, problem, Some(hint)));
+                }
+                Step::Wait => self.until_still(operation, volume).await?,
+                Step::Retype => self.retype(operation, volume, to).await?,
+                named => {
+                    volume.rename(named).await.map_err(image_error)?;
+                    let mut known = known;
+                    known.after(&step);
+                    seen = Some(known);
+                }
+            }
+        }
+        Err(self.error(operation, format!("volume {} does not come to rest", volume.name), None))
+    }
+
+    /// Waits until Cinder is done with a volume.
+    async fn until_still(&self, operation: &str, volume: &CloudVolume) -> Result<(), ProviderError> {
+        let cloud = self.cloud(operation).await?;
+        self.bring_about(operation, &volumes::AtRest { cloud, volume }).await
+    }
+
+    /// Has Cinder give a volume the next type on its way to a side.
+    async fn retype(&self, operation: &str, volume: &CloudVolume, to: Side) -> Result<(), ProviderError> {
+        let cloud = self.cloud(operation).await?;
+        let before = cloud.volume(&volume.cinder.volume).await.map_err(|error| self.cloud_error(operation, &error))?;
+        let now = before.volume_type.unwrap_or_default();
+        let Some((next, migrates)) = volume.next_type(&now, to) else {
+            let problem = format!("volume {} has type {now:?}, which the plan does not know", volume.name);
+            return Err(self.error(operation, problem, None));
+        };
+        let policy = if migrates { MigrationPolicy::OnDemand } else { MigrationPolicy::Never };
+        self.bring_about(operation, &volumes::OfType { cloud, volume, next, policy }).await
+    }
+
+    /// Writes a status to all volumes that have another one.
+    async fn reset_all(&self, operation: &str, status: Status) -> Result<(), ProviderError> {
+        let cloud = self.cloud(operation).await?;
+        let effects: Vec<_> = self.volumes.iter().map(|volume| volumes::OfStatus { cloud, volume, status }).collect();
+        try_join_all(effects.iter().map(|effect| self.bring_about(operation, effect))).await.map(drop)
+    }
+}
+
+fn name(side: Side) -> &'static str {
+    match side {
+        Side::Source => "source",
+        Side::Target => "target",
+    }
+}
+
+impl Rehearse for OpenStack {}
+
+#[async_trait]
+impl Provider for OpenStack {
+    fn describe(&self) -> String {
+        match &self.config.holder {
+            Holder::Server(id) => format!("OpenStack server {id}, keep-ids"),
+            Holder::Gateway { server, .. } => format!("OpenStack gateway {server}, keep-ids"),
+            Holder::Nobody => "OpenStack, volumes that nobody has, keep-ids".into(),
+        }
+    }
+
+    fn names_images(&self) -> bool {
+        true
+    }
+
+    async fn usual_pause(&self) -> Option<Duration> {
+        match &self.config.holder {
+            // How long it takes to stop and to boot, it alone knows.
+            Holder::Server(_) => None,
+            Holder::Gateway { .. } => Some(GATEWAY_PAUSE),
+            Holder::Nobody => Some(Duration::from_secs(2)),
+        }
+    }
+
+    async fn preconditions(&self, from: Side) -> Vec<Precondition> {
+        preconditions::of(self, from).await
+    }
+
+    async fn observe(&self, _notes: &Notes) -> Result<Observed, ProviderError> {
+        match &self.config.holder {
+            Holder::Server(id) => self.observe_server(id).await,
+            Holder::Gateway { server, .. } => self.observe_gateway(server).await,
+            Holder::Nobody => self.observe_detached().await,
+        }
+    }
+
+    async fn prepare(&self, from: Side, notes: &mut Notes) -> Result<(), ProviderError> {
+        let operation = "preparation";
+        let placeholders = async {
+            let prepare = self.volumes.iter().map(|volume| volume.prepare(from));
+            try_join_all(prepare).await.map_err(|error| self.image_error(operation, &error))
+        };
+        let remember = async {
+            match &self.config.holder {
+                Holder::Gateway { server, .. } => self.remember_attachments(operation, server, notes).await,
+                Holder::Server(_) | Holder::Nobody => Ok(()),
+            }
+        };
+        try_join(placeholders, remember).await.map(drop)
+    }
+
+    async fn quiesce(&self, _notes: &mut Notes) -> Result<(), ProviderError> {
+        match &self.config.holder {
+            Holder::Server(id) => self.stop_server(id).await,
+            Holder::Gateway { server, pause, .. } => self.detach_all(server, pause.as_deref()).await,
+            Holder::Nobody => self.reset_all("maintenance", Status::Maintenance).await,
+        }
+    }
+
+    async fn finish_stop(&self, notes: &mut Notes) -> Result<(), ProviderError> {
+        self.quiesce(notes).await
+    }
+
+    async fn swap(&self, to: Side, _notes: &mut Notes) -> Result<(), ProviderError> {
+        let operation = format!("switch to the {}", name(to));
+        match &self.config.holder {
+            Holder::Server(id) => self.leave_host(&operation, id).await?,
+            Holder::Gateway { .. } | Holder::Nobody => {}
+        }
+        self.switch_all(&operation, to).await?;
+        match &self.config.holder {
+            Holder::Nobody => self.reset_all(&operation, Status::Maintenance).await,
+            Holder::Server(_) | Holder::Gateway { .. } => Ok(()),
+        }
+    }
+
+    async fn start(&self, on: Side, _fresh: bool, notes: &mut Notes) -> Result<(), ProviderError> {
+        let operation = format!("start on the {}", name(on));
+        match &self.config.holder {
+            Holder::Server(id) => self.start_server(&operation, id, on).await,
+            Holder::Gateway { server, resume, .. } => {
+                self.attach_all(&operation, (server, on), resume.as_deref(), notes).await
+            }
+            Holder::Nobody => self.reset_all(&operation, Status::Available).await,
+        }
+    }
+
+    async fn undo(&self, from: Side, fresh: bool, notes: &mut Notes) -> Result<(), ProviderError> {
+        // One that was only stopped need not leave its host.
+        if self.side_of(&self.look("way back").await?) != Some(from) {
+            self.swap(from, notes).await?;
+        }
+        self.start(from, fresh, notes).await
+    }
+
+    async fn settle(&self, _on: Side, _notes: &mut Notes) -> Result<Vec<String>, ProviderError> {
+        let tidy = self.volumes.iter().map(CloudVolume::tidy_up);
+        try_join_all(tidy).await.map_err(|error| self.image_error("cleaning up", &error))?;
+        Ok(Vec::new())
+    }
+}

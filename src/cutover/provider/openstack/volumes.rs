@@ -1,0 +1,98 @@
+//! What Cinder is asked for, about one volume.
+
+use async_trait::async_trait;
+
+use super::effect::{Effect, Look};
+use super::switch::CloudVolume;
+use crate::openstack::cinder::{MigrationPolicy, Status};
+use crate::openstack::{Cloud, CloudError};
+
+/// Cinder is not at it.
+pub(super) struct AtRest<'a> {
+    pub(super) cloud: &'a Cloud,
+    pub(super) volume: &'a CloudVolume,
+}
+
+#[async_trait]
+impl Effect for AtRest<'_> {
+    fn wanted(&self) -> String {
+        format!("volume {} at rest", self.volume.name)
+    }
+
+    async fn look(&self) -> Result<Look, CloudError> {
+        let shown = self.cloud.volume(&self.volume.cinder.volume).await?;
+        Ok(if shown.is_moving() { Look::Working(shown.status) } else { Look::Done })
+    }
+
+    async fn ask(&self) -> Result<(), CloudError> {
+        Ok(())
+    }
+}
+
+/// It has that type.
+pub(super) struct OfType<'a> {
+    pub(super) cloud: &'a Cloud,
+    pub(super) volume: &'a CloudVolume,
+    pub(super) next: &'a str,
+    pub(super) policy: MigrationPolicy,
+}
+
+#[async_trait]
+impl Effect for OfType<'_> {
+    fn wanted(&self) -> String {
+        format!("volume {} of type {:?}", self.volume.name, self.next)
+    }
+
+    async fn look(&self) -> Result<Look, CloudError> {
+        let shown = self.cloud.volume(&self.volume.cinder.volume).await?;
+        let now = shown.volume_type.as_deref().unwrap_or_default();
+        Ok(match () {
+            () if shown.is_moving() => Look::Working(shown.status),
+            () if now == self.next => Look::Done,
+            () => {
+                let migration = shown.migration_status.as_deref().unwrap_or("none");
+                Look::NotYet(format!("{} of type {now:?}, migration {migration}", shown.status))
+            }
+        })
+    }
+
+    async fn ask(&self) -> Result<(), CloudError> {
+        let id = self.volume.cinder.volume.as_str();
+        let shown = self.cloud.volume(id).await?;
+        if shown.migration_status.as_deref() == Some("error") {
+            self.cloud.forget_migration(id).await?;
+        }
+        // Cinder retypes what nobody has, or what a running server has; this one's does not run, and is expected back.
+        if shown.status != Status::Available.name() {
+            self.cloud.reset_status(id, Status::Available).await?;
+        }
+        self.cloud.retype(id, self.next, self.policy).await
+    }
+}
+
+/// It has that status.
+pub(super) struct OfStatus<'a> {
+    pub(super) cloud: &'a Cloud,
+    pub(super) volume: &'a CloudVolume,
+    pub(super) status: Status,
+}
+
+#[async_trait]
+impl Effect for OfStatus<'_> {
+    fn wanted(&self) -> String {
+        format!("volume {} that is {}", self.volume.name, self.status.name())
+    }
+
+    async fn look(&self) -> Result<Look, CloudError> {
+        let shown = self.cloud.volume(&self.volume.cinder.volume).await?;
+        Ok(match () {
+            () if shown.status == self.status.name() => Look::Done,
+            () if shown.is_moving() => Look::Working(shown.status),
+            () => Look::NotYet(shown.status),
+        })
+    }
+
+    async fn ask(&self) -> Result<(), CloudError> {
+        self.cloud.reset_status(&self.volume.cinder.volume, self.status).await
+    }
+}
