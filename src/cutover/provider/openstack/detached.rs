@@ -7,6 +7,9 @@ use crate::openstack::cinder::Status;
 impl OpenStack {
     /// Running: anybody may have them. Off: nobody may.
     pub(super) async fn observe_detached(&self) -> Result<Observed, ProviderError> {
+        for volume in &self.volumes {
+            self.until_still("state", volume).await?;
+        }
         let volumes = self.look("state").await?;
         let free = volumes.iter().all(|(volume, _)| volume.status == Status::Available.name());
         let power = if free { Power::Running } else { Power::Off };

@@ -86,9 +86,12 @@ impl OpenStack {
         Ok(all.into_iter().filter(ours).collect())
     }
 
-    /// Running: the gateway has all of them. Off: it has not.
+    /// Running: the gateway has all of them. Off: it has not. Once nothing is under way with any.
     pub(super) async fn observe_gateway(&self, gateway: &str) -> Result<Observed, ProviderError> {
         let operation = "state";
+        for volume in &self.volumes {
+            self.until_still(operation, volume).await?;
+        }
         let attached = self.attachments(operation, gateway).await?;
         let volumes = self.look(operation).await?;
         let in_use = volumes.iter().all(|(volume, _)| volume.status == "in-use");

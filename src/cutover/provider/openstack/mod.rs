@@ -249,10 +249,6 @@ impl Provider for OpenStack {
         }
     }
 
-    async fn finish_stop(&self, notes: &mut Notes) -> Result<(), ProviderError> {
-        self.quiesce(notes).await
-    }
-
     async fn swap(&self, to: Side, _notes: &mut Notes) -> Result<(), ProviderError> {
         let operation = format!("switch to the {}", name(to));
         match &self.config.holder {

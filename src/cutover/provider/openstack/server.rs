@@ -64,6 +64,28 @@ impl Effect for Becomes<'_> {
     }
 }
 
+/// Nothing is under way with a server.
+struct AtRest<'a> {
+    cloud: &'a Cloud,
+    id: &'a str,
+}
+
+#[async_trait]
+impl Effect for AtRest<'_> {
+    fn wanted(&self) -> String {
+        "server that is at rest".into()
+    }
+
+    async fn look(&self) -> Result<Look, CloudError> {
+        let server = self.cloud.server(self.id).await?;
+        Ok(if server.task.is_some() { Look::Working(told(&server)) } else { Look::Done })
+    }
+
+    async fn ask(&self) -> Result<(), CloudError> {
+        Ok(())
+    }
+}
+
 impl OpenStack {
     /// The image that each volume was last told to a server as; `None` where none was.
     async fn told_images(&self, operation: &str, volumes: &[Volume]) -> Result<Vec<Option<String>>, ProviderError> {
@@ -86,9 +108,12 @@ impl OpenStack {
         Ok([Side::Source, Side::Target].into_iter().find(|&side| on(side)))
     }
 
+    /// What is true of a server, once nothing is under way with it.
     pub(super) async fn observe_server(&self, id: &str) -> Result<Observed, ProviderError> {
         let operation = "state";
         let cloud = self.cloud(operation).await?;
+        // What a process that is gone has asked for may still be under way.
+        self.bring_about(operation, &AtRest { cloud, id }).await?;
         let server = async { cloud.server(id).await.map_err(|error| self.cloud_error(operation, &error)) };
         let (server, volumes) = try_join(server, self.look(operation)).await?;
         let power = power(&server);
