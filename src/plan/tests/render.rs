@@ -116,7 +116,7 @@ fn settings(text: &mut String, server: &Server) {
 fn cutover(cutover: &Cutover) -> String {
     let (mut keys, mut judged) = (Vec::<(&str, String)>::new(), Vec::<(&str, String)>::new());
     let (way, limit) = match cutover {
-        Cutover::None | Cutover::OpenStack(_) => return String::new(),
+        Cutover::None => return String::new(),
         Cutover::Libvirt(LibvirtCutover { domain, uri, method, save_folder, limit, rehearsal }) => {
             let LibvirtRehearsal { console, check, network } = rehearsal;
             let given = [("console", console), ("check", check), ("network", network)];
