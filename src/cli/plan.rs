@@ -51,7 +51,8 @@ pub(super) async fn run(context: &Context<'_>, settings: &Settings) -> anyhow::R
         () = context.cancel.cancelled() => return Err(Interrupted.into()),
     };
     if text.len() > FILE_MAX {
-        let text = format!("a plan of {count} volumes would have more than {FILE_MAX} bytes: choose with --match");
+        let text =
+            format!("a plan of {count} volumes would have more than {FILE_MAX} bytes: choose fewer with --match");
         return Err(UsageError(text).into());
     }
     // What is written is what `check` and the fleet will take.

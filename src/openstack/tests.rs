@@ -240,7 +240,8 @@ async fn answers_that_make_no_sense_are_told_as_such() {
         token["token"].as_object_mut().unwrap().remove(key);
         answer(201, token).header("X-Subject-Token", "t")
     };
-    let bodies: [(&str, Box<dyn Fn() -> fake::Answer + Send + Sync>); 5] = [
+    type Made = Box<dyn Fn() -> fake::Answer + Send + Sync>;
+    let bodies: [(&str, Made); 5] = [
         ("no JSON", Box::new(|| text(201, "<html>").header("X-Subject-Token", "t"))),
         ("no token", Box::new(move || answer(201, catalog()))),
         ("no token", Box::new(|| answer(201, json!({})).header("X-Subject-Token", "t"))),

@@ -46,7 +46,9 @@ pub(super) async fn plan(
     for line in &left_out {
         context.terminal.say(line);
     }
-    context.terminal.say(&cloud_text::summary(&found));
+    if !found.groups.is_empty() {
+        context.terminal.say(&cloud_text::summary(&found));
+    }
     let Some(first) = found.groups.iter().find(|group| group.is_ready()) else {
         let detail = match (count, found.already) {
             (0, 0) => "it has no volume that fits".to_owned(),
@@ -151,10 +153,10 @@ async fn look_at_images(
                 one.obstacles.extend(judge(one, seen, targets.get(&one.cinder.to_type).filter(|_| one_cluster)));
                 if seen.clones > 0 {
                     let image = spec(&seen.place, &one.volume.image());
-                    let s = if seen.clones == 1 { " hangs" } else { "s hang" };
+                    let hang = if seen.clones == 1 { "clone hangs" } else { "clones hang" };
                     one.remarks.push(format!(
-                        "{} clone{s} on its image, which could not be removed in the end: poolshift flatten --children \
-                         {image}",
+                        "{} {hang} on its image, and has to be cut loose before the image can be removed: poolshift \
+                         flatten --children {image}",
                         seen.clones
                     ));
                 }

@@ -23,26 +23,38 @@ pub(super) struct Seen {
 /// How much there is, in a line.
 pub(super) fn summary(found: &Found) -> String {
     let (ready, left): (Vec<&Group>, Vec<&Group>) = found.groups.iter().partition(|group| group.is_ready());
-    let volumes = |groups: &[&Group]| groups.iter().map(|group| group.moves.len()).sum::<usize>();
+    let part = |groups: &[&Group], what: &str| {
+        let volumes = groups.iter().map(|group| group.moves.len()).sum::<usize>();
+        let is = if volumes == 1 { "is" } else { "are" };
+        format!("{} of {} {is} {what}", counted(volumes, "volume"), servers(groups))
+    };
     let size = ready.iter().fold(0u64, |sum, group| sum.saturating_add(group.size()));
-    let mut text = format!("{} volumes of {} are planned, {}", volumes(&ready), servers(&ready), human_bytes(size));
+    let mut text = format!("{}, {}", part(&ready, "planned"), human_bytes(size));
     if !left.is_empty() {
-        let _ = write!(text, "; {} of {} are left out", volumes(&left), servers(&left));
+        let _ = write!(text, "; {}", part(&left, "left out"));
     }
-    if found.already > 0 {
-        let _ = write!(text, "; {} have their type already", found.already);
+    match found.already {
+        0 => {}
+        1 => text.push_str("; 1 has its type already"),
+        already => {
+            let _ = write!(text, "; {already} have their type already");
+        }
     }
     text
+}
+
+fn counted(count: usize, what: &str) -> String {
+    if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }
 }
 
 /// How many servers, and what else.
 fn servers(groups: &[&Group]) -> String {
     let count = groups.iter().filter(|group| matches!(group.who, Who::Server(_))).count();
-    let servers = if count == 1 { "1 server".to_owned() } else { format!("{count} servers") };
-    match groups.len() - count {
-        0 => servers,
-        1 => format!("{servers} and 1 other group"),
-        others => format!("{servers} and {others} other groups"),
+    let others = groups.len() - count;
+    match (counted(count, "server"), others) {
+        (servers, 0) => servers,
+        (_, others) if count == 0 => counted(others, "other group"),
+        (servers, others) => format!("{servers} and {}", counted(others, "other group")),
     }
 }
 
@@ -110,7 +122,7 @@ pub(super) fn write(
         let alone = !matches!(group.who, Who::Server(_)) && group.moves.len() == 1;
         let server = name(label, &mut names);
         if !alone {
-            let about = format!("{} volumes, {}", group.moves.len(), human_bytes(group.size()));
+            let about = format!("{}, {}", counted(group.moves.len(), "volume"), human_bytes(group.size()));
             let status = match &group.who {
                 Who::Server(server) => format!("{}, ", server.status),
                 Who::Gateway(server) => format!("on the gateway {:?}, ", server.name),
@@ -314,6 +326,20 @@ mod tests {
         for server in &plan.servers {
             assert!(matches!(&server.cutover, Cutover::OpenStack(openstack) if openstack.cloud.is_none()));
         }
+    }
+
+    #[test]
+    fn one_is_not_called_many() {
+        let mut found = found();
+        found.groups.truncate(1);
+        found.groups[0].moves.truncate(1);
+        found.already = 1;
+        let told = "1 volume of 1 server is planned, 1.0 GiB; 1 has its type already";
+        assert_eq!(summary(&found), told);
+        found.groups[0].who = Who::Nobody;
+        found.already = 2;
+        let told = "1 volume of 1 other group is planned, 1.0 GiB; 2 have their type already";
+        assert_eq!(summary(&found), told);
     }
 
     #[test]

@@ -323,6 +323,7 @@ impl<'a> Sorter<'a> {
         match (elsewhere, root) {
             (Some(volume), _) => obstacles.push(Obstacle::VolumeElsewhere(volume.id.clone())),
             (None, None) => obstacles.push(Obstacle::LocalBoot),
+            (None, Some(_)) if server.boots_from_image() => obstacles.push(Obstacle::LocalBoot),
             (None, Some(_)) => {}
         }
         if server.flavor.ephemeral > 0 {

@@ -334,6 +334,9 @@ fn a_server_that_would_lose_a_disk_is_kept() {
     let flavor = json!({"flavor": {"ephemeral": 20, "disk": 0, "swap": 512, "extra_specs": {}}});
     assert_eq!(kept(vec![boot()], server("s", &["a"], flavor)), [Obstacle::Ephemeral(20)]);
     assert_eq!(kept(vec![boot()], server("s", &["a"], json!({}))), []);
+    let made_of_image = json!({"image": {"id": "i"}});
+    assert_eq!(kept(vec![boot()], server("s", &["a"], made_of_image)), [Obstacle::LocalBoot]);
+    assert_eq!(kept(vec![boot()], server("s", &["a"], json!({"image": ""}))), []);
     // What can't be seen may be what it boots from.
     assert_eq!(kept(vec![data()], server("s", &["a", "b"], json!({}))), [Obstacle::VolumeElsewhere("a".into())]);
     // None of its volumes is meant: it is nobody's business.
