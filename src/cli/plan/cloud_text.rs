@@ -398,6 +398,6 @@ mod tests {
         # left out: server "db\n[x]" (00000000-0000-0000-0000-000000000102), volume (00000000-0000-0000-0000-000000000004, 4 GiB, sata, vdb): Cinder encrypts it, and takes no image over that was copied beside it
         # left out: server "db\n[x]" (00000000-0000-0000-0000-000000000102), volume (00000000-0000-0000-0000-000000000004, 4 GiB, sata, vdb): it is in the group g: take it out with cinder group-update --remove-volumes
         "#);
-        insta::assert_snapshot!(summary(&found()), @"6 volumes of 1 server and 3 other groups are planned, 29.0 GiB; 2 of 1 server are left out");
+        insta::assert_snapshot!(summary(&found()), @"6 volumes of 1 server and 3 other groups are planned, 29.0 GiB; 2 volumes of 1 server are left out");
     }
 }
