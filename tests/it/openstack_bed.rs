@@ -90,6 +90,25 @@ impl<'a> CloudBed<'a> {
         Self::of(env, world, Held::Gateway, Some(guest), servers, more)
     }
 
+    /// The same, with one server more, that has not booted yet: its disks were made, and given to the gateway later.
+    #[track_caller]
+    pub(crate) fn gateway_of_a_server_to_be(env: &'a OpenStackEnv, servers: usize, more: &str) -> Self {
+        let world = World::new(env);
+        let name = unique("gateway");
+        let mut volumes = world.guest_volumes(&name);
+        let mut servers = Self::plan_servers(&world, servers);
+        volumes.extend(servers.iter().flat_map(|server| server.volumes.clone()));
+        let mut guest = world.boot(&name, &volumes, &Value::Null);
+        // Its own file systems are known by their labels, which these have as well.
+        let to_be = world.guest_volumes(&unique("to-be"));
+        for id in &to_be {
+            world.attach(&guest.id, id);
+            guest.volumes.push(id.clone());
+        }
+        servers.push(Planned { name: "to-be".into(), volumes: to_be });
+        Self::of(env, world, Held::Gateway, Some(guest), servers, more)
+    }
+
     /// Volumes that nobody has, two of each of so many servers.
     #[track_caller]
     pub(crate) fn detached(env: &'a OpenStackEnv, servers: usize, more: &str) -> Self {

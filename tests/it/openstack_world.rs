@@ -409,6 +409,14 @@ impl<'a> World<'a> {
         guest
     }
 
+    /// Gives a volume to a server that runs.
+    #[track_caller]
+    pub(crate) fn attach(&self, server: &str, volume: &str) {
+        let path = format!("servers/{server}/os-volume_attachments");
+        self.env.tell(Service::Nova, &Method::POST, &path, &json!({"volumeAttachment": {"volumeId": volume}}));
+        self.env.wait_for_volume(volume, "in-use");
+    }
+
     /// Deletes a server as its owner does.
     #[track_caller]
     pub(crate) fn delete_server(&self, id: &str) {
