@@ -127,7 +127,7 @@ fn a_cutover_of_a_cloud_s_server_that_is_killed_is_finished_or_undone() {
 pub(crate) fn killed_at(bed: &CloudBed<'_>, server: usize, command: &str, words: &[&str], place: &str) -> bool {
     let words: Vec<&str> = words.iter().copied().chain(["--yes"]).collect();
     let mut command = bed.command(server, command, &words);
-    command.env("RUST_LOG", "poolshift=debug");
+    command.env("POOLSHIFT_LOG", "poolshift=debug");
     let mut run = crate::cutover_bed::Running::start(command);
     let told = run.until_line(|line| line.trim_end().ends_with(place) || line.contains(&format!("{place} ")));
     run.kill() && told

@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io::{Read as _, Seek as _, SeekFrom};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -216,16 +216,12 @@ impl OpenStackEnv {
         self.rbd(&["ls", pool]).lines().filter(|name| name.contains(with)).map(str::to_owned).collect()
     }
 
-    /// The digest of all that an image holds.
+    /// The digest of all that an image holds, by what it has allocated.
     #[track_caller]
     pub(crate) fn digest(&self, image: &str) -> String {
         let mut command = rbd_command(&self.ceph);
-        command.args(["export", "--no-progress", image, "-"]).stdout(Stdio::piped());
-        let mut child = command.spawn().expect("rbd is installed");
-        let mut hasher = blake3::Hasher::new();
-        hasher.update_reader(child.stdout.take().expect("a pipe")).expect("it can be read");
-        assert!(child.wait().expect("it ends").success(), "{image} can't be exported");
-        hasher.finalize().to_hex().to_string()
+        let stream = run(command.args(["export-diff", "--no-progress", image, "-"]));
+        digest_of_diff(&stream).unwrap_or_else(|| panic!("{image}: its export is cut"))
     }
 
     /// Runs virsh for the cloud's own libvirt.
@@ -272,6 +268,58 @@ impl OpenStackEnv {
             if still { Ok(server.clone()) } else { Err(seen()) }
         })
     }
+}
+
+/// The digest of a stream of `rbd export-diff` without a beginning. What is zero counts as what was never written.
+fn digest_of_diff(stream: &[u8]) -> Option<String> {
+    const SECTOR: usize = 512;
+    let mut rest = stream.strip_prefix(b"rbd diff v1\n")?;
+    let mut hasher = blake3::Hasher::new();
+    loop {
+        let (tag, after) = rest.split_first()?;
+        rest = after;
+        let mut number = || {
+            let (bytes, after) = rest.split_first_chunk::<8>()?;
+            rest = after;
+            usize::try_from(u64::from_le_bytes(*bytes)).ok()
+        };
+        match tag {
+            b'e' => return Some(hasher.finalize().to_hex().to_string()),
+            b's' => {
+                hasher.update(&number()?.to_le_bytes());
+            }
+            b'z' => drop((number()?, number()?)),
+            b'w' => {
+                let (offset, length) = (number()?, number()?);
+                let (data, after) = rest.split_at_checked(length)?;
+                rest = after;
+                for (index, sector) in data.chunks(SECTOR).enumerate() {
+                    if sector.iter().any(|byte| *byte != 0) {
+                        hasher.update(&(offset + index * SECTOR).to_le_bytes());
+                        hasher.update(sector);
+                    }
+                }
+            }
+            _ => return None,
+        }
+    }
+}
+
+#[test]
+fn what_is_in_an_image_has_one_digest_however_it_is_stored() {
+    let write =
+        |at: u64, data: &[u8]| [&b"w"[..], &at.to_le_bytes(), &(data.len() as u64).to_le_bytes(), data].concat();
+    let zero = |at: u64| [&b"z"[..], &at.to_le_bytes(), &512_u64.to_le_bytes()].concat();
+    let stream = |records: &[Vec<u8>]| {
+        digest_of_diff(&[&b"rbd diff v1\ns"[..], &4096_u64.to_le_bytes(), &records.concat(), b"e"].concat()).unwrap()
+    };
+    let (one, other) = ([7; 512], [8; 512]);
+    let both = stream(&[write(0, &[one, other].concat())]);
+    assert_eq!(both, stream(&[write(0, &one), write(512, &other), zero(1024)]));
+    assert_eq!(both, stream(&[write(0, &[one, other, [0; 512]].concat())]));
+    assert_ne!(both, stream(&[write(0, &one), write(1024, &other)]));
+    assert_ne!(both, stream(&[write(0, &one)]));
+    assert_eq!(digest_of_diff(b"rbd diff v1\n"), None);
 }
 
 /// What a test has made in the cloud. Dropped, all of it is deleted, with every image that has the id of one of its
