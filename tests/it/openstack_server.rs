@@ -1,13 +1,13 @@
 //! Servers of a real cloud that run from their volumes and write all the time: over, back with what they wrote, over
 //! again, and rid of their sources; killed at every step; and what is refused.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use reqwest::Method;
-use serde_json::{Value, json};
+use serde_json::json;
 
+use crate::cutover_bed::Running;
 use crate::openstack_bed::CloudBed;
-use crate::openstack_world::{Service, openstack};
+use crate::openstack_world::openstack;
 use crate::support::every_step;
 
 #[test]
@@ -71,6 +71,31 @@ fn finalized(bed: &CloudBed<'_>) {
     }
 }
 
+/// A server that its owner has stopped is left alone; one that is stopped while it is brought over goes over.
+#[track_caller]
+fn stopped_by_somebody(bed: &CloudBed<'_>) {
+    let (env, id) = (bed.env, &bed.guest().id);
+    let mut run = bed.start(0, "cutover", &["--yes", "--json"]);
+    assert!(run.until("syncing"), "{:?}", run.finish());
+    env.server_action(id, &json!({"os-stop": null}));
+    let run = run.finish();
+    println!("stopped while it was brought over: {run:?}");
+    if bed.brought_to_an_end(0, run.code, false) != "over" {
+        panic!("{run:?}");
+    }
+    bed.bring_back(0);
+
+    env.server_action(id, &json!({"os-stop": null}));
+    env.wait_for_server(id, "SHUTOFF");
+    let refused = bed.run(0, "cutover", &["--yes"]).expect_code(14);
+    assert!(refused.stderr.contains("it is SHUTOFF, and has to be ACTIVE"), "{}", refused.stderr);
+    assert_eq!(env.server(id)["status"], "SHUTOFF");
+    let acked = bed.guest().console().last_ack();
+    env.server_action(id, &json!({"os-start": null}));
+    env.wait_for_server(id, "ACTIVE");
+    bed.guest().wait_for_ack(acked + 2);
+}
+
 /// The places at which a cutover is killed: some of its phases, and steps of what is done with a volume.
 fn places() -> &'static [&'static str] {
     const ALL: &[&str] = &[
@@ -102,6 +127,7 @@ fn a_cutover_of_a_cloud_s_server_that_is_killed_is_finished_or_undone() {
     let Some(env) = openstack() else { return };
     let mut bed = CloudBed::server(&env, "kill", "");
     bed.replicate();
+    stopped_by_somebody(&bed);
     let mut undo = false;
     for place in places() {
         for back in [false, true] {
@@ -128,7 +154,62 @@ pub(crate) fn killed_at(bed: &CloudBed<'_>, server: usize, command: &str, words:
     let words: Vec<&str> = words.iter().copied().chain(["--yes"]).collect();
     let mut command = bed.command(server, command, &words);
     command.env("POOLSHIFT_LOG", "poolshift=debug");
-    let mut run = crate::cutover_bed::Running::start(command);
+    let mut run = Running::start(command);
     let told = run.until_line(|line| line.trim_end().ends_with(place) || line.contains(&format!("{place} ")));
     run.kill() && told
+}
+
+#[test]
+fn what_stands_in_the_way_of_volumes_is_named_and_left_alone() {
+    let Some(env) = openstack() else { return };
+    let mut bed = CloudBed::detached(&env, 1, "");
+    bed.note_contents(0);
+    bed.replicate();
+    let id = bed.servers[0].volumes[1].clone();
+    let refused = |because: &str| {
+        let run = bed.run(0, "cutover", &["--yes"]).expect_code(14);
+        assert!(run.stdout.contains(because) || run.stderr.contains(because), "{run:?}");
+        assert!(!run.stderr.contains("quiescing"), "{run:?}");
+        assert_eq!(env.images("sata", &id), [format!("volume-{id}")], "nothing was begun");
+    };
+
+    // What a failing migration of Cinder's would delete.
+    let foreign = format!("sas/volume-{id}");
+    env.rbd(&["create", &foreign, "--size", "7M"]);
+    env.rbd(&["image-meta", "set", &foreign, "whose", "somebody's"]);
+    refused("an image that poolshift does not know has its name in the target's pool");
+    assert_eq!(env.rbd(&["image-meta", "get", &foreign, "whose"]).trim(), "somebody's");
+    env.rbd(&["rm", "--no-progress", &foreign]);
+
+    let snapshot = bed.world.snapshot(&id);
+    refused(&snapshot);
+    bed.world.remove_snapshot(&snapshot);
+
+    env.volume_action(&id, &json!({"os-reset_status": {"status": "maintenance"}}));
+    refused("it is maintenance, and not available");
+    env.volume_action(&id, &json!({"os-reset_status": {"status": "available"}}));
+
+    let other = bed.world.volume_type("sata");
+    let retype = |to: &str| {
+        env.volume_action(&id, &json!({"os-retype": {"new_type": to, "migration_policy": "never"}}));
+        env.wait_for("its other type", || {
+            let shown = env.volume(&id);
+            let done = shown["volume_type"] == to && shown["status"] == "available";
+            if done { Ok(()) } else { Err(format!("{} {}", shown["volume_type"], shown["status"])) }
+        });
+    };
+    retype(&other);
+    refused("somebody has retyped it");
+    retype("sata");
+
+    // And then nothing does.
+    bed.switch(0, "cutover", &[], "target");
+    env.rbd(&["create", &format!("sata/volume-{id}"), "--size", "7M"]);
+    let run = bed.run(0, "rollback", &["--with-changes", "--yes"]).expect_code(14);
+    assert!(
+        format!("{run:?}").contains("an image that poolshift does not know has its name in the source's pool"),
+        "{run:?}"
+    );
+    env.rbd(&["rm", "--no-progress", &format!("sata/volume-{id}")]);
+    bed.switch(0, "rollback", &["--with-changes"], "source");
 }

@@ -335,6 +335,7 @@ struct Made {
     volumes: Vec<String>,
     snapshots: Vec<String>,
     key_pairs: Vec<String>,
+    volume_types: Vec<String>,
 }
 
 /// A name that no other test has.
@@ -407,6 +408,25 @@ impl<'a> World<'a> {
         self.env.tell(Service::Nova, &Method::POST, "os-keypairs", &json!({"keypair": {"name": name}}));
         self.made.borrow_mut().key_pairs.push(name.clone());
         name
+    }
+
+    /// A type of volumes of a backend, by its name.
+    #[track_caller]
+    pub(crate) fn volume_type(&self, backend: &str) -> String {
+        let name = unique("type");
+        let body = json!({"volume_type": {"name": name, "extra_specs": {"volume_backend_name": backend}}});
+        let answer = self.env.tell(Service::Cinder, &Method::POST, "types", &body);
+        self.made
+            .borrow_mut()
+            .volume_types
+            .push(answer["volume_type"]["id"].as_str().expect("it has an id").to_owned());
+        name
+    }
+
+    /// Removes a snapshot of Cinder's.
+    #[track_caller]
+    pub(crate) fn remove_snapshot(&self, id: &str) {
+        self.try_remove_snapshot(id).unwrap_or_else(|error| panic!("{error}"));
     }
 
     /// A snapshot of Cinder's.
@@ -562,6 +582,9 @@ impl<'a> World<'a> {
         made.servers.iter().for_each(|id| note(self.try_delete_server(id)));
         made.snapshots.iter().for_each(|id| note(self.try_remove_snapshot(id)));
         made.volumes.iter().for_each(|id| note(self.try_remove_volume(id)));
+        for id in &made.volume_types {
+            note(self.env.ask(Service::Cinder, &Method::DELETE, &format!("types/{id}"), None).map(drop));
+        }
         for name in &made.key_pairs {
             note(self.env.ask(Service::Nova, &Method::DELETE, &format!("os-keypairs/{name}"), None).map(drop));
         }
