@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use crate::support::{Run, binary, poolshift};
-use crate::vm::{Guest, GuestDisk, Role, VmEnv};
+use crate::support::{CephEnv, Run, binary, poolshift};
+use crate::vm::{Guest, GuestDisk, Role, VmEnv, rbd_command};
 
 /// Nothing here takes as long; what does has failed.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(180);
@@ -24,36 +24,19 @@ pub(crate) struct Bed<'a> {
     pub(crate) guest: Guest<'a>,
     /// Those of other servers.
     pub(crate) others: Vec<Guest<'a>>,
+    fleet: Fleet,
+}
+
+/// A plan, and `poolshift` at work on it.
+pub(crate) struct Fleet {
     dir: tempfile::TempDir,
     daemon: Option<Child>,
 }
 
-impl<'a> Bed<'a> {
-    /// A server with a guest that runs.
-    #[track_caller]
-    pub(crate) fn new(env: &'a VmEnv, tag: &str) -> Self {
-        Self::with(env, tag, "")
-    }
-
-    /// The same, with more of `libvirt = { … }` in the plan: `, limit = "15s"`.
-    #[track_caller]
-    pub(crate) fn with(env: &'a VmEnv, tag: &str, more: &str) -> Self {
-        let guest = Guest::make(env, tag);
-        let dir = tempfile::tempdir().expect("a folder");
-        let bed = Self { env, guest, others: Vec::new(), dir, daemon: None };
-        std::fs::write(bed.plan(), bed.beginning() + &bed.server(SERVER, &bed.guest, more)).expect("a plan");
-        bed.guest.start();
-        bed
-    }
-
-    /// One more server, with a guest that runs.
-    #[track_caller]
-    pub(crate) fn add(&mut self, server: &str, more: &str) {
-        let guest = Guest::make(self.env, server);
-        let plan = std::fs::read_to_string(self.plan()).expect("there is a plan");
-        std::fs::write(self.plan(), plan + &self.server(server, &guest, more)).expect("a plan");
-        guest.start();
-        self.others.push(guest);
+impl Fleet {
+    /// With an empty plan.
+    pub(crate) fn new() -> Self {
+        Self { dir: tempfile::tempdir().expect("a folder"), daemon: None }
     }
 
     pub(crate) fn plan(&self) -> String {
@@ -65,29 +48,20 @@ impl<'a> Bed<'a> {
         self.dir.path()
     }
 
-    fn beginning(&self) -> String {
+    #[track_caller]
+    pub(crate) fn write_plan(&self, text: &str) {
+        std::fs::write(self.plan(), text).expect("a plan");
+    }
+
+    /// How a plan begins, for a cluster that has both sides.
+    pub(crate) fn beginning(ceph: &CephEnv) -> String {
         let free = std::net::TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
-        let (conf, user) = (self.env.ceph.conf.display(), &self.env.ceph.user);
+        let (conf, user) = (ceph.conf.display(), &ceph.user);
         let mut text = format!("[api]\nlisten = \"{}\"\n[defaults]\ninterval = \"2s\"\n", free.expect("a free port"));
         for side in ["source", "target"] {
             text += &format!("[{side}]\nconf = \"{conf}\"\nuser = \"{user}\"\n");
         }
         text
-    }
-
-    fn server(&self, name: &str, guest: &Guest<'_>, more: &str) -> String {
-        let mut text = format!("[[server]]\nname = \"{name}\"\n");
-        for GuestDisk { role, source, target } in &guest.disks {
-            let (volume, boot) = (format!("{name}-{role:?}"), *role == Role::Root);
-            text += &format!(
-                "[[server.volume]]\nname = \"{volume}\"\nsource = \"rbd:{source}\"\ntarget = \"rbd:{target}\"\nboot = \
-                 {boot}\n"
-            );
-        }
-        let (domain, uri, folder) = (&guest.name, self.env.uri(), self.dir.path().display());
-        text + &format!(
-            "[server.cutover]\nlibvirt = {{ domain = \"{domain}\", uri = \"{uri}\", save_folder = \"{folder}\"{more} }}\n"
-        )
     }
 
     pub(crate) fn start_daemon(&mut self) {
@@ -102,11 +76,11 @@ impl<'a> Bed<'a> {
         }
     }
 
-    /// Has every server a point, and no daemon.
+    /// Has so many servers a point, and no daemon.
     #[track_caller]
-    pub(crate) fn replicate(&mut self) {
+    pub(crate) fn replicate(&mut self, servers: usize) {
         self.start_daemon();
-        for server in 0..=self.others.len() {
+        for server in 0..servers {
             self.wait_for_server(server, "a point", |status| status["point"].is_object());
         }
         // In good order: what a killed one has open would stay open for half a minute.
@@ -115,16 +89,113 @@ impl<'a> Bed<'a> {
         daemon.wait().expect("it can be waited for");
     }
 
+    /// `poolshift` with a command on a server.
+    pub(crate) fn command(&self, server: &str, command: &str, words: &[&str]) -> Command {
+        let mut binary = binary();
+        binary.arg(command).arg(self.plan()).arg(server).args(words);
+        binary
+    }
+
+    /// What a command on a server ends in.
+    pub(crate) fn run(&self, server: &str, command: &str, words: &[&str]) -> Run {
+        poolshift([command, &self.plan(), server].iter().chain(words))
+    }
+
+    #[track_caller]
+    pub(crate) fn wait_for_server(&self, server: usize, what: &str, wanted: impl Fn(&Value) -> bool) {
+        let begin = Instant::now();
+        loop {
+            let run = poolshift(["status", &self.plan(), "--json"]).expect_code(0);
+            let status: Value = serde_json::from_str(&run.stdout).expect("one JSON value");
+            let status = &status["servers"][server];
+            if wanted(status) {
+                return;
+            }
+            assert!(begin.elapsed() < PATIENCE, "waited in vain for {what}: {status:#}");
+        }
+    }
+}
+
+impl Drop for Fleet {
+    fn drop(&mut self) {
+        self.stop_daemon();
+    }
+}
+
+impl<'a> Bed<'a> {
+    /// A server with a guest that runs.
+    #[track_caller]
+    pub(crate) fn new(env: &'a VmEnv, tag: &str) -> Self {
+        Self::with(env, tag, "")
+    }
+
+    /// The same, with more of `libvirt = { … }` in the plan: `, limit = "15s"`.
+    #[track_caller]
+    pub(crate) fn with(env: &'a VmEnv, tag: &str, more: &str) -> Self {
+        let guest = Guest::make(env, tag);
+        let bed = Self { env, guest, others: Vec::new(), fleet: Fleet::new() };
+        bed.fleet.write_plan(&(Fleet::beginning(&env.ceph) + &bed.server(SERVER, &bed.guest, more)));
+        bed.guest.start();
+        bed
+    }
+
+    /// One more server, with a guest that runs.
+    #[track_caller]
+    pub(crate) fn add(&mut self, server: &str, more: &str) {
+        let guest = Guest::make(self.env, server);
+        let plan = std::fs::read_to_string(self.plan()).expect("there is a plan");
+        self.fleet.write_plan(&(plan + &self.server(server, &guest, more)));
+        guest.start();
+        self.others.push(guest);
+    }
+
+    pub(crate) fn plan(&self) -> String {
+        self.fleet.plan()
+    }
+
+    /// A folder for what a test needs.
+    pub(crate) fn folder(&self) -> &std::path::Path {
+        self.fleet.folder()
+    }
+
+    fn server(&self, name: &str, guest: &Guest<'_>, more: &str) -> String {
+        let mut text = format!("[[server]]\nname = \"{name}\"\n");
+        for GuestDisk { role, source, target } in &guest.disks {
+            let (volume, boot) = (format!("{name}-{role:?}"), *role == Role::Root);
+            text += &format!(
+                "[[server.volume]]\nname = \"{volume}\"\nsource = \"rbd:{source}\"\ntarget = \"rbd:{target}\"\nboot = \
+                 {boot}\n"
+            );
+        }
+        let (domain, uri, folder) = (&guest.name, self.env.uri(), self.folder().display());
+        text + &format!(
+            "[server.cutover]\nlibvirt = {{ domain = \"{domain}\", uri = \"{uri}\", save_folder = \"{folder}\"{more} }}\n"
+        )
+    }
+
+    pub(crate) fn start_daemon(&mut self) {
+        self.fleet.start_daemon();
+    }
+
+    pub(crate) fn stop_daemon(&mut self) {
+        self.fleet.stop_daemon();
+    }
+
+    /// Has every server a point, and no daemon.
+    #[track_caller]
+    pub(crate) fn replicate(&mut self) {
+        let servers = self.others.len() + 1;
+        self.fleet.replicate(servers);
+    }
+
     /// `poolshift` with a command on [`SERVER`].
     pub(crate) fn command(&self, command: &str, words: &[&str]) -> Command {
-        let mut binary = binary();
-        binary.arg(command).arg(self.plan()).arg(SERVER).args(words);
-        binary
+        self.fleet.command(SERVER, command, words)
     }
 
     /// What a command on any server, or on all, ends in.
     pub(crate) fn run_on(&self, server: &str, command: &str, words: &[&str]) -> Run {
-        poolshift([command, &self.plan(), server].iter().chain(words))
+        self.fleet.run(server, command, words)
     }
 
     pub(crate) fn run(&self, command: &str, words: &[&str]) -> Run {
@@ -137,21 +208,7 @@ impl<'a> Bed<'a> {
 
     #[track_caller]
     pub(crate) fn wait_for(&self, what: &str, wanted: impl Fn(&Value) -> bool) {
-        self.wait_for_server(0, what, wanted);
-    }
-
-    #[track_caller]
-    fn wait_for_server(&self, server: usize, what: &str, wanted: impl Fn(&Value) -> bool) {
-        let begin = Instant::now();
-        loop {
-            let run = poolshift(["status", &self.plan(), "--json"]).expect_code(0);
-            let status: Value = serde_json::from_str(&run.stdout).expect("one JSON value");
-            let status = &status["servers"][server];
-            if wanted(status) {
-                return;
-            }
-            assert!(begin.elapsed() < PATIENCE, "waited in vain for {what}: {status:#}");
-        }
+        self.fleet.wait_for_server(0, what, wanted);
     }
 
     /// Runs a command that ends with the server running from `side`, and gives back its report.
@@ -183,7 +240,7 @@ impl<'a> Bed<'a> {
             let (used, left) = if on_targets { (target, &kept) } else { (source, target) };
             assert_eq!(self.env.watchers(used), 1, "{used}");
             // A worker of the fleet may be at it.
-            assert!(on_targets || self.daemon.is_some() || self.env.watchers(left) == 0, "{left}");
+            assert!(on_targets || self.fleet.daemon.is_some() || self.env.watchers(left) == 0, "{left}");
             assert!(!on_targets || self.env.watchers(left) == 0, "{left}");
         }
         guest.wait_for_ack(guest.console().last_ack() + 2);
@@ -202,10 +259,8 @@ impl Drop for Bed<'_> {
         self.stop_daemon();
         for disk in self.others.iter().chain([&self.guest]).flat_map(|guest| &guest.disks) {
             let kept = format!("{}.poolshift-kept", disk.source);
-            let mut command = Command::new("rbd");
-            command.env_remove("CEPH_ARGS").arg("--conf").arg(&self.env.ceph.conf);
             // Back to the name under which the guest removes it.
-            let _ = command.args(["--id", &self.env.ceph.user, "mv", &kept, &disk.source]).output();
+            let _ = rbd_command(&self.env.ceph).args(["mv", &kept, &disk.source]).output();
         }
     }
 }
@@ -252,6 +307,10 @@ impl Running {
             }
         }
         false
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
     }
 
     pub(crate) fn signal(&self, signal: Signal) {

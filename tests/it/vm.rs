@@ -19,8 +19,13 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// How long a line of a guest's log is: a page, so that no line brings an older one to the disk again.
 const LINE: usize = 4096;
 
-/// One guest at a time: an emulated one takes a whole core.
+/// One test with guests at a time: an emulated one takes a whole core.
 static GUESTS: Mutex<()> = Mutex::new(());
+
+/// Waits for the turn to have guests. It is taken before a turn on the cluster: who waits here keeps nobody from that.
+pub(crate) fn take_turn_with_guests() -> MutexGuard<'static, ()> {
+    GUESTS.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// A libvirt of `scripts/vm-dev`, and the cluster that its guests' disks are on.
 pub(crate) struct VmEnv {
@@ -51,22 +56,43 @@ fn vm_on(ceph: fn() -> Option<CephEnv>) -> Option<VmEnv> {
         skip("a libvirt (POOLSHIFT_TEST_VM, a folder of scripts/vm-dev; scripts/test starts one)");
         return None;
     };
-    // Before the turn on the cluster: who waits here keeps nobody from it.
-    let alone = GUESTS.lock().unwrap_or_else(PoisonError::into_inner);
+    let alone = take_turn_with_guests();
     Some(VmEnv { ceph: ceph()?, folder: folder.into(), _alone: alone })
 }
 
 /// Runs a command to its end and gives back its standard output.
 #[track_caller]
-fn run(command: &mut Command) -> Vec<u8> {
+pub(crate) fn run(command: &mut Command) -> Vec<u8> {
     let Output { status, stdout, stderr } = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
     assert!(status.success(), "{command:?}: {status}\n{}", String::from_utf8_lossy(&stderr));
     stdout
 }
 
 #[track_caller]
-fn run_for_text(command: &mut Command) -> String {
+pub(crate) fn run_for_text(command: &mut Command) -> String {
     String::from_utf8(run(command)).expect("the output is text")
+}
+
+/// Runs Ceph's own `rbd`.
+#[track_caller]
+pub(crate) fn rbd(ceph: &CephEnv, words: &[&str]) -> String {
+    run_for_text(rbd_command(ceph).args(words))
+}
+
+/// Ceph's own `rbd`, for a cluster.
+pub(crate) fn rbd_command(ceph: &CephEnv) -> Command {
+    let mut command = Command::new("rbd");
+    command.env_remove("CEPH_ARGS").arg("--conf").arg(&ceph.conf).arg("--id").arg(&ceph.user);
+    command
+}
+
+/// The addresses of the clients that have an image open.
+#[track_caller]
+pub(crate) fn clients(ceph: &CephEnv, image: &str) -> Vec<String> {
+    let status: serde_json::Value =
+        serde_json::from_str(&rbd(ceph, &["status", "--format", "json", image])).expect("rbd prints JSON");
+    let watchers = status["watchers"].as_array().expect("there is a list of watchers");
+    watchers.iter().map(|watcher| watcher["address"].as_str().expect("it has an address").to_owned()).collect()
 }
 
 impl VmEnv {
@@ -84,9 +110,7 @@ impl VmEnv {
     /// Runs Ceph's own `rbd`.
     #[track_caller]
     pub(crate) fn rbd(&self, words: &[&str]) -> String {
-        let mut command = Command::new("rbd");
-        command.env_remove("CEPH_ARGS").arg("--conf").arg(&self.ceph.conf).arg("--id").arg(&self.ceph.user);
-        run_for_text(command.args(words))
+        rbd(&self.ceph, words)
     }
 
     /// How many clients have an image open.
@@ -98,10 +122,7 @@ impl VmEnv {
     /// The addresses of the clients that have an image open.
     #[track_caller]
     pub(crate) fn clients(&self, image: &str) -> Vec<String> {
-        let status: serde_json::Value =
-            serde_json::from_str(&self.rbd(&["status", "--format", "json", image])).expect("rbd prints JSON");
-        let watchers = status["watchers"].as_array().expect("there is a list of watchers");
-        watchers.iter().map(|watcher| watcher["address"].as_str().expect("it has an address").to_owned()).collect()
+        clients(&self.ceph, image)
     }
 
     #[track_caller]
@@ -152,6 +173,15 @@ pub(crate) struct Guest<'a> {
     /// The domain's name.
     pub(crate) name: String,
     pub(crate) disks: [GuestDisk; 2],
+    terminal: Terminal,
+}
+
+impl std::ops::Deref for Guest<'_> {
+    type Target = Terminal;
+
+    fn deref(&self) -> &Terminal {
+        &self.terminal
+    }
 }
 
 impl<'a> Guest<'a> {
@@ -163,7 +193,10 @@ impl<'a> Guest<'a> {
             let image = format!("{name}-{}", role.name());
             GuestDisk { role, source: format!("sata/{image}"), target: format!("sas/{image}") }
         };
-        let guest = Self { env, disks: [disk(Role::Root), disk(Role::Data)], name };
+        let console = |ending: &str| env.folder.join("console").join(format!("{name}.{ending}"));
+        let socket = Socket { log: console("log"), socket: console("sock") };
+        let terminal = Terminal::new(&name, Box::new(socket));
+        let guest = Self { env, disks: [disk(Role::Root), disk(Role::Data)], name, terminal };
         env.vm_dev(&["import"], &guest);
         env.vm_dev(&["domain", &guest.name], &guest);
         guest
@@ -211,11 +244,88 @@ impl<'a> Guest<'a> {
         self.env.folder.join("console").join(format!("{}.{ending}", self.name))
     }
 
+    fn clean_up(&self) {
+        let quietly = |result: std::io::Result<Output>| match result {
+            Ok(output) if output.status.success() => true,
+            other => {
+                eprintln!("cleaning up {}: {other:?}", self.name);
+                false
+            }
+        };
+        let virsh =
+            |words: &[&str]| Command::new("virsh").args(["--quiet", "--connect", &self.env.uri()]).args(words).output();
+        // One that does not run can't be destroyed.
+        let _ = virsh(&["destroy", &self.name]);
+        quietly(virsh(&["undefine", &self.name, "--managed-save"]));
+        let rbd = |words: &[&str]| rbd_command(&self.env.ceph).args(words).output();
+        for image in self.disks.iter().flat_map(|disk| [&disk.source, &disk.target]) {
+            if rbd(&["info", image]).is_ok_and(|output| output.status.success()) {
+                quietly(rbd(&["snap", "purge", "--no-progress", image]));
+                quietly(rbd(&["rm", "--no-progress", image]));
+            }
+        }
+        for ending in ["log", "sock"] {
+            let _ = std::fs::remove_file(self.console_file(ending));
+        }
+    }
+}
+
+impl Drop for Guest<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("the console of {}, at last:\n{}", self.name, self.console().tail());
+        }
+        self.clean_up();
+    }
+}
+
+/// Where a guest prints, and hears.
+pub(crate) trait Line: Send {
+    /// All that came so far.
+    fn printed(&self) -> Vec<u8>;
+
+    /// To be written to, and read without waiting, until it is answered.
+    fn open(&self) -> Box<dyn Conversation>;
+}
+
+/// What is said to a guest, and what it says at the same time.
+pub(crate) trait Conversation: Read + Write {}
+
+impl<T: Read + Write> Conversation for T {}
+
+/// The console of a domain of `scripts/vm-dev`.
+struct Socket {
+    log: PathBuf,
+    socket: PathBuf,
+}
+
+impl Line for Socket {
+    fn printed(&self) -> Vec<u8> {
+        // Not there before the first start.
+        std::fs::read(&self.log).unwrap_or_default()
+    }
+
+    fn open(&self) -> Box<dyn Conversation> {
+        let socket = UnixStream::connect(&self.socket).expect("the console is a socket");
+        socket.set_nonblocking(true).expect("a socket can be set");
+        Box::new(socket)
+    }
+}
+
+/// A guest's console, with someone at it.
+pub(crate) struct Terminal {
+    name: String,
+    line: Box<dyn Line>,
+}
+
+impl Terminal {
+    pub(crate) fn new(name: &str, line: Box<dyn Line>) -> Self {
+        Self { name: name.to_owned(), line }
+    }
+
     /// All that it has printed so far.
     pub(crate) fn console(&self) -> Console {
-        // Not there before the first start.
-        let text = std::fs::read(self.console_file("log")).unwrap_or_default();
-        Console::parse(&String::from_utf8_lossy(&text))
+        Console::parse(&String::from_utf8_lossy(&self.line.printed()))
     }
 
     /// Waits until what is on the console satisfies `found`.
@@ -253,9 +363,8 @@ impl<'a> Guest<'a> {
     pub(crate) fn command(&self, words: &str) -> Vec<Record> {
         let name = words.split(' ').next().unwrap_or_default();
         let before = self.console().records.len();
-        let mut socket = UnixStream::connect(self.console_file("sock")).expect("the console is a socket");
-        socket.set_nonblocking(true).expect("a socket can be set");
-        socket.write_all(format!("{words}\n").as_bytes()).expect("the console takes a line");
+        let mut conversation = self.line.open();
+        conversation.write_all(format!("{words}\n").as_bytes()).expect("the console takes a line");
         let answer = |console: &Console| {
             let new = &console.records[before..];
             let end = new
@@ -263,10 +372,10 @@ impl<'a> Guest<'a> {
                 .position(|record| record.word == "DONE" && record.rest.first().is_some_and(|w| w == name))?;
             Some(new[..=end].to_vec())
         };
-        // What nobody reads would fill the socket, and then the guest could print nothing more, also not to its log.
+        // What nobody reads would fill it, and then the guest could print nothing more, also not to its log.
         self.wait_while_doing(&format!("{words:?} to be done"), answer, || {
             let mut buffer = [0; 4096];
-            while socket.read(&mut buffer).is_ok_and(|length| length > 0) {}
+            while conversation.read(&mut buffer).is_ok_and(|length| length > 0) {}
         })
     }
 
@@ -288,52 +397,15 @@ impl<'a> Guest<'a> {
     #[track_caller]
     pub(crate) fn oracle(&self) -> Result<(), String> {
         self.command("stop");
-        let verdict = oracle(self.console().last_ack(), self.check());
+        let console = self.console();
+        let verdict = oracle(console.last_ack(), self.check()).and_then(|()| console.is_in_order());
         self.command("go");
         verdict
-    }
-
-    fn clean_up(&self) {
-        let quietly = |result: std::io::Result<Output>| match result {
-            Ok(output) if output.status.success() => true,
-            other => {
-                eprintln!("cleaning up {}: {other:?}", self.name);
-                false
-            }
-        };
-        let virsh =
-            |words: &[&str]| Command::new("virsh").args(["--quiet", "--connect", &self.env.uri()]).args(words).output();
-        // One that does not run can't be destroyed.
-        let _ = virsh(&["destroy", &self.name]);
-        quietly(virsh(&["undefine", &self.name, "--managed-save"]));
-        let rbd = |words: &[&str]| {
-            let mut command = Command::new("rbd");
-            command.env_remove("CEPH_ARGS").arg("--conf").arg(&self.env.ceph.conf);
-            command.args(["--id", &self.env.ceph.user]).args(words).output()
-        };
-        for image in self.disks.iter().flat_map(|disk| [&disk.source, &disk.target]) {
-            if rbd(&["info", image]).is_ok_and(|output| output.status.success()) {
-                quietly(rbd(&["snap", "purge", "--no-progress", image]));
-                quietly(rbd(&["rm", "--no-progress", image]));
-            }
-        }
-        for ending in ["log", "sock"] {
-            let _ = std::fs::remove_file(self.console_file(ending));
-        }
-    }
-}
-
-impl Drop for Guest<'_> {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            eprintln!("the console of {}, at last:\n{}", self.name, self.console().tail());
-        }
-        self.clean_up();
     }
 }
 
 /// The names in `<source protocol='rbd' name='…'>`, in the order of the disks.
-fn rbd_sources(xml: &str) -> Vec<String> {
+pub(crate) fn rbd_sources(xml: &str) -> Vec<String> {
     xml.split("<source protocol='rbd' name='")
         .skip(1)
         .filter_map(|rest| Some(rest.split_once('\'')?.0.to_owned()))
@@ -390,12 +462,24 @@ impl Console {
         self.all("ACK").last().and_then(|record| record.rest.first()?.parse().ok()).unwrap_or(0)
     }
 
+    /// Whether no line was acknowledged twice. A guest that starts from a disk that has lost lines writes them again.
+    ///
+    /// # Errors
+    /// Which ones were.
+    fn is_in_order(&self) -> Result<(), String> {
+        let acked = self.all("ACK").filter_map(|record| record.rest.first()?.parse::<u64>().ok()).collect::<Vec<_>>();
+        match acked.windows(2).find(|pair| pair[1] <= pair[0]) {
+            Some(pair) => Err(format!("line {} was acknowledged, and then {} came", pair[0], pair[1])),
+            None => Ok(()),
+        }
+    }
+
     /// The ids of its boots: a guest that was saved and restored has booted once.
     pub(crate) fn boot_ids(&self) -> Vec<&str> {
         self.all("BOOT").filter_map(|record| record.field("id")).collect()
     }
 
-    fn tail(&self) -> String {
+    pub(crate) fn tail(&self) -> String {
         let lines: Vec<&str> = self.text.lines().collect();
         lines[lines.len().saturating_sub(20)..].join("\n")
     }
@@ -512,4 +596,12 @@ fn a_torn_record_counts_for_nothing() {
     assert_eq!(console.last_ack(), 11);
     assert_eq!(console.boot_ids(), ["abc"]);
     assert_eq!(console.all("BOOT").next().unwrap().number("n"), 1);
+}
+
+#[test]
+fn a_guest_that_writes_lost_lines_again_is_found() {
+    let console = |acks: [u64; 3]| Console::parse(&acks.map(|ack| format!("GUEST ACK {ack} .\r\n")).concat());
+    assert_eq!(console([11, 12, 14]).is_in_order(), Ok(()), "a line whose acknowledgement was cut");
+    assert!(console([11, 12, 12]).is_in_order().unwrap_err().contains("line 12 was acknowledged"));
+    assert!(console([11, 12, 5]).is_in_order().unwrap_err().contains("and then 5 came"));
 }

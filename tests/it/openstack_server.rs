@@ -1,0 +1,215 @@
+//! Servers of a real cloud that run from their volumes and write all the time: over, back with what they wrote, over
+//! again, and rid of their sources; killed at every step; and what is refused.
+
+use std::time::Instant;
+
+use serde_json::json;
+
+use crate::cutover_bed::Running;
+use crate::openstack_bed::CloudBed;
+use crate::openstack_world::openstack;
+use crate::support::every_step;
+
+#[test]
+fn a_server_of_a_cloud_goes_over_and_back_and_is_finalized() {
+    let Some(env) = openstack() else { return };
+    let mut bed = CloudBed::server(&env, "over", "");
+    bed.guest().wait_for_ack(5);
+    bed.replicate();
+    let begun = Instant::now();
+    let acked = bed.guest().console().last_ack();
+    bed.switch(0, "cutover", &[], "target");
+    println!("over after {:?}", begun.elapsed());
+    assert!(bed.guest().console().last_ack() > acked);
+    assert_eq!(bed.guest().console().all("SHUTDOWN").count(), 1, "it was asked to stop, and not just ended");
+    bed.switch(0, "rollback", &["--with-changes"], "source");
+    bed.switch(0, "cutover", &[], "target");
+    let console = bed.guest().console();
+    assert_eq!(console.all("SHUTDOWN").count(), 3);
+    assert_eq!(console.boot_ids().len(), 4);
+
+    finalized(&bed);
+}
+
+/// It runs from its targets, and goes on when its sources are removed: as Nova and Cinder know it, as before.
+#[track_caller]
+fn finalized(bed: &CloudBed<'_>) {
+    let env = bed.env;
+    bed.run(0, "finalize", &["--yes"]).expect_code(0);
+    let volumes = &bed.servers[0].volumes;
+    for id in volumes {
+        assert_eq!(env.images("sata", id), Vec::<String>::new());
+        assert_eq!(env.images("sas", id), [format!("volume-{id}")]);
+        let image = format!("sas/volume-{id}");
+        assert_eq!(env.rbd(&["snap", "ls", "--all", &image]).trim(), "", "Cinder would not delete it for good");
+        assert_eq!(
+            env.rbd(&["image-meta", "list", &image]).lines().filter(|line| line.contains("poolshift")).count(),
+            0
+        );
+    }
+    let guest = bed.guest();
+    guest.wait_for_ack(guest.console().last_ack() + 5);
+    assert_eq!(guest.oracle(), Ok(()));
+    env.server_action(&guest.id, &json!({"os-stop": null}));
+    env.wait_for_server(&guest.id, "SHUTOFF");
+    let acked = guest.console().last_ack();
+    env.server_action(&guest.id, &json!({"os-start": null}));
+    env.wait_for_server(&guest.id, "ACTIVE");
+    guest.wait_for_ack(acked + 3);
+    assert_eq!(guest.oracle(), Ok(()));
+    assert_eq!(guest.images(), volumes.iter().map(|id| format!("sas/volume-{id}")).collect::<Vec<_>>());
+
+    // And it ends as any other: one volume with it, as it was told, and the other by itself.
+    bed.world.delete_server(&guest.id);
+    bed.world.delete_volume(&volumes[0]);
+    for id in volumes {
+        env.wait_for("the end of its image", || match env.images("sas", id) {
+            left if left.is_empty() => Ok(()),
+            left => Err(format!("{left:?}")),
+        });
+        assert!(!env.rbd(&["trash", "ls", "sas"]).contains(id.as_str()), "it was put into the trash");
+    }
+}
+
+/// A server that its owner has stopped is left alone; one that is stopped while it is brought over goes over.
+#[track_caller]
+fn stopped_by_somebody(bed: &CloudBed<'_>) {
+    let (env, id) = (bed.env, &bed.guest().id);
+    let mut run = bed.start(0, "cutover", &["--yes", "--json"]);
+    assert!(run.until("syncing"), "{:?}", run.finish());
+    env.server_action(id, &json!({"os-stop": null}));
+    let run = run.finish();
+    println!("stopped while it was brought over: {run:?}");
+    if bed.brought_to_an_end(0, run.code, false) != "over" {
+        panic!("{run:?}");
+    }
+    bed.bring_back(0);
+
+    env.server_action(id, &json!({"os-stop": null}));
+    env.wait_for_server(id, "SHUTOFF");
+    let refused = bed.run(0, "cutover", &["--yes"]).expect_code(14);
+    assert!(refused.stderr.contains("it is SHUTOFF, and has to be ACTIVE"), "{}", refused.stderr);
+    assert_eq!(env.server(id)["status"], "SHUTOFF");
+    let acked = bed.guest().console().last_ack();
+    env.server_action(id, &json!({"os-start": null}));
+    env.wait_for_server(id, "ACTIVE");
+    bed.guest().wait_for_ack(acked + 2);
+}
+
+/// The places at which a cutover is killed: some of its phases, and steps of what is done with a volume.
+fn places() -> &'static [&'static str] {
+    const ALL: &[&str] = &[
+        ": syncing",
+        ": converged",
+        ": quiescing",
+        "stop server",
+        ": final delta",
+        ": verifying",
+        ": swapping",
+        "shelve server",
+        "step=Hide(Source)",
+        "step=StandIn(Source)",
+        "step=Retype",
+        "retype volume",
+        "step=Aside(Target)",
+        "step=Place(Target)",
+        "step=Done",
+        ": resuming",
+        "unshelve server",
+        ": committed",
+    ];
+    // All of a volume's steps are killed at with volumes that nobody has, which takes less.
+    if every_step() { ALL } else { &["shelve server", "retype volume", "unshelve server"] }
+}
+
+#[test]
+fn a_cutover_of_a_cloud_s_server_that_is_killed_is_finished_or_undone() {
+    let Some(env) = openstack() else { return };
+    let mut bed = CloudBed::server(&env, "kill", "");
+    bed.replicate();
+    stopped_by_somebody(&bed);
+    let mut undo = false;
+    for place in places() {
+        for back in [false, true] {
+            if back && !every_step() {
+                continue;
+            }
+            undo = !undo;
+            let killed = killed_at(&bed, 0, "cutover", &[], place);
+            println!("killed at {place:?}: {killed}; undone: {undo}");
+            let ended = bed.brought_to_an_end(0, None, undo);
+            println!("it is {ended}");
+            if back && ended == "finished" {
+                let killed = killed_at(&bed, 0, "rollback", &["--with-changes"], place);
+                println!("its way back killed at {place:?}: {killed}");
+            }
+            bed.bring_back(0);
+        }
+    }
+    bed.expect_well(0, "source");
+}
+
+/// Starts a command and kills it once it has told a line with that; says whether it was killed.
+pub(crate) fn killed_at(bed: &CloudBed<'_>, server: usize, command: &str, words: &[&str], place: &str) -> bool {
+    let words: Vec<&str> = words.iter().copied().chain(["--yes"]).collect();
+    let mut command = bed.command(server, command, &words);
+    command.env("POOLSHIFT_LOG", "poolshift=debug");
+    let mut run = Running::start(command);
+    let told = run.until_line(|line| line.trim_end().ends_with(place) || line.contains(&format!("{place} ")));
+    run.kill() && told
+}
+
+#[test]
+fn what_stands_in_the_way_of_volumes_is_named_and_left_alone() {
+    let Some(env) = openstack() else { return };
+    let mut bed = CloudBed::detached(&env, 1, "");
+    bed.note_contents(0);
+    bed.replicate();
+    let id = bed.servers[0].volumes[1].clone();
+    let refused = |because: &str| {
+        let run = bed.run(0, "cutover", &["--yes"]).expect_code(14);
+        assert!(run.stdout.contains(because) || run.stderr.contains(because), "{run:?}");
+        assert!(!run.stderr.contains("quiescing"), "{run:?}");
+        assert_eq!(env.images("sata", &id), [format!("volume-{id}")], "nothing was begun");
+    };
+
+    // What a failing migration of Cinder's would delete.
+    let foreign = format!("sas/volume-{id}");
+    env.rbd(&["create", &foreign, "--size", "7M"]);
+    env.rbd(&["image-meta", "set", &foreign, "whose", "somebody's"]);
+    refused("an image that poolshift does not know has its name in the target's pool");
+    assert_eq!(env.rbd(&["image-meta", "get", &foreign, "whose"]).trim(), "somebody's");
+    env.rbd(&["rm", "--no-progress", &foreign]);
+
+    let snapshot = bed.world.snapshot(&id);
+    refused(&snapshot);
+    bed.world.remove_snapshot(&snapshot);
+
+    env.volume_action(&id, &json!({"os-reset_status": {"status": "maintenance"}}));
+    refused("it is maintenance, and not available");
+    env.volume_action(&id, &json!({"os-reset_status": {"status": "available"}}));
+
+    let other = bed.world.volume_type("sata");
+    let retype = |to: &str| {
+        env.volume_action(&id, &json!({"os-retype": {"new_type": to, "migration_policy": "never"}}));
+        env.wait_for("its other type", || {
+            let shown = env.volume(&id);
+            let done = shown["volume_type"] == to && shown["status"] == "available";
+            if done { Ok(()) } else { Err(format!("{} {}", shown["volume_type"], shown["status"])) }
+        });
+    };
+    retype(&other);
+    refused("somebody has retyped it");
+    retype("sata");
+
+    // And then nothing does.
+    bed.switch(0, "cutover", &[], "target");
+    env.rbd(&["create", &format!("sata/volume-{id}"), "--size", "7M"]);
+    let run = bed.run(0, "rollback", &["--with-changes", "--yes"]).expect_code(14);
+    assert!(
+        format!("{run:?}").contains("an image that poolshift does not know has its name in the source's pool"),
+        "{run:?}"
+    );
+    env.rbd(&["rm", "--no-progress", &format!("sata/volume-{id}")]);
+    bed.switch(0, "rollback", &["--with-changes"], "source");
+}

@@ -1,0 +1,786 @@
+//! A real OpenStack, as `scripts/openstack-dev` makes it: servers and volumes for a test, and what is true of them.
+//!
+//! All that a [`World`] makes is gone with it, also after a test that failed.
+
+use std::cell::RefCell;
+use std::fs::File;
+use std::io::{Read as _, Seek as _, SeekFrom};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use reqwest::Method;
+use serde_json::{Value, json};
+
+use crate::support::{CephEnv, ceph, skip};
+use crate::vm::{
+    Conversation, Line, Terminal, clients, rbd, rbd_command, rbd_sources, run, run_for_text, take_turn_with_guests,
+};
+
+/// How long anything of the cloud's may take.
+const PATIENCE: Duration = Duration::from_secs(180);
+/// How often it is looked.
+const POLL: Duration = Duration::from_millis(100);
+
+/// A cloud of `scripts/openstack-dev`, and the cluster that its volumes are on.
+pub(crate) struct OpenStackEnv {
+    pub(crate) ceph: CephEnv,
+    folder: PathBuf,
+    api: Api,
+    _alone: MutexGuard<'static, ()>,
+}
+
+/// The cloud and its cluster, or `None` after having said, and written down, that the calling test is skipped.
+///
+/// # Panics
+/// If one is missing and `POOLSHIFT_NO_SKIPS=1`.
+#[track_caller]
+pub(crate) fn openstack() -> Option<OpenStackEnv> {
+    let Some(folder) = std::env::var_os("POOLSHIFT_TEST_OPENSTACK").filter(|folder| !folder.is_empty()) else {
+        skip("an OpenStack (POOLSHIFT_TEST_OPENSTACK, a folder of scripts/openstack-dev; scripts/test starts one)");
+        return None;
+    };
+    let alone = take_turn_with_guests();
+    Some(OpenStackEnv { ceph: ceph()?, folder: folder.into(), api: Api::of_the_environment(), _alone: alone })
+}
+
+/// A service of the cloud.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Service {
+    Cinder,
+    Nova,
+}
+
+/// The cloud's services, as its administrator reaches them. What a test looks at, it does not see through poolshift's
+/// own client.
+struct Api {
+    runtime: tokio::runtime::Runtime,
+    http: reqwest::Client,
+    auth_url: String,
+    token: RefCell<Token>,
+}
+
+#[derive(Clone, Default)]
+struct Token {
+    text: String,
+    project: String,
+}
+
+fn variable(name: &str) -> String {
+    std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set: eval \"$(scripts/openstack-dev env)\""))
+}
+
+impl Api {
+    fn of_the_environment() -> Self {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        let http = reqwest::Client::builder().timeout(Duration::from_secs(120)).build().expect("a client");
+        Self { runtime, http, auth_url: variable("OS_AUTH_URL"), token: RefCell::default() }
+    }
+
+    fn authenticate(&self) -> Result<(), String> {
+        let domain = json!({"id": "default"});
+        let body = json!({"auth": {
+            "identity": {"methods": ["password"], "password": {"user": {
+                "name": variable("OS_USERNAME"), "password": variable("OS_PASSWORD"), "domain": domain,
+            }}},
+            "scope": {"project": {"name": variable("OS_PROJECT_NAME"), "domain": domain}},
+        }});
+        let url = format!("{}/auth/tokens", self.auth_url);
+        let answer = self.runtime.block_on(async {
+            let response = self.http.post(url).json(&body).send().await?.error_for_status()?;
+            let text = response.headers().get("X-Subject-Token").and_then(|text| text.to_str().ok());
+            let text = text.unwrap_or_default().to_owned();
+            Ok::<_, reqwest::Error>((text, response.json::<Value>().await?))
+        });
+        let (text, body) = answer.map_err(|error| format!("get a token: {error}"))?;
+        let project = body["token"]["project"]["id"].as_str().unwrap_or_default().to_owned();
+        self.token.replace(Token { text, project });
+        Ok(())
+    }
+
+    fn call(
+        &self,
+        service: Service,
+        method: &Method,
+        path: &str,
+        body: Option<&Value>,
+    ) -> Result<(u16, Value), String> {
+        for fresh in [false, true] {
+            if fresh || self.token.borrow().text.is_empty() {
+                self.authenticate()?;
+            }
+            let token = self.token.borrow().clone();
+            let url = format!("{}/{path}", address(&self.auth_url, service, &token.project));
+            let version = match service {
+                Service::Cinder => "volume 3.27",
+                Service::Nova => "compute 2.79",
+            };
+            // It makes key pairs up to there only.
+            let version = if path.starts_with("os-keypairs") { "compute 2.1" } else { version };
+            let mut request = self.http.request(method.clone(), url).header("X-Auth-Token", token.text);
+            request = request.header("OpenStack-API-Version", version);
+            if let Some(body) = body {
+                request = request.json(body);
+            }
+            let answer = self.runtime.block_on(async {
+                let response = request.send().await?;
+                Ok::<_, reqwest::Error>((response.status().as_u16(), response.bytes().await?))
+            });
+            let (status, body) = answer.map_err(|error| format!("{method} {path}: {error}"))?;
+            if status == 401 && !fresh {
+                continue;
+            }
+            return Ok((status, serde_json::from_slice(&body).unwrap_or_default()));
+        }
+        unreachable!("the second time is the last one")
+    }
+}
+
+/// Where a service is: at the port that it always has, beside Keystone.
+pub(crate) fn address(auth_url: &str, service: Service, project: &str) -> String {
+    let host = auth_url.strip_suffix(":5000/v3").unwrap_or_else(|| panic!("no address of openstack-dev: {auth_url}"));
+    match service {
+        Service::Cinder => format!("{host}:8776/v3/{project}"),
+        Service::Nova => format!("{host}:8774/v2.1"),
+    }
+}
+
+impl OpenStackEnv {
+    /// The id of the project that the tests work in.
+    pub(crate) fn project(&self) -> String {
+        if self.api.token.borrow().project.is_empty() {
+            self.api.authenticate().expect("the cloud knows its administrator");
+        }
+        self.api.token.borrow().project.clone()
+    }
+
+    /// Asks a service, and gives back what it says, whatever that is.
+    fn ask(&self, service: Service, method: &Method, path: &str, body: Option<&Value>) -> Result<(u16, Value), String> {
+        self.api.call(service, method, path, body)
+    }
+
+    /// Asks, and is not refused.
+    #[track_caller]
+    pub(crate) fn tell(&self, service: Service, method: &Method, path: &str, body: &Value) -> Value {
+        let body = Some(body).filter(|body| !body.is_null());
+        let (status, answer) = self.ask(service, method, path, body).unwrap_or_else(|error| panic!("{error}"));
+        assert!((200..300).contains(&status), "{method} {path} {body:?}: {status} {answer:#}");
+        answer
+    }
+
+    #[track_caller]
+    fn get(&self, service: Service, path: &str) -> Value {
+        self.tell(service, &Method::GET, path, &Value::Null)
+    }
+
+    #[track_caller]
+    pub(crate) fn volume(&self, id: &str) -> Value {
+        self.get(Service::Cinder, &format!("volumes/{id}"))["volume"].take()
+    }
+
+    #[track_caller]
+    pub(crate) fn server(&self, id: &str) -> Value {
+        self.get(Service::Nova, &format!("servers/{id}"))["server"].take()
+    }
+
+    #[track_caller]
+    pub(crate) fn volume_action(&self, id: &str, action: &Value) {
+        self.tell(Service::Cinder, &Method::POST, &format!("volumes/{id}/action"), action);
+    }
+
+    #[track_caller]
+    pub(crate) fn server_action(&self, id: &str, action: &Value) {
+        self.tell(Service::Nova, &Method::POST, &format!("servers/{id}/action"), action);
+    }
+
+    /// Runs Ceph's own `rbd`.
+    #[track_caller]
+    pub(crate) fn rbd(&self, words: &[&str]) -> String {
+        rbd(&self.ceph, words)
+    }
+
+    /// How many clients have an image open.
+    #[track_caller]
+    pub(crate) fn watchers(&self, image: &str) -> usize {
+        clients(&self.ceph, image).len()
+    }
+
+    /// The names of the images of a pool with that in it.
+    #[track_caller]
+    pub(crate) fn images(&self, pool: &str, with: &str) -> Vec<String> {
+        self.rbd(&["ls", pool]).lines().filter(|name| name.contains(with)).map(str::to_owned).collect()
+    }
+
+    /// The digest of all that an image holds, by what it has allocated.
+    #[track_caller]
+    pub(crate) fn digest(&self, image: &str) -> String {
+        let mut command = rbd_command(&self.ceph);
+        let stream = run(command.args(["export-diff", "--no-progress", image, "-"]));
+        digest_of_diff(&stream).unwrap_or_else(|| panic!("{image}: its export is cut"))
+    }
+
+    /// Runs virsh for the cloud's own libvirt.
+    #[track_caller]
+    pub(crate) fn virsh(&self, words: &[&str]) -> String {
+        run_for_text(
+            Command::new(self.folder.join("chroot")).args(["virsh", "--quiet", "-c", "qemu:///system"]).args(words),
+        )
+    }
+
+    /// Waits until something is so, and gives it back.
+    #[track_caller]
+    pub(crate) fn wait_for<T>(&self, what: &str, mut found: impl FnMut() -> Result<T, String>) -> T {
+        self.try_wait_for(what, &mut found).unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    fn try_wait_for<T>(&self, what: &str, found: &mut dyn FnMut() -> Result<T, String>) -> Result<T, String> {
+        let begun = Instant::now();
+        loop {
+            match found() {
+                Ok(found) => return Ok(found),
+                Err(seen) if begun.elapsed() > PATIENCE => return Err(format!("waited in vain for {what}: {seen}")),
+                Err(_) => std::thread::sleep(POLL),
+            }
+        }
+    }
+
+    /// Waits until a volume has a status, and nothing is under way with it.
+    #[track_caller]
+    pub(crate) fn wait_for_volume(&self, id: &str, status: &str) -> Value {
+        self.wait_for(&format!("volume {id} that is {status}"), || {
+            let volume = self.volume(id);
+            if volume["status"] == status { Ok(volume) } else { Err(volume["status"].to_string()) }
+        })
+    }
+
+    /// Waits until a server has a status, and nothing is under way with it.
+    #[track_caller]
+    pub(crate) fn wait_for_server(&self, id: &str, status: &str) -> Value {
+        self.wait_for(&format!("server {id} that is {status}"), || {
+            let server = self.server(id);
+            let still = server["OS-EXT-STS:task_state"].is_null() && server["status"] == status;
+            let seen = || format!("{} {} {}", server["status"], server["OS-EXT-STS:task_state"], server["fault"]);
+            if still { Ok(server.clone()) } else { Err(seen()) }
+        })
+    }
+}
+
+/// The digest of a stream of `rbd export-diff` without a beginning. What is zero counts as what was never written.
+fn digest_of_diff(stream: &[u8]) -> Option<String> {
+    const SECTOR: usize = 512;
+    let mut rest = stream.strip_prefix(b"rbd diff v1\n")?;
+    let mut hasher = blake3::Hasher::new();
+    loop {
+        let (tag, after) = rest.split_first()?;
+        rest = after;
+        let mut number = || {
+            let (bytes, after) = rest.split_first_chunk::<8>()?;
+            rest = after;
+            usize::try_from(u64::from_le_bytes(*bytes)).ok()
+        };
+        match tag {
+            b'e' => return Some(hasher.finalize().to_hex().to_string()),
+            b's' => {
+                hasher.update(&number()?.to_le_bytes());
+            }
+            b'z' => drop((number()?, number()?)),
+            b'w' => {
+                let (offset, length) = (number()?, number()?);
+                let (data, after) = rest.split_at_checked(length)?;
+                rest = after;
+                for (index, sector) in data.chunks(SECTOR).enumerate() {
+                    if sector.iter().any(|byte| *byte != 0) {
+                        hasher.update(&(offset + index * SECTOR).to_le_bytes());
+                        hasher.update(sector);
+                    }
+                }
+            }
+            _ => return None,
+        }
+    }
+}
+
+#[test]
+fn what_is_in_an_image_has_one_digest_however_it_is_stored() {
+    let write =
+        |at: u64, data: &[u8]| [&b"w"[..], &at.to_le_bytes(), &(data.len() as u64).to_le_bytes(), data].concat();
+    let zero = |at: u64| [&b"z"[..], &at.to_le_bytes(), &512_u64.to_le_bytes()].concat();
+    let stream = |records: &[Vec<u8>]| {
+        digest_of_diff(&[&b"rbd diff v1\ns"[..], &4096_u64.to_le_bytes(), &records.concat(), b"e"].concat()).unwrap()
+    };
+    let (one, other) = ([7; 512], [8; 512]);
+    let both = stream(&[write(0, &[one, other].concat())]);
+    assert_eq!(both, stream(&[write(0, &one), write(512, &other), zero(1024)]));
+    assert_eq!(both, stream(&[write(0, &[one, other, [0; 512]].concat())]));
+    assert_ne!(both, stream(&[write(0, &one), write(1024, &other)]));
+    assert_ne!(both, stream(&[write(0, &one)]));
+    assert_eq!(digest_of_diff(b"rbd diff v1\n"), None);
+}
+
+/// What a test has made in the cloud. Dropped, all of it is deleted, with every image that has the id of one of its
+/// volumes in its name.
+pub(crate) struct World<'a> {
+    env: &'a OpenStackEnv,
+    made: RefCell<Made>,
+}
+
+#[derive(Default)]
+struct Made {
+    servers: Vec<String>,
+    volumes: Vec<String>,
+    snapshots: Vec<String>,
+    key_pairs: Vec<String>,
+    volume_types: Vec<String>,
+}
+
+/// A name that no other test has.
+pub(crate) fn unique(tag: &str) -> String {
+    static NUMBER: AtomicU32 = AtomicU32::new(0);
+    format!("it-{tag}-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed))
+}
+
+impl<'a> World<'a> {
+    pub(crate) fn new(env: &'a OpenStackEnv) -> Self {
+        Self { env, made: RefCell::default() }
+    }
+
+    /// Volumes of 1 GiB and the type `sata`, with nothing in them.
+    #[track_caller]
+    pub(crate) fn volumes(&self, names: &[String]) -> Vec<String> {
+        let make = |name: &String| {
+            let body = json!({"volume": {
+                "name": name, "size": 1, "volume_type": "sata", "metadata": {"owner": "it", "of": name},
+            }});
+            let answer = self.env.tell(Service::Cinder, &Method::POST, "volumes", &body);
+            let id = answer["volume"]["id"].as_str().expect("it has an id").to_owned();
+            self.made.borrow_mut().volumes.push(id.clone());
+            id
+        };
+        let ids: Vec<String> = names.iter().map(make).collect();
+        for id in &ids {
+            self.env.wait_for_volume(id, "available");
+        }
+        ids
+    }
+
+    /// The two disks of the guest of `scripts/vm-dev`, as volumes of 1 GiB and the type `sata`.
+    #[track_caller]
+    pub(crate) fn guest_volumes(&self, name: &str) -> Vec<String> {
+        let volumes = self.volumes(&["root", "data"].map(|role| format!("{name}-{role}")));
+        let images: Vec<String> = volumes.iter().map(|id| format!("sata/volume-{id}")).collect();
+        for image in &images {
+            self.env.rbd(&["rm", "--no-progress", image]);
+        }
+        let mut command = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/vm-dev"));
+        if let Some(folder) = std::env::var_os("POOLSHIFT_TEST_VM").filter(|folder| !folder.is_empty()) {
+            command.env("POOLSHIFT_VM_DIR", Path::new(&folder).parent().expect("a folder of libvirts"));
+        }
+        command.arg("import").arg("--ceph-conf").arg(&self.env.ceph.conf).args(["--ceph-user", &self.env.ceph.user]);
+        command.args(["--root", &format!("rbd:{}", images[0]), "--data", &format!("rbd:{}", images[1])]);
+        run(&mut command);
+        for image in &images {
+            self.env.rbd(&["resize", "--no-progress", image, "--size", "1G"]);
+        }
+        self.env.volume_action(&volumes[0], &json!({"os-set_bootable": {"bootable": true}}));
+        let of_image = json!({"os-set_image_metadata": {"metadata": {"os_distro": "it"}}});
+        self.env.volume_action(&volumes[0], &of_image);
+        volumes
+    }
+
+    /// Writes something into a volume that nobody has, so many MiB of it, not all in one place.
+    #[track_caller]
+    pub(crate) fn write(&self, volume: &str, mib: u64) {
+        let image = format!("sata/volume-{volume}");
+        let (size, total) = ("64K", format!("{mib}M"));
+        let words = ["bench", &image, "--io-type", "write", "--io-pattern", "rand", "--io-size", size];
+        self.env.rbd(&[&words[..], &["--io-total", &total]].concat());
+    }
+
+    /// A key pair, by its name.
+    #[track_caller]
+    pub(crate) fn key_pair(&self) -> String {
+        let name = unique("key");
+        self.env.tell(Service::Nova, &Method::POST, "os-keypairs", &json!({"keypair": {"name": name}}));
+        self.made.borrow_mut().key_pairs.push(name.clone());
+        name
+    }
+
+    /// A type of volumes of a backend, by its name.
+    #[track_caller]
+    pub(crate) fn volume_type(&self, backend: &str) -> String {
+        let name = unique("type");
+        let body = json!({"volume_type": {"name": name, "extra_specs": {"volume_backend_name": backend}}});
+        let answer = self.env.tell(Service::Cinder, &Method::POST, "types", &body);
+        self.made
+            .borrow_mut()
+            .volume_types
+            .push(answer["volume_type"]["id"].as_str().expect("it has an id").to_owned());
+        name
+    }
+
+    /// Removes a snapshot of Cinder's.
+    #[track_caller]
+    pub(crate) fn remove_snapshot(&self, id: &str) {
+        self.try_remove_snapshot(id).unwrap_or_else(|error| panic!("{error}"));
+    }
+
+    /// A snapshot of Cinder's.
+    #[track_caller]
+    pub(crate) fn snapshot(&self, volume: &str) -> String {
+        let body = json!({"snapshot": {"volume_id": volume, "name": unique("snapshot"), "force": true}});
+        let answer = self.env.tell(Service::Cinder, &Method::POST, "snapshots", &body);
+        let id = answer["snapshot"]["id"].as_str().expect("it has an id").to_owned();
+        self.made.borrow_mut().snapshots.push(id.clone());
+        self.env.wait_for("a snapshot that is available", || {
+            let status = self.env.get(Service::Cinder, &format!("snapshots/{id}"))["snapshot"]["status"].take();
+            if status == "available" { Ok(()) } else { Err(status.to_string()) }
+        });
+        id
+    }
+
+    /// A server that boots from the first of the volumes, and runs when this is done. `more` is more of what Nova is
+    /// told.
+    #[track_caller]
+    pub(crate) fn boot(&self, name: &str, volumes: &[String], more: &Value) -> CloudGuest<'a> {
+        let env = self.env;
+        let flavors = env.get(Service::Nova, "flavors");
+        let tiny = flavors["flavors"].as_array().into_iter().flatten().find(|flavor| flavor["name"] == "tiny");
+        let disk = |(index, id): (usize, &String)| {
+            json!({
+                "boot_index": if index == 0 { 0 } else { -1 }, "uuid": id, "source_type": "volume",
+                // One of each kind.
+                "destination_type": "volume", "delete_on_termination": index == 1,
+            })
+        };
+        let mut server = json!({
+            "name": name, "flavorRef": tiny.expect("there is a flavor tiny")["id"], "networks": "none",
+            "block_device_mapping_v2": volumes.iter().enumerate().map(disk).collect::<Vec<_>>(),
+        });
+        for (key, value) in more.as_object().into_iter().flatten() {
+            server[key] = value.clone();
+        }
+        let answer = env.tell(Service::Nova, &Method::POST, "servers", &json!({"server": server}));
+        let id = answer["server"]["id"].as_str().expect("it has an id").to_owned();
+        self.made.borrow_mut().servers.push(id.clone());
+        let recorder = Recorder::start(env.folder.join("nova/instances").join(&id).join("console.log"));
+        let shown = env.wait_for_server(&id, "ACTIVE");
+        let domain = shown["OS-EXT-SRV-ATTR:instance_name"].as_str().expect("an administrator sees it").to_owned();
+        let line = NovaConsole { chroot: env.folder.join("chroot"), domain: domain.clone(), recorder };
+        let terminal = Terminal::new(name, Box::new(line));
+        let guest = CloudGuest { env, id, domain, volumes: volumes.to_vec(), terminal };
+        guest.wait_for("the guest to boot", |console| console.all("READY").next().map(drop));
+        guest
+    }
+
+    /// Gives a volume to a server that runs.
+    #[track_caller]
+    pub(crate) fn attach(&self, server: &str, volume: &str) {
+        let path = format!("servers/{server}/os-volume_attachments");
+        self.env.tell(Service::Nova, &Method::POST, &path, &json!({"volumeAttachment": {"volumeId": volume}}));
+        self.env.wait_for_volume(volume, "in-use");
+    }
+
+    /// Deletes a server as its owner does.
+    #[track_caller]
+    pub(crate) fn delete_server(&self, id: &str) {
+        self.try_delete_server(id).unwrap_or_else(|error| panic!("{error}"));
+    }
+
+    fn try_delete_server(&self, id: &str) -> Result<(), String> {
+        let path = format!("servers/{id}");
+        self.env.ask(Service::Nova, &Method::DELETE, &path, None)?;
+        self.env.try_wait_for(&format!("the end of server {id}"), &mut || match self.env.ask(
+            Service::Nova,
+            &Method::GET,
+            &path,
+            None,
+        )? {
+            (404, _) => Ok(()),
+            (_, shown) => Err(shown["server"]["status"].to_string()),
+        })
+    }
+
+    /// Deletes a volume as its owner does.
+    #[track_caller]
+    pub(crate) fn delete_volume(&self, id: &str) {
+        let path = format!("volumes/{id}");
+        self.env.tell(Service::Cinder, &Method::DELETE, &path, &Value::Null);
+        self.env.wait_for("the end of a volume", || {
+            match self.env.ask(Service::Cinder, &Method::GET, &path, None)? {
+                (404, _) => Ok(()),
+                (_, shown) => Err(shown["volume"]["status"].to_string()),
+            }
+        });
+    }
+
+    fn try_remove_snapshot(&self, id: &str) -> Result<(), String> {
+        let path = format!("snapshots/{id}");
+        self.env.ask(Service::Cinder, &Method::DELETE, &path, None)?;
+        self.env.try_wait_for(&format!("the end of snapshot {id}"), &mut || match self.env.ask(
+            Service::Cinder,
+            &Method::GET,
+            &path,
+            None,
+        )? {
+            (404, _) => Ok(()),
+            (_, shown) => Err(shown["snapshot"]["status"].to_string()),
+        })
+    }
+
+    /// Whatever has become of it.
+    fn try_remove_volume(&self, id: &str) -> Result<(), String> {
+        let env = self.env;
+        let path = format!("volumes/{id}");
+        let is_gone = || matches!(env.ask(Service::Cinder, &Method::GET, &path, None), Ok((404, _)));
+        // Cinder moves an image with snapshots that it does not know into the trash.
+        for pool in ["sata", "sas"] {
+            for image in try_images(&env.ceph, pool, id)? {
+                let _ = rbd_command(&env.ceph).args(["snap", "purge", "--no-progress", &image]).output();
+            }
+        }
+        if !is_gone() {
+            for action in [
+                json!({"os-reset_status": {"status": "available", "attach_status": "detached", "migration_status": "none"}}),
+                json!({"os-force_delete": {}}),
+            ] {
+                env.ask(Service::Cinder, &Method::POST, &format!("{path}/action"), Some(&action))?;
+            }
+            env.try_wait_for(&format!("the end of volume {id}"), &mut || {
+                if is_gone() { Ok(()) } else { Err("it is still there".into()) }
+            })?;
+        }
+        // What a process that was killed has open stays open for half a minute.
+        env.try_wait_for(&format!("the end of the images of volume {id}"), &mut || {
+            let mut left = Ok(());
+            for pool in ["sata", "sas"] {
+                for image in try_images(&env.ceph, pool, id)? {
+                    let _ = rbd_command(&env.ceph).args(["snap", "purge", "--no-progress", &image]).output();
+                    let removed = rbd_command(&env.ceph).args(["rm", "--no-progress", &image]).output();
+                    if !removed.is_ok_and(|output| output.status.success()) {
+                        left = Err(image);
+                    }
+                }
+            }
+            left
+        })
+    }
+
+    fn clean_up(&self) -> Result<(), String> {
+        let made = self.made.take();
+        let mut done = Ok(());
+        let mut note = |result: Result<(), String>| {
+            if let Err(error) = result {
+                eprintln!("cleaning up: {error}");
+                done = Err(error);
+            }
+        };
+        made.servers.iter().for_each(|id| note(self.try_delete_server(id)));
+        made.snapshots.iter().for_each(|id| note(self.try_remove_snapshot(id)));
+        made.volumes.iter().for_each(|id| note(self.try_remove_volume(id)));
+        for id in &made.volume_types {
+            note(self.env.ask(Service::Cinder, &Method::DELETE, &format!("types/{id}"), None).map(drop));
+        }
+        for name in &made.key_pairs {
+            note(self.env.ask(Service::Nova, &Method::DELETE, &format!("os-keypairs/{name}"), None).map(drop));
+        }
+        done
+    }
+}
+
+fn try_images(ceph: &CephEnv, pool: &str, with: &str) -> Result<Vec<String>, String> {
+    let listed = rbd_command(ceph).args(["ls", pool]).output().map_err(|error| error.to_string())?;
+    let names = String::from_utf8_lossy(&listed.stdout).into_owned();
+    Ok(names.lines().filter(|name| name.contains(with)).map(|name| format!("{pool}/{name}")).collect())
+}
+
+impl Drop for World<'_> {
+    fn drop(&mut self) {
+        let done = self.clean_up();
+        // A second panic would end the process, and say nothing of the first.
+        assert!(done.is_ok() || std::thread::panicking(), "something is left for the next test: {done:?}");
+    }
+}
+
+/// A server of the cloud, with the guest of `scripts/vm-dev`.
+pub(crate) struct CloudGuest<'a> {
+    env: &'a OpenStackEnv,
+    pub(crate) id: String,
+    /// Its name for libvirt, which it keeps.
+    domain: String,
+    /// In the order of its disks.
+    pub(crate) volumes: Vec<String>,
+    terminal: Terminal,
+}
+
+impl std::ops::Deref for CloudGuest<'_> {
+    type Target = Terminal;
+
+    fn deref(&self) -> &Terminal {
+        &self.terminal
+    }
+}
+
+impl Drop for CloudGuest<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("the console of {}, at last:\n{}", self.domain, self.console().tail());
+        }
+    }
+}
+
+impl CloudGuest<'_> {
+    /// The RBD images that libvirt has for its disks now, in their order.
+    #[track_caller]
+    pub(crate) fn images(&self) -> Vec<String> {
+        rbd_sources(&self.env.virsh(&["dumpxml", &self.domain]))
+    }
+
+    /// The serial numbers and names of its disks, as libvirt gives them to it.
+    #[track_caller]
+    pub(crate) fn serials(&self) -> Vec<(String, String)> {
+        let xml = self.env.virsh(&["dumpxml", &self.domain]);
+        let disks = xml.split("<disk ").skip(1).map(|disk| {
+            let between = |left: &str, right: &str| {
+                let rest = disk.split_once(left).map(|(_, rest)| rest).unwrap_or_default();
+                rest.split_once(right).map(|(text, _)| text).unwrap_or_default().to_owned()
+            };
+            (between("<target dev='", "'"), between("<serial>", "</serial>"))
+        });
+        let mut disks: Vec<_> = disks.collect();
+        disks.sort();
+        disks
+    }
+
+    /// What stays as it is, whatever pool its volumes are in.
+    #[track_caller]
+    pub(crate) fn facts(&self) -> Value {
+        let server = self.env.server(&self.id);
+        let keys = [
+            "id",
+            "name",
+            "tenant_id",
+            "user_id",
+            "key_name",
+            "metadata",
+            "tags",
+            "flavor",
+            "description",
+            "hostname",
+            "OS-EXT-SRV-ATTR:root_device_name",
+            "OS-EXT-SRV-ATTR:instance_name",
+            "os-extended-volumes:volumes_attached",
+        ];
+        let mut facts: Value = keys.iter().map(|key| ((*key).to_owned(), server[*key].clone())).collect();
+        let path = format!("servers/{}/os-volume_attachments", self.id);
+        let mut attachments = self.env.get(Service::Nova, &path)["volumeAttachments"].take();
+        for list in [&mut facts["os-extended-volumes:volumes_attached"], &mut attachments] {
+            list.as_array_mut().expect("a list").sort_by_key(|entry| entry["id"].to_string());
+        }
+        facts["attachments"] = attachments;
+        facts["volumes"] = self.volumes.iter().map(|id| facts_of_volume(self.env, id)).collect();
+        facts
+    }
+}
+
+/// What stays of a volume.
+#[track_caller]
+pub(crate) fn facts_of_volume(env: &OpenStackEnv, id: &str) -> Value {
+    let volume = env.volume(id);
+    let keys = [
+        "id",
+        "name",
+        "description",
+        "size",
+        "metadata",
+        "volume_image_metadata",
+        "bootable",
+        "user_id",
+        "os-vol-tenant-attr:tenant_id",
+        "created_at",
+        "multiattach",
+        "os-vol-mig-status-attr:name_id",
+    ];
+    keys.iter().map(|key| ((*key).to_owned(), volume[*key].clone())).collect()
+}
+
+/// Follows a console's file. Nova begins it anew with every start of the server, and removes its folder when the server
+/// leaves its host: what was printed last is in a file that has no name any more.
+struct Recorder {
+    text: Arc<Mutex<Vec<u8>>>,
+    over: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Recorder {
+    fn start(path: PathBuf) -> Self {
+        let (text, over) = (Arc::<Mutex<Vec<u8>>>::default(), Arc::<AtomicBool>::default());
+        let (shared, told) = (Arc::clone(&text), Arc::clone(&over));
+        let thread = std::thread::spawn(move || {
+            let mut open: Option<File> = None;
+            while !told.load(Ordering::Relaxed) {
+                // Looked at before it is read: what is read after that is all that there ever was of an older one.
+                let now = std::fs::metadata(&path).ok();
+                let mut new = Vec::new();
+                if let Some(file) = &mut open {
+                    let begins_anew = now.as_ref().is_some_and(|now| {
+                        let at = file.stream_position().expect("a file has a position");
+                        file.metadata().is_ok_and(|had| had.ino() != now.ino()) || now.len() < at
+                    });
+                    let _ = file.read_to_end(&mut new);
+                    if begins_anew {
+                        // A line that was cut is no record.
+                        new.push(b'\n');
+                        open = None;
+                    }
+                }
+                if open.is_none() && now.is_some() {
+                    open = File::open(&path).ok();
+                    if let Some(file) = &mut open {
+                        let _ = file.seek(SeekFrom::Start(0));
+                        let _ = file.read_to_end(&mut new);
+                    }
+                }
+                shared.lock().unwrap_or_else(PoisonError::into_inner).extend(new);
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        });
+        Self { text, over, thread: Some(thread) }
+    }
+}
+
+impl Drop for Recorder {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The console of a server of Nova's: a terminal of QEMU's, and a file.
+struct NovaConsole {
+    chroot: PathBuf,
+    domain: String,
+    recorder: Recorder,
+}
+
+impl Line for NovaConsole {
+    fn printed(&self) -> Vec<u8> {
+        self.recorder.text.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn open(&self) -> Box<dyn Conversation> {
+        let mut command = Command::new(&self.chroot);
+        let name = run_for_text(command.args(["virsh", "--quiet", "-c", "qemu:///system", "ttyconsole", &self.domain]));
+        // The instance has this host's terminals. QEMU has set it to pass everything on as it is.
+        let flags = rustix::fs::OFlags::NONBLOCK | rustix::fs::OFlags::NOCTTY;
+        let flags = i32::try_from(flags.bits()).expect("they fit");
+        let terminal = File::options().read(true).write(true).custom_flags(flags).open(name.trim());
+        Box::new(terminal.unwrap_or_else(|error| panic!("the terminal {name:?}: {error}")))
+    }
+}
