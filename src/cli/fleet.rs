@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio_util::sync::CancellationToken;
@@ -15,6 +16,9 @@ use crate::image::{ErrorKind, ImageError, TargetImage};
 use crate::openstack::{Cloud, CloudAccess, CloudError};
 use crate::plan::{ClusterAccess, Cutover, Plan, Server, Volume};
 use crate::replicate::CycleError;
+
+/// How long a cloud has to say what has become of a server.
+const CLOUD_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Opens the images of a plan, as the command line would.
 pub(super) struct PlanImages {
@@ -113,10 +117,18 @@ impl Opener for PlanImages {
     async fn drift(&self, server: &Server) -> Vec<Drift> {
         let Cutover::OpenStack(config) = &server.cutover else { return Vec::new() };
         let look = async { drift::look(self.cloud(config.cloud.as_deref()).await?.as_ref(), server).await };
-        look.await.unwrap_or_else(|error| {
-            // It is replicated all the same.
-            tracing::warn!(server = server.name, error = chain_text(&error), "the cloud could not be asked about it");
-            Vec::new()
-        })
+        // It is replicated all the same: a cloud that does not answer keeps nobody waiting.
+        match tokio::time::timeout(CLOUD_PATIENCE, look).await {
+            Ok(Ok(drift)) => return drift,
+            Ok(Err(error)) => {
+                tracing::warn!(
+                    server = server.name,
+                    error = chain_text(&error),
+                    "the cloud could not be asked about it"
+                );
+            }
+            Err(_) => tracing::warn!(server = server.name, "the cloud does not answer"),
+        }
+        Vec::new()
     }
 }

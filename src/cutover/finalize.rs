@@ -121,22 +121,20 @@ impl Kept {
         disks: Vec<ServerDisk>,
         (sources, targets): (&Connector, &Connector),
     ) -> Result<Self> {
-        let mut opened = Vec::new();
+        let Some(first) = disks.first() else { return Err(other_plan(name, "a volume")) };
+        let first = targets.open_target(&first.target, first.target_in_use.as_ref()).await?;
+        let journal = cut_over(name, journal_of(&first).await?)?;
+        let (mut volumes, mut first) = (Vec::new(), Some(first));
         for disk in disks {
-            let target = targets.open_target(&disk.target, disk.target_in_use.as_ref()).await?;
-            opened.push((disk, target));
-        }
-        let journal = match opened.first() {
-            Some((_, first)) => journal_of(first).await?,
-            None => None,
-        };
-        let journal = cut_over(name, journal)?;
-        let mut volumes = Vec::new();
-        for (disk, target) in opened {
             let noted = journal.volumes.iter().find(|noted| noted.name == disk.volume).cloned();
-            let Some(noted) = noted.filter(|noted| noted.target == *target.identity()) else {
-                return Err(other_plan(name, &disk.volume));
+            let Some(noted) = noted else { return Err(other_plan(name, &disk.volume)) };
+            let (pool, namespace, _) = place(&disk.target)?;
+            // By its id: of what was tidied up already nothing else says that it is the target.
+            let target = match first.take() {
+                Some(first) => Some(first).filter(|first| noted.target == *first.identity()),
+                None => RbdImage::open_known(targets, pool, namespace, &noted.target).await?,
             };
+            let Some(target) = target else { return Err(other_plan(name, &disk.volume)) };
             let (pool, namespace, _) = place(&disk.source)?;
             let source = RbdImage::open_known(sources, pool, namespace, &noted.source).await?;
             volumes.push(KeptVolume { disk, journal: noted, source, target });

@@ -280,6 +280,13 @@ impl Walk<'_> {
             // A walk that was cut may have given them the name back under which servers use them.
             self.sides.name_sources(true).await?;
         }
+        let provider = &self.server().provider;
+        if provider.names_images() {
+            // What it has prepared in the pools is in nobody's way; the next walk needs it again.
+            if let Err(error) = provider.settle(self.sides.to.other(), &mut self.journal.notes).await {
+                tracing::warn!(error = chain_text(&error), "what was prepared was not tidied up");
+            }
+        }
         self.end_where_it_was().await
     }
 

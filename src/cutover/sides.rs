@@ -22,8 +22,9 @@ const WORKER_PATIENCE: Duration = Duration::from_secs(900);
 const STEP: Duration = Duration::from_millis(200);
 /// How long a server that has stopped may take to close its images.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(5);
-/// How long a client that was killed is taken for one that has its image open: its watch times out after 30 s.
-const WATCH_PATIENCE: Duration = Duration::from_secs(35);
+/// How long a client that was killed is taken for one that has its image open: its watch times out after 30 s, which
+/// busy OSDs notice later.
+const WATCH_PATIENCE: Duration = Duration::from_secs(60);
 
 impl Volume {
     /// The image on that side.

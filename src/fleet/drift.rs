@@ -34,7 +34,9 @@ pub(super) struct Drifts(Mutex<HashMap<String, (Instant, Vec<Drift>)>>);
 impl Drifts {
     fn known(&self, server: &str) -> Option<Vec<Drift>> {
         let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        known.get(server).filter(|(at, _)| at.elapsed() < GOOD_FOR).map(|(_, drift)| drift.clone())
+        let known = known.get(server).filter(|(at, _)| at.elapsed() < GOOD_FOR).map(|(_, drift)| drift.clone());
+        // What holds is asked anew: it may have passed.
+        known.filter(|drift| !drift.iter().any(|drift| drift.holds))
     }
 
     /// Keeps an answer; says whether it is another one than the last.

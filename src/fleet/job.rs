@@ -41,13 +41,16 @@ pub(super) async fn run(shared: Arc<Shared>, server: Server, forced: bool, cance
         }
     }
     let Some(first) = members.first() else { return JobEnd::Defect("a server without volumes".into()) };
-    if let Some((volume, drifted)) = shared.drifted(&server).await {
-        // While it is brought over it is as its cutover has it.
-        return match shared::pausing_note(first.target.as_ref()).await {
-            Ok(Some(reason)) => JobEnd::Paused(reason),
-            Ok(None) => JobEnd::NotOpened(volume, drifted),
-            Err(error) => JobEnd::NotOpened(first.name.clone(), error),
-        };
+    if shared.drifted(&server).await.is_some() {
+        // While it is brought over, or back, it is as its cutover has it; which may have ended just now.
+        match shared::pausing_note(first.target.as_ref()).await {
+            Ok(Some(reason)) => return JobEnd::Paused(reason),
+            Ok(None) => {}
+            Err(error) => return JobEnd::NotOpened(first.name.clone(), error),
+        }
+        if let Some((volume, drifted)) = shared.drifted(&server).await {
+            return JobEnd::NotOpened(volume, drifted);
+        }
     }
     let looked = Timestamp::now();
     if let Some(mut idle) = shared.take_idle(&server.name)

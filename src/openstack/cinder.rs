@@ -111,15 +111,20 @@ pub struct Attachment {
     /// `attached`, `reserved` and others.
     #[serde(default, deserialize_with = "text")]
     pub status: String,
-    /// The backend's own words; RBD: `name` is `pool/image`.
-    #[serde(default)]
-    connection_info: Value,
+    /// Of the backend's own words only the name: there may be a key among the others.
+    #[serde(default, deserialize_with = "image_of")]
+    #[serde(rename = "connection_info")]
+    image: Option<String>,
+}
+
+fn image_of<'de, D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<String>, D::Error> {
+    Ok(Value::deserialize(deserializer)?.get("name").and_then(Value::as_str).map(str::to_owned))
 }
 
 impl Attachment {
     /// The image that the server opens: `sata/volume-3f…`; `None` where it was not told yet, or is on another backend.
     pub fn image(&self) -> Option<&str> {
-        self.connection_info.get("name").and_then(Value::as_str)
+        self.image.as_deref()
     }
 }
 

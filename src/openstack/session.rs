@@ -194,7 +194,7 @@ impl Session {
 
     async fn send(&self, ask: Ask<'_>) -> Result<Vec<u8>> {
         let reads = ask.method == Method::GET;
-        let mut refused_token = None;
+        let (mut refused_token, mut renewed) = (None, false);
         let mut wait = Duration::from_millis(200);
         for tried in 1.. {
             let token = self.token(refused_token.take()).await?;
@@ -224,7 +224,7 @@ impl Session {
                         return Ok(body);
                     }
                     let error = failed(fault(status, &body), said(status, &body, &id));
-                    if status == StatusCode::UNAUTHORIZED && tried == 1 {
+                    if status == StatusCode::UNAUTHORIZED && !std::mem::replace(&mut renewed, true) {
                         // It has ended before its time, or was taken back: with a new one the request is the same.
                         refused_token = Some(token.text);
                         continue;

@@ -1,9 +1,10 @@
 //! `openstack` in a server's cutover, and `cinder` in its volumes: a server, or volumes, of a cloud.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
-use super::Volume;
 use super::fields::{Report, Section, Value, shown};
+use super::{Cutover, Server, Volume};
 use crate::image::ImageSpec;
 
 /// A server, or volumes, of a cloud, which Cinder gives another type.
@@ -152,6 +153,31 @@ pub(super) fn volume(mut section: Section<'_>, report: &mut Report<'_>) -> Optio
         None => None,
     };
     Some(CinderVolume { volume: volume?, from_type: from_type?, to_type: to_type?, by_way_of })
+}
+
+/// Refuses a volume, or a server that runs from its volumes, that is there twice: two cutovers at once would work on it,
+/// and each would switch it below the other.
+pub(super) fn refuse_twice(servers: &[(usize, Server)], report: &mut Report<'_>) {
+    let mut seen: HashMap<&str, (&str, bool)> = HashMap::new();
+    for (at, server) in servers {
+        let Cutover::OpenStack(config) = &server.cutover else { continue };
+        // A gateway is shared by those whose volumes it has.
+        let holder = match &config.holder {
+            Holder::Server(id) => Some((id.as_str(), false)),
+            Holder::Gateway { server, .. } => Some((server.as_str(), true)),
+            Holder::Nobody => None,
+        };
+        let volumes = server.volumes.iter().filter_map(|volume| Some((volume.cinder.as_ref()?.volume.as_str(), false)));
+        for (id, may_be_shared) in holder.into_iter().chain(volumes) {
+            if let Some((first, shared)) = seen.get(id)
+                && !(*shared && may_be_shared)
+            {
+                let problem = format!("{id} is in {first} already");
+                report.add(&(*at..*at), &server.name, problem, "name every server and every volume of the cloud once");
+            }
+            seen.entry(id).or_insert((server.name.as_str(), may_be_shared));
+        }
+    }
 }
 
 /// Whether an image has a name that Cinder gives to those of its volumes.

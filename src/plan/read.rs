@@ -85,6 +85,7 @@ fn whole(mut root: Section<'_>, path: &Path, report: &mut Report<'_>) -> Plan {
     names.finish(report);
     // Servers and single volumes may be mixed: what counts is where they stand.
     found.sort_by_key(|(at, _)| *at);
+    cloud::refuse_twice(&found, report);
     plan.servers = found.into_iter().map(|(_, server)| server).collect();
     plan
 }

@@ -7,7 +7,7 @@
 
 use super::target::STATE_KEY;
 use super::{Connector, CreateOptions, RbdImage};
-use crate::image::{Disk as _, ErrorKind, ImageError, ImageSpec, Result};
+use crate::image::{Disk as _, ErrorKind, ImageError, ImageSpec, Result, SourceImage as _};
 
 /// The metadata key of the mark.
 const MARK_KEY: &str = "poolshift.placeholder";
@@ -99,6 +99,10 @@ impl Connector {
             Err(error) => return Err(error),
         }
         let image = RbdImage::open_target(self, pool, namespace, &aside).await?;
+        if !image.is_placeholder().await? && image.size().await? != PLACEHOLDER_SIZE {
+            let taken = ImageError::new(ErrorKind::AlreadyExists, image.location(), "make a placeholder");
+            return Err(taken.detail("an image that poolshift has not made has its name").hint("give it another name"));
+        }
         // A run that was cut may have made it, and not marked it.
         image.mark_as_placeholder(name).await?;
         Ok(image)

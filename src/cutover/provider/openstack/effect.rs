@@ -13,8 +13,8 @@ const POLL: Duration = Duration::from_millis(100);
 /// After so long without a sign of its having been heard, a request is made once more.
 const DEAF: Duration = Duration::from_secs(10);
 /// How often a request is made at most.
-const ASKS_MAX: u32 = 3;
-/// How long after a failure a request is made once more.
+const ASKS_MAX: u32 = 5;
+/// How long after its first failure a request is made once more; twice as long after each further one.
 const AGAIN: Duration = Duration::from_secs(1);
 
 /// How it is with what was asked for.
@@ -49,8 +49,8 @@ impl OpenStack {
     pub(super) async fn bring_about(&self, operation: &str, effect: &dyn Effect) -> Result<(), ProviderError> {
         let wanted = effect.wanted();
         let begun = Instant::now();
-        let (mut asks, mut asked, mut worked) = (0, None::<Instant>, false);
-        let (mut seen, mut refused) = (String::from("not to be seen"), None::<CloudError>);
+        let (mut asks, mut asked, mut worked) = (0u32, None::<Instant>, false);
+        let (mut seen, mut refused, mut unseen) = (String::from("not to be seen"), None, None::<CloudError>);
         let passing = |error: &CloudError| error.is_passing() || error.fault == Fault::Conflict;
         loop {
             match effect.look().await {
@@ -59,7 +59,8 @@ impl OpenStack {
                 Ok(Look::NotYet(how)) => {
                     seen = how;
                     // It has ended without success, or was never begun.
-                    let wait = if worked || refused.is_some() { AGAIN } else { DEAF };
+                    let again = AGAIN * 2u32.pow(asks.saturating_sub(1));
+                    let wait = if worked || refused.is_some() { again } else { DEAF };
                     let due = asked.is_none_or(|at| at.elapsed() >= wait);
                     if due && asks >= ASKS_MAX {
                         let problem =
@@ -79,12 +80,13 @@ impl OpenStack {
                     }
                 }
                 Ok(Look::Hopeless(how)) => return Err(self.error(operation, how, None)),
-                Err(error) if error.is_passing() => refused = Some(error),
+                Err(error) if error.is_passing() => unseen = Some(error),
                 Err(error) => return Err(self.cloud_error(operation, &error)),
             }
             if begun.elapsed() >= self.config.limit {
                 let limit = self.config.limit;
-                let problem = format!("after {limit:?} there is no {wanted}: it is {seen}{}", also(refused.as_ref()));
+                let problem =
+                    format!("after {limit:?} there is no {wanted}: it is {seen}{}", also(refused.or(unseen).as_ref()));
                 return Err(self.error(operation, problem, Some("see what keeps it, or raise the limit in the plan")));
             }
             tokio::time::sleep(POLL).await;

@@ -9,12 +9,45 @@ use super::super::{Notes, Observed, Power, ProviderError, Side};
 use super::effect::{Effect, Look};
 use super::switch::CloudVolume;
 use super::{OpenStack, name};
+use crate::openstack::cinder::Status;
 use crate::openstack::nova::ServerAttachment;
 use crate::openstack::{Cloud, CloudError};
 
 /// The note of a volume's attachment, by its id.
 fn note(volume: &str) -> String {
     format!("attachment-{volume}")
+}
+
+/// While a server is about to have it.
+const RESERVED: &str = "reserved";
+
+/// Whether Nova is at giving a reserved volume to a server: it names it among those that the server has.
+async fn is_attaching(cloud: &Cloud, server: &str, volume: &str) -> Result<bool, CloudError> {
+    Ok(cloud.server_attachments(server).await?.iter().any(|found| found.volume == volume))
+}
+
+/// Neither Cinder nor Nova is at it.
+struct Still<'a> {
+    cloud: &'a Cloud,
+    gateway: &'a str,
+    volume: &'a CloudVolume,
+}
+
+#[async_trait]
+impl Effect for Still<'_> {
+    fn wanted(&self) -> String {
+        format!("volume {} at rest", self.volume.name)
+    }
+
+    async fn look(&self) -> Result<Look, CloudError> {
+        let shown = self.cloud.volume(&self.volume.cinder.volume).await?;
+        let attaching = shown.status == RESERVED && is_attaching(self.cloud, self.gateway, &shown.id).await?;
+        Ok(if shown.is_moving() || attaching { Look::Working(shown.status) } else { Look::Done })
+    }
+
+    async fn ask(&self) -> Result<(), CloudError> {
+        Ok(())
+    }
 }
 
 /// The gateway has it not.
@@ -34,6 +67,9 @@ impl Effect for Detached<'_> {
         let shown = self.cloud.volume(&self.volume.cinder.volume).await?;
         Ok(match () {
             () if shown.is_moving() => Look::Working(shown.status),
+            () if shown.status == RESERVED && is_attaching(self.cloud, self.gateway, &shown.id).await? => {
+                Look::Working(shown.status)
+            }
             () if shown.attachments.is_empty() && shown.status != "in-use" => Look::Done,
             () if shown.attachments.iter().any(|found| found.server_id != self.gateway) => {
                 Look::Hopeless(format!("volume {} is with another server", self.volume.name))
@@ -68,12 +104,17 @@ impl Effect for Attached<'_> {
             () if shown.attachments.iter().any(|found| found.server_id != self.gateway) => {
                 Look::Hopeless(format!("volume {} is with another server", shown.id))
             }
-            () if shown.is_moving() || shown.status == "reserved" => Look::Working(shown.status),
+            () if shown.is_moving() || shown.status == RESERVED => Look::Working(shown.status),
             () => Look::NotYet(shown.status),
         })
     }
 
     async fn ask(&self) -> Result<(), CloudError> {
+        let id = self.attachment.volume.as_str();
+        // It may have been kept from being attached while its images were given their names.
+        if self.cloud.volume(id).await?.status == Status::Maintenance.name() {
+            self.cloud.reset_status(id, Status::Available).await?;
+        }
         self.cloud.attach(self.gateway, self.attachment).await
     }
 }
@@ -86,16 +127,17 @@ impl OpenStack {
         Ok(all.into_iter().filter(ours).collect())
     }
 
-    /// Running: the gateway has all of them. Off: it has not. Once nothing is under way with any.
+    /// Running: the gateway has any of them, so that something may be written. Off: it has none. Once nothing is under way
+    /// with any.
     pub(super) async fn observe_gateway(&self, gateway: &str) -> Result<Observed, ProviderError> {
         let operation = "state";
+        let cloud = self.cloud(operation).await?;
         for volume in &self.volumes {
-            self.until_still(operation, volume).await?;
+            self.bring_about(operation, &Still { cloud, gateway, volume }).await?;
         }
         let attached = self.attachments(operation, gateway).await?;
         let volumes = self.look(operation).await?;
-        let in_use = volumes.iter().all(|(volume, _)| volume.status == "in-use");
-        let power = if attached.len() == self.volumes.len() && in_use { Power::Running } else { Power::Off };
+        let power = if attached.is_empty() { Power::Off } else { Power::Running };
         Ok(Observed { power, side: self.side_of(&volumes) })
     }
 
@@ -119,12 +161,25 @@ impl OpenStack {
         Ok(())
     }
 
-    /// Has the gateway let go of them.
-    pub(super) async fn detach_all(&self, gateway: &str, pause: Option<&str>) -> Result<(), ProviderError> {
-        let operation = "detach";
+    /// Has their writers pause, and the gateway let go of them.
+    pub(super) async fn pause_and_detach(&self, gateway: &str, pause: Option<&str>) -> Result<(), ProviderError> {
         if let Some(pause) = pause {
             self.hook("pause", pause).await?;
         }
+        self.detach_all("detach", gateway).await
+    }
+
+    /// Where a process that is gone has begun to detach them: the others, too.
+    pub(super) async fn finish_detaching(&self, gateway: &str) -> Result<(), ProviderError> {
+        let operation = "detach";
+        match self.attachments(operation, gateway).await?.len() {
+            some if some < self.volumes.len() => self.detach_all(operation, gateway).await,
+            _ => Ok(()),
+        }
+    }
+
+    /// Has the gateway let go of them.
+    pub(super) async fn detach_all(&self, operation: &str, gateway: &str) -> Result<(), ProviderError> {
         let cloud = self.cloud(operation).await?;
         // One after the other: a server does one such thing at a time.
         for volume in &self.volumes {
@@ -138,7 +193,6 @@ impl OpenStack {
         &self,
         operation: &str,
         (gateway, on): (&str, Side),
-        resume: Option<&str>,
         notes: &Notes,
     ) -> Result<(), ProviderError> {
         let cloud = self.cloud(operation).await?;
@@ -159,13 +213,10 @@ impl OpenStack {
         for attachment in &had {
             self.bring_about(operation, &Attached { cloud, gateway, attachment }).await?;
         }
-        match resume {
-            Some(resume) => self.hook("resume", resume).await,
-            None => Ok(()),
-        }
+        Ok(())
     }
 
-    async fn hook(&self, step: &'static str, script: &str) -> Result<(), ProviderError> {
+    pub(super) async fn hook(&self, step: &'static str, script: &str) -> Result<(), ProviderError> {
         let volumes = self.volumes.iter().map(|volume| json!({"volume": volume.name, "cinder": volume.cinder.volume}));
         let volumes = serde_json::Value::from(volumes.collect::<Vec<_>>());
         let mut command = Command::new("/bin/sh");

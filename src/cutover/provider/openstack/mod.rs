@@ -37,7 +37,7 @@ mod volumes;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use futures::future::{try_join, try_join_all};
+use futures::future::{join_all, try_join_all, try_join3};
 use tokio::sync::OnceCell;
 
 use super::rehearse::Rehearse;
@@ -118,13 +118,15 @@ impl OpenStack {
 
     /// Gives all volumes their images on that side, and the type that goes with it. Nobody has them open.
     async fn switch_all(&self, operation: &str, to: Side) -> Result<(), ProviderError> {
-        try_join_all(self.volumes.iter().map(|volume| self.switch(operation, volume, to))).await.map(drop)
+        // All to their ends: what is dropped in the middle of a step goes on, in Cinder or in librbd, and nobody looks.
+        let ended = join_all(self.volumes.iter().map(|volume| self.switch(operation, volume, to))).await;
+        ended.into_iter().collect()
     }
 
     async fn switch(&self, operation: &str, volume: &CloudVolume, to: Side) -> Result<(), ProviderError> {
         let cloud = self.cloud(operation).await?;
         let image_error = |error| self.image_error(operation, &error);
-        let mut seen: Option<Seen> = None;
+        let (mut seen, mut retyped, mut shut) = (None::<Seen>, false, false);
         for _ in 0..STEPS_MAX {
             let known = match seen.take() {
                 Some(seen) => seen,
@@ -145,7 +147,18 @@ impl OpenStack {
                     return Err(self.error(operation, problem, Some(hint)));
                 }
                 Step::Wait => self.until_still(operation, volume).await?,
-                Step::Retype => self.retype(operation, volume, to).await?,
+                Step::Retype => {
+                    self.retype(operation, volume, to).await?;
+                    retyped = true;
+                }
+                // Cinder may still have a request that somebody has made in vain, and would move the image that is about
+                // to have the name: it does so for what is available only.
+                Step::Place(_) | Step::Aside(_) if !retyped && !shut => {
+                    let status = self.shut_status();
+                    self.bring_about(operation, &volumes::OfStatus { cloud, volume, status, ours: self.ours() })
+                        .await?;
+                    shut = true;
+                }
                 named => {
                     volume.rename(named).await.map_err(image_error)?;
                     let mut known = known;
@@ -167,20 +180,50 @@ impl OpenStack {
     async fn retype(&self, operation: &str, volume: &CloudVolume, to: Side) -> Result<(), ProviderError> {
         let cloud = self.cloud(operation).await?;
         let before = cloud.volume(&volume.cinder.volume).await.map_err(|error| self.cloud_error(operation, &error))?;
+        if !volume.is_image_of(&before) {
+            let problem = format!("volume {} is {} for Cinder, and not what the plan has", volume.name, before.image());
+            return Err(self.error(operation, problem, Some("make the plan anew: poolshift plan --openstack")));
+        }
         let now = before.volume_type.unwrap_or_default();
         let Some((next, migrates)) = volume.next_type(&now, to) else {
             let problem = format!("volume {} has type {now:?}, which the plan does not know", volume.name);
             return Err(self.error(operation, problem, None));
         };
         let policy = if migrates { MigrationPolicy::OnDemand } else { MigrationPolicy::Never };
-        self.bring_about(operation, &volumes::OfType { cloud, volume, next, policy }).await
+        self.bring_about(operation, &volumes::OfType { cloud, volume, next, policy, ours: self.ours() }).await?;
+        let after = cloud.volume(&volume.cinder.volume).await.map_err(|error| self.cloud_error(operation, &error))?;
+        let seen = volume.look(&after).await.map_err(|error| self.image_error(operation, &error))?;
+        if migrates && seen.on(to).in_use != switch::Holds::Placeholder {
+            let host = after.host.unwrap_or_default();
+            let problem = format!("Cinder has brought volume {} to {host}, which is not the plan's pool", volume.name);
+            return Err(self.error(operation, problem, Some("look at the backends of the types in the plan")));
+        }
+        Ok(())
+    }
+
+    /// The server that may be said to have a volume which is switched: that which has left its host.
+    fn ours(&self) -> Option<&str> {
+        match &self.config.holder {
+            Holder::Server(id) => Some(id),
+            Holder::Gateway { .. } | Holder::Nobody => None,
+        }
+    }
+
+    /// The status in which Cinder does nothing with a volume.
+    fn shut_status(&self) -> Status {
+        match &self.config.holder {
+            Holder::Server(_) => Status::Reserved,
+            Holder::Gateway { .. } | Holder::Nobody => Status::Maintenance,
+        }
     }
 
     /// Writes a status to all volumes that have another one.
     async fn reset_all(&self, operation: &str, status: Status) -> Result<(), ProviderError> {
         let cloud = self.cloud(operation).await?;
-        let effects: Vec<_> = self.volumes.iter().map(|volume| volumes::OfStatus { cloud, volume, status }).collect();
-        try_join_all(effects.iter().map(|effect| self.bring_about(operation, effect))).await.map(drop)
+        let ours = self.ours();
+        let of_status = |volume| volumes::OfStatus { cloud, volume, status, ours };
+        let effects: Vec<_> = self.volumes.iter().map(of_status).collect();
+        join_all(effects.iter().map(|effect| self.bring_about(operation, effect))).await.into_iter().collect()
     }
 }
 
@@ -204,6 +247,11 @@ impl Provider for OpenStack {
     }
 
     fn names_images(&self) -> bool {
+        true
+    }
+
+    /// Cinder's driver moves an image within one cluster only; between two it would copy everything by itself.
+    fn needs_one_cluster(&self) -> bool {
         true
     }
 
@@ -234,20 +282,44 @@ impl Provider for OpenStack {
             let prepare = self.volumes.iter().map(|volume| volume.prepare(from));
             try_join_all(prepare).await.map_err(|error| self.image_error(operation, &error))
         };
+        let no_snapshots = async {
+            let cloud = self.cloud(operation).await?;
+            for volume in &self.volumes {
+                let id = volume.cinder.volume.as_str();
+                let snapshots = cloud.snapshots(id).await.map_err(|error| self.cloud_error(operation, &error))?;
+                if let Some(snapshot) = snapshots.first() {
+                    let problem = format!("volume {id} has a snapshot of Cinder's by now, {}", snapshot.id);
+                    return Err(self.error(
+                        operation,
+                        problem,
+                        Some("remove it: Cinder retypes no volume that has one"),
+                    ));
+                }
+            }
+            Ok(())
+        };
         let remember = async {
             match &self.config.holder {
                 Holder::Gateway { server, .. } => self.remember_attachments(operation, server, notes).await,
                 Holder::Server(_) | Holder::Nobody => Ok(()),
             }
         };
-        try_join(placeholders, remember).await.map(drop)
+        try_join3(placeholders, no_snapshots, remember).await.map(drop)
     }
 
     async fn quiesce(&self, _notes: &mut Notes) -> Result<(), ProviderError> {
         match &self.config.holder {
             Holder::Server(id) => self.stop_server(id).await,
-            Holder::Gateway { server, pause, .. } => self.detach_all(server, pause.as_deref()).await,
+            Holder::Gateway { server, pause, .. } => self.pause_and_detach(server, pause.as_deref()).await,
             Holder::Nobody => self.reset_all("maintenance", Status::Maintenance).await,
+        }
+    }
+
+    async fn finish_stop(&self, _notes: &mut Notes) -> Result<(), ProviderError> {
+        match &self.config.holder {
+            Holder::Gateway { server, .. } => self.finish_detaching(server).await,
+            // What is under way with a server is waited for whenever it is looked at.
+            Holder::Server(_) | Holder::Nobody => Ok(()),
         }
     }
 
@@ -255,7 +327,9 @@ impl Provider for OpenStack {
         let operation = format!("switch to the {}", name(to));
         match &self.config.holder {
             Holder::Server(id) => self.leave_host(&operation, id).await?,
-            Holder::Gateway { .. } | Holder::Nobody => {}
+            // It may have been given some of them already.
+            Holder::Gateway { server, .. } => self.detach_all(&operation, server).await?,
+            Holder::Nobody => {}
         }
         self.switch_all(&operation, to).await?;
         match &self.config.holder {
@@ -268,9 +342,7 @@ impl Provider for OpenStack {
         let operation = format!("start on the {}", name(on));
         match &self.config.holder {
             Holder::Server(id) => self.start_server(&operation, id, on).await,
-            Holder::Gateway { server, resume, .. } => {
-                self.attach_all(&operation, (server, on), resume.as_deref(), notes).await
-            }
+            Holder::Gateway { server, .. } => self.attach_all(&operation, (server, on), notes).await,
             Holder::Nobody => self.reset_all(&operation, Status::Available).await,
         }
     }
@@ -283,9 +355,17 @@ impl Provider for OpenStack {
         self.start(from, fresh, notes).await
     }
 
-    async fn settle(&self, _on: Side, _notes: &mut Notes) -> Result<Vec<String>, ProviderError> {
-        let tidy = self.volumes.iter().map(CloudVolume::tidy_up);
-        try_join_all(tidy).await.map_err(|error| self.image_error("cleaning up", &error))?;
+    async fn settle(&self, on: Side, notes: &mut Notes) -> Result<Vec<String>, ProviderError> {
+        let operation = "cleaning up";
+        if let Holder::Gateway { server, resume, .. } = &self.config.holder {
+            // A process that is gone may have given it some of them back, or none, and told nobody to go on.
+            self.attach_all(operation, (server, on), notes).await?;
+            if let Some(resume) = resume {
+                self.hook("resume", resume).await?;
+            }
+        }
+        let tidy = join_all(self.volumes.iter().map(CloudVolume::tidy_up)).await;
+        tidy.into_iter().collect::<Result<Vec<()>, _>>().map_err(|error| self.image_error(operation, &error))?;
         Ok(Vec::new())
     }
 }

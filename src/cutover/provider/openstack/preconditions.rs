@@ -63,6 +63,9 @@ async fn server(provider: &OpenStack, cloud: &Cloud, id: &str) -> Precondition {
         () if server.boots_from_image() => {
             wrong("it boots from a disk of its own, no volume: shelving it would make an image of that first".into())
         }
+        () if server.flavor.ephemeral > 0 => {
+            wrong(format!("it has an ephemeral disk of {} GiB, which shelving throws away", server.flavor.ephemeral))
+        }
         () if server.task.is_some() => wrong(format!("{} is under way with it", server.task.unwrap_or_default())),
         () if server.status != "ACTIVE" => {
             wrong(format!("it is {}, and has to be ACTIVE: it runs when it comes back", server.status))
@@ -143,6 +146,13 @@ async fn one(
         Err(error) => return failed(&error),
     };
     let mut wrong: Vec<String> = obstacle(&shown).map(str::to_owned).into_iter().collect();
+    if !volume.is_image_of(&shown) {
+        wrong.push(format!(
+            "its image is {}, and the plan has {}: make the plan anew",
+            shown.image(),
+            volume.image(from)
+        ));
+    }
     let now = shown.volume_type.as_deref().unwrap_or_default();
     if now != volume.final_type(from) {
         wrong.push(format!("its type is {now:?}, and not {:?}: somebody has retyped it", volume.final_type(from)));

@@ -8,7 +8,7 @@ use super::effect::{Effect, Look};
 use super::{OpenStack, name};
 use crate::openstack::cinder::{Status, Volume};
 use crate::openstack::nova::{Server, ServerAction};
-use crate::openstack::{Cloud, CloudError};
+use crate::openstack::{Cloud, CloudError, Fault};
 
 const ACTIVE: &str = "ACTIVE";
 const OFF: &str = "SHUTOFF";
@@ -26,9 +26,11 @@ fn told(server: &Server) -> String {
 /// What a server is doing. One that failed runs if its hypervisor says so.
 fn power(server: &Server) -> Power {
     match (server.status.as_str(), server.power) {
-        (ACTIVE, _) | ("REBOOT" | "HARD_REBOOT" | "ERROR", 1) => Power::Running,
         ("PAUSED", _) => Power::Suspended,
         ("SUSPENDED", _) => Power::Saved,
+        (OFF | SHELVED | OFFLOADED, _) => Power::Off,
+        // Rescued, being resized, failed and what else there is: its hypervisor knows.
+        (ACTIVE, _) | (_, 1) => Power::Running,
         _ => Power::Off,
     }
 }
@@ -112,6 +114,13 @@ impl OpenStack {
     pub(super) async fn observe_server(&self, id: &str) -> Result<Observed, ProviderError> {
         let operation = "state";
         let cloud = self.cloud(operation).await?;
+        match cloud.server(id).await {
+            // Whoever has deleted it has left its volumes.
+            Err(error) if error.fault == Fault::NotFound => {
+                return Ok(Observed { power: Power::Off, side: self.side_of(&self.look(operation).await?) });
+            }
+            _ => {}
+        }
         // What a process that is gone has asked for may still be under way.
         self.bring_about(operation, &AtRest { cloud, id }).await?;
         let server = async { cloud.server(id).await.map_err(|error| self.cloud_error(operation, &error)) };
@@ -158,9 +167,14 @@ impl OpenStack {
             return Err(self.error(operation, problem, None));
         }
         match server.status.as_str() {
+            // Nova shelves nothing that failed; it stops it.
+            "ERROR" => {
+                self.act(operation, id, ServerAction::Stop, (OFF, &["ERROR"])).await?;
+                self.act(operation, id, ServerAction::Shelve, (OFFLOADED, &[OFF])).await
+            }
             // Its cloud keeps what is shelved on its host for a while.
             SHELVED => self.act(operation, id, ServerAction::ShelveOffload, (OFFLOADED, &[SHELVED])).await,
-            _ => self.act(operation, id, ServerAction::Shelve, (OFFLOADED, &[OFF, "ERROR"])).await,
+            _ => self.act(operation, id, ServerAction::Shelve, (OFFLOADED, &[OFF])).await,
         }
     }
 

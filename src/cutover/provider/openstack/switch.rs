@@ -260,6 +260,11 @@ impl CloudVolume {
         }
     }
 
+    /// Whether Cinder has the image of that name as the volume's.
+    pub(super) fn is_image_of(&self, shown: &cinder::Volume) -> bool {
+        shown.image() == self.source.in_use
+    }
+
     /// The image that a server opens on that side, as Cinder names it: `sata/volume-3f…`.
     pub(super) fn image(&self, side: Side) -> String {
         self.at(side).1.image()

@@ -35,6 +35,8 @@ pub(super) struct OfType<'a> {
     pub(super) volume: &'a CloudVolume,
     pub(super) next: &'a str,
     pub(super) policy: MigrationPolicy,
+    /// The server that has left its host, and may be said to have it all the same.
+    pub(super) ours: Option<&'a str>,
 }
 
 #[async_trait]
@@ -50,7 +52,7 @@ impl Effect for OfType<'_> {
             () if shown.is_moving() => Look::Working(shown.status),
             () if now == self.next => Look::Done,
             // Cinder would copy, and throw away, what that server writes to.
-            () if shown.status == Status::InUse.name() => taken(&shown),
+            () if is_taken(&shown, self.ours) => taken(&shown),
             () => {
                 let migration = shown.migration_status.as_deref().unwrap_or("none");
                 Look::NotYet(format!("{} of type {now:?}, migration {migration}", shown.status))
@@ -64,12 +66,22 @@ impl Effect for OfType<'_> {
         if shown.migration_status.as_deref() == Some("error") {
             self.cloud.forget_migration(id).await?;
         }
-        // Cinder retypes what nobody has, or what a running server has; this one's does not run, and is expected back.
-        if shown.status != Status::Available.name() {
-            self.cloud.reset_status(id, Status::Available).await?;
+        // It may have become something else since it was looked at: only from these it is known to be nobody's.
+        let known = [Status::Reserved.name(), Status::Maintenance.name(), "error"];
+        let is_ours = shown.status == Status::InUse.name() && !is_taken(&shown, self.ours);
+        match shown.status.as_str() {
+            status if status == Status::Available.name() => {}
+            status if known.contains(&status) || is_ours => self.cloud.reset_status(id, Status::Available).await?,
+            _ => return Ok(()),
         }
         self.cloud.retype(id, self.next, self.policy).await
     }
+}
+
+/// Whether another server has it than the one that has left its host.
+fn is_taken(shown: &Volume, ours: Option<&str>) -> bool {
+    shown.status == Status::InUse.name()
+        && (ours.is_none() || shown.attachments.iter().any(|found| Some(found.server_id.as_str()) != ours))
 }
 
 /// A server has it.
@@ -83,6 +95,8 @@ pub(super) struct OfStatus<'a> {
     pub(super) cloud: &'a Cloud,
     pub(super) volume: &'a CloudVolume,
     pub(super) status: Status,
+    /// The server that has left its host, and may be said to have it all the same.
+    pub(super) ours: Option<&'a str>,
 }
 
 #[async_trait]
@@ -96,7 +110,7 @@ impl Effect for OfStatus<'_> {
         Ok(match () {
             () if shown.status == self.status.name() => Look::Done,
             () if shown.is_moving() => Look::Working(shown.status),
-            () if shown.status == Status::InUse.name() => taken(&shown),
+            () if is_taken(&shown, self.ours) => taken(&shown),
             () => Look::NotYet(shown.status),
         })
     }
