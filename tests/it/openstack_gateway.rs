@@ -108,8 +108,10 @@ fn a_gateway_goes_on_while_the_disks_of_others_are_switched_below_it() {
     switched_below(&bed, 0, "cutover", &[], "target");
     switched_below(&bed, 1, "cutover", &[], "target");
     bed.expect_well(0, "target");
-    switched_below(&bed, 0, "rollback", &["--with-changes"], "source");
-    bed.expect_well(1, "target");
+    if every_step() {
+        switched_below(&bed, 0, "rollback", &["--with-changes"], "source");
+        bed.expect_well(1, "target");
+    }
 
     // Nobody has to let go of what nobody uses.
     let last = bed.servers.len() - 1;
