@@ -314,6 +314,9 @@ impl Walk<'_> {
             self.observer.note("the server is changing by itself: looking again");
         };
         let observed = self.have_stopped(observed).await?;
+        if observed.power == Power::Off && self.journal.phase.is_outage() {
+            self.server().provider.let_go().await?;
+        }
         if untouched && matches!(self.journal.phase, Phase::Resuming | Phase::Committed) {
             // It is this process now that has kept others out all the time.
             self.note_fences().await?;

@@ -213,6 +213,12 @@ pub trait Provider: Rehearse + Debug {
         Ok(())
     }
 
+    /// Where a process that is gone may have stopped, or started, only a part of what does not run as a whole: that
+    /// part lets go of its disks, too. Left out, there are no parts.
+    async fn let_go(&self) -> Result<(), ProviderError> {
+        Ok(())
+    }
+
     /// Gives the quiesced server its disks on `to`. It does not run.
     async fn swap(&self, to: Side, notes: &mut Notes) -> Result<(), ProviderError>;
 

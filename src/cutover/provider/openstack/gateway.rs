@@ -9,12 +9,40 @@ use super::super::{Notes, Observed, Power, ProviderError, Side};
 use super::effect::{Effect, Look};
 use super::switch::CloudVolume;
 use super::{OpenStack, name};
+use crate::openstack::cinder::Volume;
 use crate::openstack::nova::ServerAttachment;
 use crate::openstack::{Cloud, CloudError};
 
 /// The note of a volume's attachment, by its id.
 fn note(volume: &str) -> String {
     format!("attachment-{volume}")
+}
+
+/// Whether somebody is about to have it, or to have it no longer. Nova reserves a volume before it tells the server.
+fn is_changing_hands(shown: &Volume) -> bool {
+    shown.is_moving() || shown.status == "reserved"
+}
+
+/// The gateway has it, or has it not.
+struct InOneHand<'a> {
+    cloud: &'a Cloud,
+    volume: &'a CloudVolume,
+}
+
+#[async_trait]
+impl Effect for InOneHand<'_> {
+    fn wanted(&self) -> String {
+        format!("volume {} at rest", self.volume.name)
+    }
+
+    async fn look(&self) -> Result<Look, CloudError> {
+        let shown = self.cloud.volume(&self.volume.cinder.volume).await?;
+        Ok(if is_changing_hands(&shown) { Look::Working(shown.status) } else { Look::Done })
+    }
+
+    async fn ask(&self) -> Result<(), CloudError> {
+        Ok(())
+    }
 }
 
 /// The gateway has it not.
@@ -33,7 +61,7 @@ impl Effect for Detached<'_> {
     async fn look(&self) -> Result<Look, CloudError> {
         let shown = self.cloud.volume(&self.volume.cinder.volume).await?;
         Ok(match () {
-            () if shown.is_moving() => Look::Working(shown.status),
+            () if is_changing_hands(&shown) => Look::Working(shown.status),
             () if shown.attachments.is_empty() && shown.status != "in-use" => Look::Done,
             () if shown.attachments.iter().any(|found| found.server_id != self.gateway) => {
                 Look::Hopeless(format!("volume {} is with another server", self.volume.name))
@@ -68,7 +96,7 @@ impl Effect for Attached<'_> {
             () if shown.attachments.iter().any(|found| found.server_id != self.gateway) => {
                 Look::Hopeless(format!("volume {} is with another server", shown.id))
             }
-            () if shown.is_moving() || shown.status == "reserved" => Look::Working(shown.status),
+            () if is_changing_hands(&shown) => Look::Working(shown.status),
             () => Look::NotYet(shown.status),
         })
     }
@@ -89,8 +117,9 @@ impl OpenStack {
     /// Running: the gateway has all of them. Off: it has not. Once nothing is under way with any.
     pub(super) async fn observe_gateway(&self, gateway: &str) -> Result<Observed, ProviderError> {
         let operation = "state";
+        let cloud = self.cloud(operation).await?;
         for volume in &self.volumes {
-            self.until_still(operation, volume).await?;
+            self.bring_about(operation, &InOneHand { cloud, volume }).await?;
         }
         let attached = self.attachments(operation, gateway).await?;
         let volumes = self.look(operation).await?;

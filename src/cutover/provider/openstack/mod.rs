@@ -249,11 +249,21 @@ impl Provider for OpenStack {
         }
     }
 
+    async fn let_go(&self) -> Result<(), ProviderError> {
+        match &self.config.holder {
+            // Its writers have let go before the first was detached, and go on after the last is attached.
+            Holder::Gateway { server, .. } => self.detach_all(server, None).await,
+            Holder::Server(_) | Holder::Nobody => Ok(()),
+        }
+    }
+
     async fn swap(&self, to: Side, _notes: &mut Notes) -> Result<(), ProviderError> {
         let operation = format!("switch to the {}", name(to));
         match &self.config.holder {
             Holder::Server(id) => self.leave_host(&operation, id).await?,
-            Holder::Gateway { .. } | Holder::Nobody => {}
+            // Nothing is switched below one that has it.
+            Holder::Gateway { server, .. } => self.detach_all(server, None).await?,
+            Holder::Nobody => {}
         }
         self.switch_all(&operation, to).await?;
         match &self.config.holder {
