@@ -64,6 +64,8 @@
 //! - **rewind**: brings a dirty HEAD of the target back to the base, where the snapshot that was in flight has gone.
 //! - **cutover**: the server stops writing, the last cycle runs and is verified, and the server starts on the target.
 //! - **kept source**: what a server left at its cutover, renamed, for the way back; until it is **finalized**.
+//! - **placeholder**: a small image that has a volume's name in Cinder's place while the volume is switched.
+//! - **drift**: what has become of a server where it runs that its plan does not know of ([`fleet::Drift`]).
 //! - **rehearsal**: a **stand-in**, a throw-away server, boots from clones of the newest point, before the cutover.
 //!
 //! # The guarantees

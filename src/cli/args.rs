@@ -9,9 +9,8 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use super::cutover_args::{CutoverArgs, FinalizeArgs, RehearseArgs, RollbackArgs};
 use super::exit;
 use super::fleet_args::{ActArgs, StatusArgs, ThrottleArgs};
-use super::values::{
-    PoolName, SnapshotName, parse_ceph_user, parse_demo_size, parse_memory, parse_object_size, parse_rate,
-};
+use super::plan_args::PlanArgs;
+use super::values::{SnapshotName, parse_ceph_user, parse_demo_size, parse_memory, parse_object_size, parse_rate};
 use crate::batch::CompressionChoice;
 use crate::image::ImageSpec;
 
@@ -174,10 +173,15 @@ pub(super) enum CommandArgs {
     /// Lists it; removes it with --yes. A snapshot that only has a name like poolshift's, and is known to no target of
     /// the plan, is listed as unknown: another replication may have made it.
     Gc(GcArgs),
-    /// Write a first plan file from the images of a pool
+    /// Write a first plan file from the images of a pool, or from the servers of an OpenStack cloud
     ///
-    /// Every image becomes a volume of its own, the largest first. Images that poolshift can't replicate are named in
-    /// comments.
+    /// Every image of a pool becomes a volume of its own, the largest first. Images that poolshift can't replicate are named
+    /// in comments.
+    ///
+    /// With --openstack, the servers of the projects are listed with their volumes, and those that are to get another type
+    /// are planned, each server whole. A server with a volume that something stands in the way of is left out: what it is,
+    /// and what to do about it, is said in comments and on standard error. The credentials come from clouds.yaml or the
+    /// OS_* variables, and have to be an administrator's.
     Plan(PlanArgs),
     /// Hold a plan file against the clusters; change nothing
     ///
@@ -452,22 +456,6 @@ pub(super) struct GcArgs {
     pub(super) json: bool,
     #[command(flatten)]
     pub(super) state: StateArgs,
-}
-
-#[derive(Args, Debug)]
-pub(super) struct PlanArgs {
-    /// The pool to empty, rbd:POOL[/NAMESPACE]
-    #[arg(long, value_name = "POOL")]
-    pub(super) from_pool: PoolName,
-    /// The pool to fill, rbd:POOL[/NAMESPACE]
-    #[arg(long, value_name = "POOL")]
-    pub(super) to_pool: PoolName,
-    /// Only images whose names fit, with * and ?
-    #[arg(long = "match", value_name = "GLOB")]
-    pub(super) pattern: Option<String>,
-    /// Where to: a file that does not exist yet, or - for standard output
-    #[arg(short, long, value_name = "FILE", default_value = "-")]
-    pub(super) output: PathBuf,
 }
 
 #[derive(Args, Debug)]

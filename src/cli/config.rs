@@ -8,12 +8,13 @@ use std::time::Duration;
 
 use super::args::{
     Arguments, CheckArgs, CommandArgs, CreateArgs, DemoArgs, DepsArgs, DiffArgs, ExportDiffArgs, FlattenArgs, GcArgs,
-    GlobalArgs, ImageFeature, ImportDiffArgs, InspectArgs, LogFormat, MergeDiffArgs, PlanArgs, ReceiveArgs,
-    ReplicateArgs, SendArgs, SyncArgs, VerifyArgs,
+    GlobalArgs, ImageFeature, ImportDiffArgs, InspectArgs, LogFormat, MergeDiffArgs, ReceiveArgs, ReplicateArgs,
+    SendArgs, SyncArgs, VerifyArgs,
 };
 pub use super::cutover_args::{At, Consent, Cutover, Finalize, Rehearse, Rollback, Whom};
 pub use super::fleet_args::{Act, FleetStatus, Throttle};
-use super::values::{PoolName, SnapshotName};
+pub use super::plan_args::{CloudPlan, Plan, PlanOf, PoolPlan, Projects};
+use super::values::SnapshotName;
 use crate::batch::CompressionChoice;
 use crate::image::ImageSpec;
 use crate::observe::client::Action;
@@ -338,16 +339,6 @@ pub struct Gc {
     pub state_dir: Option<PathBuf>,
 }
 
-/// See `poolshift plan --help`.
-#[derive(Clone, Debug)]
-#[allow(missing_docs)]
-pub struct Plan {
-    pub from_pool: PoolName,
-    pub to_pool: PoolName,
-    pub pattern: Option<String>,
-    pub output: Stream,
-}
-
 /// See `poolshift check --help`.
 #[derive(Clone, Debug)]
 #[allow(missing_docs)]
@@ -460,9 +451,7 @@ impl TryFrom<CommandArgs> for Command {
             CommandArgs::Gc(GcArgs { plan, dry_run: _, yes, unknown, json, state }) => {
                 Self::Gc(Gc { plan, remove: yes, unknown, json, state_dir: state.state_dir })
             }
-            CommandArgs::Plan(PlanArgs { from_pool, to_pool, pattern, output }) => {
-                Self::Plan(Plan { from_pool, to_pool, pattern, output: output.into() })
-            }
+            CommandArgs::Plan(args) => args.validated()?,
             CommandArgs::Check(CheckArgs { plan, no_measure, json }) => {
                 Self::Check(Check { plan, measure: !no_measure, json })
             }

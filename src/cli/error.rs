@@ -9,6 +9,7 @@ use super::daemon::DaemonError;
 use super::exit::{self, Exit};
 use crate::cutover::CutoverError;
 use crate::observe::client::ClientError;
+use crate::openstack::CloudError;
 use crate::replicate::CycleError;
 
 /// Shows an error on standard error; returns the exit it stands for.
@@ -80,6 +81,9 @@ fn hint(error: &anyhow::Error) -> Option<String> {
         if let Some(error) = cause.downcast_ref::<DaemonError>() {
             return Some(error.hint());
         }
+        if let Some(error) = cause.downcast_ref::<CloudError>() {
+            return error.hint.clone();
+        }
         hint_of(cause)
     })
 }
@@ -108,6 +112,16 @@ mod tests {
         caused by: No such file or directory (os error 2)
         hint: list them with: rbd ls sata
         "#);
+    }
+
+    #[test]
+    fn what_a_cloud_says_comes_with_its_hint() {
+        let error =
+            CloudError::new(crate::openstack::Fault::Forbidden, "list servers", "nova at http://c", "it answers 403");
+        insta::assert_snapshot!(render(&error.hint("ask an administrator").into()), @r"
+        error: nova at http://c: cannot list servers: it answers 403
+        hint: ask an administrator
+        ");
     }
 
     #[test]

@@ -11,6 +11,7 @@ use crate::cutover::journal::JournalError;
 use crate::delta::stream::{DiffError, DiffFault, MergeError};
 use crate::image::{ErrorKind, ImageError};
 use crate::observe::client::ClientError;
+use crate::openstack::{CloudError, Fault};
 use crate::pipeline::PipelineError;
 use crate::plan::PlanError;
 use crate::replicate::CycleError;
@@ -51,6 +52,8 @@ pub enum Exit {
     NotReady,
     /// A server's stand-in did not come up from its clones. Nothing of the server was changed.
     RehearsalFailed,
+    /// A cloud does not accept the credentials, or does not let them do what is needed.
+    NotAllowed,
     /// Stopped by Ctrl-C or SIGTERM. The next run resumes.
     Interrupted,
 }
@@ -64,15 +67,16 @@ pub const TABLE: &[(Exit, u8, &str)] = &[
     (Exit::Conflict, 4, "source and target have no common, undisturbed past: needs a decision"),
     (Exit::NotFound, 5, "an image, pool, snapshot or file is not there"),
     (Exit::Busy, 6, "another process works on the target"),
-    (Exit::Temporary, 7, "the storage failed or did not answer in time: run it again"),
+    (Exit::Temporary, 7, "the storage or the cloud failed or did not answer in time: run it again"),
     (Exit::Damaged, 8, "a stream or a state record is damaged"),
-    (Exit::Unsupported, 9, "the image can't do it, or its backend is not installed"),
+    (Exit::Unsupported, 9, "the image or the cloud can't do it, or the image's backend is not installed"),
     (Exit::NoSpace, 10, "no space left, or a quota is reached"),
     (Exit::Fenced, 11, "another process took the target over"),
     (Exit::WentBack, 12, "the server was brought back to where it ran: nothing has changed"),
     (Exit::NeedsPerson, 13, "the server may be down, or both sides were written: needs a person"),
     (Exit::NotReady, 14, "the server is not ready to be brought over: nothing was changed"),
     (Exit::RehearsalFailed, 15, "a rehearsal failed: what booted from the copies is not well; nothing was changed"),
+    (Exit::NotAllowed, 16, "the cloud does not accept the credentials, or does not let them do this"),
     (Exit::Interrupted, 130, "interrupted; the next run resumes"),
 ];
 
@@ -152,6 +156,9 @@ fn known(error: &(dyn std::error::Error + 'static)) -> Option<Exit> {
     }
     if let Some(error) = error.downcast_ref::<ClientError>() {
         return Some(of_client(error));
+    }
+    if let Some(error) = error.downcast_ref::<CloudError>() {
+        return Some(of_cloud(error.fault));
     }
     if let Some(error) = error.downcast_ref::<io::Error>() {
         return of_io(error);
@@ -236,6 +243,18 @@ fn of_diff(error: &DiffError) -> Exit {
     }
 }
 
+fn of_cloud(fault: Fault) -> Exit {
+    match fault {
+        Fault::Config => Exit::Usage,
+        Fault::Unauthorized | Fault::Forbidden => Exit::NotAllowed,
+        Fault::NotFound => Exit::NotFound,
+        Fault::OverQuota => Exit::NoSpace,
+        Fault::Version => Exit::Unsupported,
+        Fault::Unavailable | Fault::Busy => Exit::Temporary,
+        Fault::Conflict | Fault::Refused(_) | Fault::Strange => Exit::Failed,
+    }
+}
+
 fn of_client(error: &ClientError) -> Exit {
     match error {
         ClientError::Refused { status: 404, .. } => Exit::NotFound,
@@ -298,6 +317,27 @@ mod tests {
         let inner = Box::new(CutoverError::Image(space()));
         let error = CutoverError::NotBrought { server: server(), error: inner, because: "no space".into() };
         assert_eq!(of(error), Exit::NeedsPerson);
+    }
+
+    #[test]
+    fn what_a_cloud_says_has_its_exit() {
+        for (fault, exit) in [
+            (Fault::Config, Exit::Usage),
+            (Fault::Unauthorized, Exit::NotAllowed),
+            (Fault::Forbidden, Exit::NotAllowed),
+            (Fault::NotFound, Exit::NotFound),
+            (Fault::Conflict, Exit::Failed),
+            (Fault::Refused(400), Exit::Failed),
+            (Fault::OverQuota, Exit::NoSpace),
+            (Fault::Version, Exit::Unsupported),
+            (Fault::Unavailable, Exit::Temporary),
+            (Fault::Busy, Exit::Temporary),
+            (Fault::Strange, Exit::Failed),
+        ] {
+            let error = CloudError::new(fault, "show volume 1", "cinder", "it answers");
+            assert_eq!(Exit::of(&anyhow::Error::new(error).context("outside")), exit, "{fault:?}");
+        }
+        assert_eq!(Exit::NotAllowed.code(), 16);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! What the commands of a fleet share: how its images are opened, with the plan's clusters.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -8,14 +9,18 @@ use tokio_util::sync::CancellationToken;
 use super::config::{CephAccess, Config, Create};
 use super::terminal::Terminal;
 use super::{Context, images};
-use crate::fleet::{Images, Opener};
+use crate::cutover::provider::openstack::drift;
+use crate::fleet::{Drift, Images, Opener, chain_text};
 use crate::image::{ErrorKind, ImageError, TargetImage};
-use crate::plan::{ClusterAccess, Plan, Volume};
+use crate::openstack::{Cloud, CloudAccess, CloudError};
+use crate::plan::{ClusterAccess, Cutover, Plan, Server, Volume};
 use crate::replicate::CycleError;
 
 /// Opens the images of a plan, as the command line would.
 pub(super) struct PlanImages {
     config: Config,
+    /// The clouds that were asked, by their names.
+    clouds: tokio::sync::Mutex<HashMap<Option<String>, Arc<Cloud>>>,
     terminal: Terminal,
     cancel: CancellationToken,
 }
@@ -33,7 +38,20 @@ impl PlanImages {
         let mut config = context.config.clone();
         config.source_ceph = access(&plan.source_cluster, &config.source_ceph);
         config.target_ceph = access(&plan.target_cluster, &config.target_ceph);
-        Arc::new(Self { config, terminal: context.terminal.clone(), cancel: context.cancel.clone() })
+        let clouds = tokio::sync::Mutex::default();
+        Arc::new(Self { config, clouds, terminal: context.terminal.clone(), cancel: context.cancel.clone() })
+    }
+
+    /// A cloud, connected to once.
+    async fn cloud(&self, name: Option<&str>) -> Result<Arc<Cloud>, CloudError> {
+        let mut clouds = self.clouds.lock().await;
+        let key = name.map(str::to_owned);
+        if let Some(cloud) = clouds.get(&key) {
+            return Ok(Arc::clone(cloud));
+        }
+        let cloud = Arc::new(Cloud::connect(CloudAccess::load(name)?).await?);
+        clouds.insert(key, Arc::clone(&cloud));
+        Ok(cloud)
     }
 
     /// The context in which commands open images of the plan.
@@ -90,5 +108,15 @@ impl Opener for PlanImages {
 
     async fn open_target(&self, volume: &Volume) -> Result<Arc<dyn TargetImage>, CycleError> {
         Ok(images::target_of_plan(&self.context(), volume).await?)
+    }
+
+    async fn drift(&self, server: &Server) -> Vec<Drift> {
+        let Cutover::OpenStack(config) = &server.cutover else { return Vec::new() };
+        let look = async { drift::look(self.cloud(config.cloud.as_deref()).await?.as_ref(), server).await };
+        look.await.unwrap_or_else(|error| {
+            // It is replicated all the same.
+            tracing::warn!(server = server.name, error = chain_text(&error), "the cloud could not be asked about it");
+            Vec::new()
+        })
     }
 }

@@ -36,6 +36,7 @@ mod inspect;
 mod merge_diff;
 mod output;
 mod plan;
+mod plan_args;
 mod progress;
 mod receive;
 mod rehearse;

@@ -1,4 +1,4 @@
-//! `poolshift plan`: a first plan file, from the images of a pool.
+//! `poolshift plan`: a first plan file, from the images of a pool or the servers of a cloud.
 
 use std::collections::HashSet;
 use std::fmt::Write as _;
@@ -7,15 +7,19 @@ use std::path::Path;
 use futures::stream::{self, StreamExt as _};
 use tokio::io::AsyncWriteExt as _;
 
-use super::config::{CephAccess, Plan as Settings, Stream, UsageError};
+use super::config::{CephAccess, Plan as Settings, PlanOf, PoolPlan, Stream, UsageError};
 use super::exit::Exit;
 use super::streams::Output;
-use super::values::{PoolName, human_bytes, matches_glob};
+use super::values::{PoolName, human_bytes};
 use super::{Context, Interrupted, images, output};
 use crate::delta::{self, Method};
 use crate::image::rbd::{Connector, PoolImage, RbdImage};
 use crate::image::{ErrorKind, ImageError, ImageSpec, Point, SourceImage as _};
-use crate::plan::{Plan, VOLUMES_MAX};
+use crate::plan::values::matches_glob;
+use crate::plan::{FILE_MAX, Plan, VOLUMES_MAX};
+
+mod cloud;
+mod cloud_text;
 
 /// How many images are looked at at a time.
 const AT_A_TIME: usize = 8;
@@ -25,21 +29,32 @@ const NAME_LENGTH: usize = 100;
 
 /// Runs the command.
 pub(super) async fn run(context: &Context<'_>, settings: &Settings) -> anyhow::Result<Exit> {
-    let config = context.config;
-    if settings.from_pool == settings.to_pool && config.source_ceph.conf == config.target_ceph.conf {
-        let text = format!("--from-pool and --to-pool are the same: {}", settings.from_pool);
-        return Err(UsageError(text).into());
+    if let PlanOf::Pool(PoolPlan { from_pool, to_pool, .. }) = &settings.of
+        && from_pool == to_pool
+        && context.config.source_ceph.conf == context.config.target_ceph.conf
+    {
+        return Err(UsageError(format!("--from-pool and --to-pool are the same: {from_pool}")).into());
     }
     // Before anything is asked: a name that is taken is found at once.
     let mut file = match &settings.output {
         Stream::Standard => None,
         file => Some(Output::new(file)?),
     };
-    let (volumes, skipped) = tokio::select! {
-        found = find(context, settings) => found?,
+    let make = async {
+        match &settings.of {
+            PlanOf::Pool(pools) => of_pool(context, pools, &settings.output).await,
+            PlanOf::Cloud(cloud) => cloud::plan(context, cloud, &settings.output).await,
+        }
+    };
+    let (text, count) = tokio::select! {
+        made = make => made?,
         () = context.cancel.cancelled() => return Err(Interrupted.into()),
     };
-    let text = write(settings, (&config.source_ceph, &config.target_ceph), &volumes, &skipped)?;
+    if text.len() > FILE_MAX {
+        let text =
+            format!("a plan of {count} volumes would have more than {FILE_MAX} bytes: choose fewer with --match");
+        return Err(UsageError(text).into());
+    }
     // What is written is what `check` and the fleet will take.
     Plan::parse(&text, Path::new(&settings.output.to_string()))?;
     match &mut file {
@@ -48,9 +63,16 @@ pub(super) async fn run(context: &Context<'_>, settings: &Settings) -> anyhow::R
     }
     if let Some(file) = file {
         file.finish().await?;
-        context.terminal.note(&format!("{} volumes; next: poolshift check {}", volumes.len(), settings.output));
+        context.terminal.note(&format!("{count} volumes; next: poolshift check {}", settings.output));
     }
     Ok(Exit::Success)
+}
+
+/// The plan of a pool's images, and how many there are.
+async fn of_pool(context: &Context<'_>, pools: &PoolPlan, output: &Stream) -> anyhow::Result<(String, usize)> {
+    let (volumes, skipped) = find(context, pools).await?;
+    let clusters = (&context.config.source_ceph, &context.config.target_ceph);
+    Ok((write(pools, output, clusters, &volumes, &skipped)?, volumes.len()))
 }
 
 /// An image that goes into the plan.
@@ -63,7 +85,7 @@ struct Found {
 }
 
 /// The images that fit, largest first, and those that are left out, with the reason.
-async fn find(context: &Context<'_>, settings: &Settings) -> anyhow::Result<(Vec<Found>, Vec<(String, String)>)> {
+async fn find(context: &Context<'_>, settings: &PoolPlan) -> anyhow::Result<(Vec<Found>, Vec<(String, String)>)> {
     let connector = images::connect(context, &context.config.source_ceph).await?;
     let PoolName { pool, namespace } = &settings.from_pool;
     let mut listed = connector.images(pool, namespace.as_deref()).await?;
@@ -113,15 +135,25 @@ async fn look(connector: &Connector, from: &PoolName, listed: PoolImage) -> Resu
     if let Some(obstacle) = image.obstacle() {
         return Ok(Err(obstacle.into()));
     }
+    let (size, used) = extent(&image).await?;
+    Ok(Ok(Found { image: name, size, used }))
+}
+
+/// How large an image is, and how many bytes the objects have that there are; `None` where the object map doesn't tell.
+async fn extent(image: &RbdImage) -> Result<(u64, Option<u64>), ImageError> {
     let view = image.view(&Point::Head).await?;
     let plan = delta::plan(view.as_ref(), None).await?;
-    let used = (plan.method == Method::TwoLevel).then(|| plan.covered());
-    Ok(Ok(Found { image: name, size: view.size(), used }))
+    Ok((view.size(), (plan.method == Method::TwoLevel).then(|| plan.covered())))
 }
 
 fn spec(pool: &PoolName, image: &str) -> ImageSpec {
     let PoolName { pool, namespace } = pool.clone();
     ImageSpec::Rbd { pool, namespace, image: image.to_owned(), snapshot: None }
+}
+
+/// A text from elsewhere that stands in a comment.
+fn shown(text: &str) -> String {
+    text.replace(char::is_control, "\u{fffd}")
 }
 
 /// A TOML string.
@@ -131,29 +163,22 @@ fn quoted(text: &str) -> String {
 
 /// The plan's text.
 fn write(
-    settings: &Settings,
+    pools: &PoolPlan,
+    output: &Stream,
     clusters: (&CephAccess, &CephAccess),
     volumes: &[Found],
     skipped: &[(String, String)],
 ) -> anyhow::Result<String> {
-    let Settings { from_pool, to_pool, output, .. } = settings;
+    let PoolPlan { from_pool, to_pool, .. } = pools;
     let size: u64 = volumes.iter().fold(0, |sum, volume| sum.saturating_add(volume.size));
     let used = volumes.iter().try_fold(0u64, |sum, volume| sum.checked_add(volume.used?));
     let used = used.map_or_else(String::new, |used| format!(", at most {} of it used", human_bytes(used)));
-    let file = match output {
-        Stream::Standard => "FILE".into(),
-        Stream::File(path) => path.display().to_string().replace(char::is_control, "\u{fffd}"),
-    };
     let mut text = format!(
-        "# From {from_pool} to {to_pool}: {} volumes, {} provisioned{used}, the largest first.\n\
-         # Change what you like, then hold it against the clusters: poolshift check {file}\n",
+        "# From {from_pool} to {to_pool}: {} volumes, {} provisioned{used}, the largest first.\n",
         volumes.len(),
         human_bytes(size),
     );
-    for (key, access) in [("source", clusters.0), ("target", clusters.1)] {
-        cluster(&mut text, key, access)?;
-    }
-    text.push_str(&HEAD.replace("{pool}", &quoted(&from_pool.pool)));
+    head(&mut text, output, clusters, &from_pool.pool)?;
     if let Some(first) = volumes.first() {
         let sides = [from_pool, to_pool].map(|pool| quoted(&spec(pool, &first.image).to_string()));
         text.push_str(&SERVER.replace("{source}", &sides[0]).replace("{target}", &sides[1]));
@@ -175,6 +200,20 @@ fn write(
         writeln!(text, "# {name:?}: {reason}")?;
     }
     Ok(text)
+}
+
+/// What every plan begins with, once it is said what it is of.
+fn head(text: &mut String, output: &Stream, clusters: (&CephAccess, &CephAccess), pool: &str) -> anyhow::Result<()> {
+    let file = match output {
+        Stream::Standard => "FILE".into(),
+        Stream::File(path) => path.display().to_string().replace(char::is_control, "\u{fffd}"),
+    };
+    writeln!(text, "# Change what you like, then hold it against the clusters: poolshift check {file}")?;
+    for (key, access) in [("source", clusters.0), ("target", clusters.1)] {
+        cluster(text, key, access)?;
+    }
+    text.push_str(&HEAD.replace("{pool}", &quoted(pool)));
+    Ok(())
 }
 
 /// The way to a cluster, as the command line gave it.
@@ -254,9 +293,9 @@ const SERVER: &str = r#"
 mod tests {
     use super::*;
 
-    fn settings(from: &str, to: &str) -> Settings {
+    fn pools(from: &str, to: &str) -> PoolPlan {
         let (from_pool, to_pool) = (from.parse().unwrap(), to.parse().unwrap());
-        Settings { from_pool, to_pool, pattern: None, output: Stream::Standard }
+        PoolPlan { from_pool, to_pool, pattern: None }
     }
 
     fn uncommented(text: &str, from: &str) -> String {
@@ -277,7 +316,7 @@ mod tests {
         let skipped = [("old\n[x]".to_owned(), "it is of format 1".to_owned())];
         let access = CephAccess { conf: Some("/etc/ceph/a b.conf".into()), user: Some("poolshift".into()) };
         let clusters = (&access, &CephAccess::default());
-        let text = write(&settings("sata/tenant", "sas"), clusters, &volumes, &skipped).unwrap();
+        let text = write(&pools("sata/tenant", "sas"), &Stream::Standard, clusters, &volumes, &skipped).unwrap();
         let plan = Plan::parse(&text, Path::new("plan.toml")).unwrap_or_else(|error| panic!("{error}\n{text}"));
         let names: Vec<_> = plan.servers.iter().map(|server| server.name.as_str()).collect();
         assert_eq!(names, ["web-1-root", "web-1-root-2", "web-1-root-3", "v_x"]);

@@ -3,9 +3,10 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use super::config::{CephAccess, Command, Config, StartOver, Stream};
+use super::config::{CephAccess, Command, Config, PlanOf, Projects, StartOver, Stream};
 use crate::fleet::control::Scope;
 use crate::observe::client::Action;
+use crate::openstack::discovery::{Filter, Rules};
 
 fn parse(line: &str) -> Result<Config, String> {
     let args = std::iter::once("poolshift").chain(line.split_whitespace()).map(OsString::from);
@@ -81,6 +82,44 @@ fn a_throttle_is_set_whole_or_reset() {
 }
 
 #[test]
+fn a_plan_is_of_a_pool_or_of_a_cloud() {
+    let plan = |line: &str| match parse(line).unwrap().command {
+        Command::Plan(plan) => plan,
+        _ => panic!("no plan"),
+    };
+    let pool = plan("plan --from-pool rbd:a --to-pool b --match x*");
+    assert_eq!(pool.output, Stream::Standard);
+    let PlanOf::Pool(pool) = pool.of else { panic!("{pool:?}") };
+    assert_eq!((pool.from_pool.to_string(), pool.pattern.as_deref()), ("rbd:a".into(), Some("x*")));
+    let cloud = |line: &str| match plan(line).of {
+        PlanOf::Cloud(cloud) => cloud,
+        of => panic!("{of:?}"),
+    };
+    let least = cloud("plan --openstack --data-type sas");
+    assert_eq!((&least.cloud, &least.projects, least.pools.len()), (&None, &Projects::Own, 0));
+    let data_type = Some("sas".into());
+    assert_eq!(least.rules, Rules { data_type, ..Rules::default() });
+    let all = cloud(
+        "plan --openstack --boot-type b --data-type d --os-cloud c --project p --project q --metadata k=v=w --from-type t \
+         --min-size 1G --max-size 2G --match x* --gateway g --group-by k --detached --pool t=a --pool x=y=rbd:b/n",
+    );
+    assert_eq!((all.cloud.as_deref(), all.projects), (Some("c"), Projects::Named(vec!["p".into(), "q".into()])));
+    let pools: Vec<_> = all.pools.iter().map(|(name, pool)| format!("{name} {pool}")).collect();
+    assert_eq!(pools, ["t rbd:a", "x=y rbd:b/n"]);
+    let filter = Filter {
+        name: Some("x*".into()),
+        metadata: vec![("k".into(), "v=w".into())],
+        types: vec!["t".into()],
+        min_size: Some(1 << 30),
+        max_size: Some(2 << 30),
+    };
+    let (boot_type, data_type) = (Some("b".into()), Some("d".into()));
+    let (gateways, group_by) = (vec!["g".into()], Some("k".into()));
+    assert_eq!(all.rules, Rules { boot_type, data_type, filter, gateways, group_by, detached: true });
+    assert_eq!(cloud("plan --openstack --data-type sas --all-projects").projects, Projects::All);
+}
+
+#[test]
 fn command_lines_that_make_no_sense_are_refused() {
     for (line, problem) in [
         ("sync rbd:a/x@s rbd:b/x", "--snapshot names it"),
@@ -121,6 +160,19 @@ fn command_lines_that_make_no_sense_are_refused() {
         ("merge-diff - - out", "both be standard input"),
         ("merge-diff a b a", "one of the diffs to merge"),
         ("demo --size 1M", "8M to 64G"),
+        ("plan", "required arguments were not provided"),
+        ("plan --from-pool rbd:a", "required arguments were not provided"),
+        ("plan --from-pool rbd:a --to-pool rbd:b --openstack --data-type sas", "cannot be used with"),
+        ("plan --from-pool rbd:a --to-pool rbd:b --data-type sas", "for a plan of a cloud"),
+        ("plan --from-pool rbd:a --to-pool rbd:b --detached", "for a plan of a cloud"),
+        ("plan --openstack", "say what is to be moved"),
+        ("plan --openstack --data-type sas --project p --all-projects", "cannot be used with"),
+        ("plan --openstack --data-type sas --group-by k", "required arguments were not provided"),
+        ("plan --openstack --data-type sas --metadata k", "write KEY=VALUE"),
+        ("plan --openstack --data-type sas --pool sas", "write TYPE=POOL"),
+        ("plan --openstack --data-type sas --pool sas=a/b/c", "write rbd:POOL"),
+        ("plan --openstack --data-type sas --pool sas=a --pool sas=b", "two pools: rbd:a and rbd:b"),
+        ("plan --openstack --data-type sas --min-size 2G --max-size 1G", "no volume fits"),
     ] {
         let refusal = refusal(line);
         assert!(refusal.contains(problem), "{line}\n  {refusal}\n  does not say: {problem}");

@@ -41,6 +41,14 @@ pub(super) async fn run(shared: Arc<Shared>, server: Server, forced: bool, cance
         }
     }
     let Some(first) = members.first() else { return JobEnd::Defect("a server without volumes".into()) };
+    if let Some((volume, drifted)) = shared.drifted(&server).await {
+        // While it is brought over it is as its cutover has it.
+        return match shared::pausing_note(first.target.as_ref()).await {
+            Ok(Some(reason)) => JobEnd::Paused(reason),
+            Ok(None) => JobEnd::NotOpened(volume, drifted),
+            Err(error) => JobEnd::NotOpened(first.name.clone(), error),
+        };
+    }
     let looked = Timestamp::now();
     if let Some(mut idle) = shared.take_idle(&server.name)
         && let Some(point) = group::still_unchanged(&members, &mut idle).await
@@ -92,10 +100,18 @@ pub(super) async fn run(shared: Arc<Shared>, server: Server, forced: bool, cance
 async fn why_missing(shared: &Shared, server: &Server, volume: &Volume, missing: CycleError) -> JobEnd {
     match shared.pausing_note(server).await {
         Ok(Some(reason)) => JobEnd::Paused(reason),
-        Ok(None) => JobEnd::NotOpened(volume.name.clone(), missing),
+        Ok(None) => why_gone(shared, server, volume, missing).await,
         // Without a target there is nothing that could explain it.
-        Err(error) if shared::is_missing(&error) => JobEnd::NotOpened(volume.name.clone(), missing),
+        Err(error) if shared::is_missing(&error) => why_gone(shared, server, volume, missing).await,
         Err(error) => JobEnd::NotOpened(volume.name.clone(), error),
+    }
+}
+
+/// Whether somebody else has moved or removed an image where the server runs.
+async fn why_gone(shared: &Shared, server: &Server, volume: &Volume, missing: CycleError) -> JobEnd {
+    match shared.drifted(server).await {
+        Some((volume, drifted)) => JobEnd::NotOpened(volume, drifted),
+        None => JobEnd::NotOpened(volume.name.clone(), missing),
     }
 }
 

@@ -10,6 +10,7 @@ use jiff::Timestamp;
 use tokio::sync::{broadcast, mpsc, oneshot};
 
 use super::control::{ActionError, FleetControl, Scope};
+use super::drift::{Drift, Drifts};
 use super::events::Events;
 use super::group::Idle;
 use super::scheduler::{Phase, Scheduler};
@@ -35,6 +36,11 @@ pub trait Opener: Send + Sync {
 
     /// Opens the target of a volume alone, to read what is noted with it. Creates nothing.
     async fn open_target(&self, volume: &Volume) -> Result<Arc<dyn TargetImage>, CycleError>;
+
+    /// What has become of a server where it runs that its plan does not know of. Nothing where nobody can be asked.
+    async fn drift(&self, _server: &Server) -> Vec<Drift> {
+        Vec::new()
+    }
 }
 
 /// What a person asks of servers.
@@ -82,6 +88,7 @@ pub(super) struct Shared {
     pub(super) events: Events,
     pub(super) opener: Arc<dyn Opener>,
     pub(super) throttles: Throttles,
+    pub(super) drifts: Drifts,
     commands: mpsc::UnboundedSender<Command>,
     images: Mutex<HashMap<String, Images>>,
     /// What the last look saw of the servers that had not changed.
@@ -108,6 +115,7 @@ impl Shared {
             events: Events::default(),
             opener,
             throttles,
+            drifts: Drifts::default(),
             commands,
             images: Mutex::default(),
             idle: Mutex::default(),
@@ -160,6 +168,7 @@ impl Shared {
     }
 
     pub(super) fn forget_all_images(&self) {
+        self.drifts.forget();
         self.idle.lock().unwrap_or_else(PoisonError::into_inner).clear();
         self.images.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }

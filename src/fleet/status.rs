@@ -101,6 +101,9 @@ pub struct ServerStatus {
     pub convergence: Convergence,
     /// When the next cycle is due, RFC 3339.
     pub next_at: Option<String>,
+    /// What is not as the plan has it where the server runs, a sentence each.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub drift: Vec<String>,
     /// What went wrong last, if nothing has gone well since.
     pub last_error: Option<ErrorStatus>,
     /// The newest cycle of this process that made a point.
@@ -286,4 +289,6 @@ pub enum EventKind {
     Throttle,
     /// A lease was taken over from a worker that is gone.
     TakenOver,
+    /// A server is not as its plan has it, where it runs.
+    Drift,
 }

@@ -29,6 +29,7 @@ pub(super) struct ServerTrack {
     throughput: SlowMean,
     model: CostModel,
     last_error: Option<ErrorStatus>,
+    drift: Vec<String>,
     last_cycle: Option<LastCycle>,
     history: VecDeque<Sample>,
     volumes: Vec<VolumeTrack>,
@@ -66,6 +67,7 @@ impl ServerTrack {
             throughput: SlowMean::default(),
             model: CostModel::default(),
             last_error: None,
+            drift: Vec::new(),
             last_cycle: None,
             history: VecDeque::new(),
             volumes: server.volumes.iter().map(|_| VolumeTrack::default()).collect(),
@@ -158,6 +160,11 @@ impl ServerTrack {
         self.point = Some(point);
         self.last_error = None;
         self.clear_failures();
+    }
+
+    /// What is not as the plan has it, where the server runs.
+    pub(super) fn drifted(&mut self, drift: Vec<String>) {
+        self.drift = drift;
     }
 
     /// Another worker has made this point.
@@ -266,6 +273,7 @@ impl ServerTrack {
             predicted_outage_seconds: changed.and_then(|changed| self.model.predict(changed)),
             convergence: convergence(&self.model, self.change_rate.get(), lag, target_lag, throttled),
             next_at: next_at.map(|at| at.to_string()),
+            drift: self.drift.clone(),
             last_error: self.last_error.clone(),
             last_cycle: self.last_cycle.clone(),
             volumes: server

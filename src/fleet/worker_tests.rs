@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use super::*;
 use crate::fleet::control::{ActionError, FleetControl, Scope};
 use crate::fleet::status::{Activity, FleetStatus, ServerStatus};
-use crate::fleet::{Images, Opener};
+use crate::fleet::{Drift, Images, Opener};
 use crate::image::memory::MemoryImage;
 use crate::image::{ErrorKind, ImageError, Layout, LeaseOwner, SourceImage, TargetImage};
 use crate::plan::{Api, ClusterAccess, FleetLimits, Pace, Quiesce, Retention, Volume};
@@ -22,6 +22,8 @@ struct Disks {
     images: Mutex<BTreeMap<String, (MemoryImage, MemoryImage)>>,
     /// Volumes whose sources are called something else by now.
     left: Mutex<BTreeSet<String>>,
+    /// What has become of servers where they run.
+    drift: Mutex<BTreeMap<String, Drift>>,
 }
 
 impl Disks {
@@ -51,6 +53,10 @@ impl Opener for Disks {
             return Err(ImageError::new(ErrorKind::NotFound, "memory:missing", "open the image").into());
         }
         Ok(Arc::new(self.disk(&volume.name).1.reopen()))
+    }
+
+    async fn drift(&self, server: &Server) -> Vec<Drift> {
+        self.drift.lock().unwrap().get(&server.name).cloned().into_iter().collect()
     }
 }
 
@@ -288,5 +294,43 @@ async fn a_source_that_is_missing_without_a_note_holds_its_server() {
     let running = start(plan(vec![server("web", 2)]), &disks);
     let held = running.until("held", |s| of(s, "web").activity == Activity::Held).await;
     assert!(of(&held, "web").last_error.as_ref().unwrap().message.contains("rbd:sata/web-1"));
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_has_drifted_is_shown_or_holds() {
+    let disks = Arc::new(Disks::default());
+    let drift = |about: &str, text: &str, holds| Drift { about: about.into(), text: text.into(), holds };
+    let all = [
+        ("db", drift("db", "it has one more disk", false)),
+        ("web", drift("web-1", "somebody has given it another type", true)),
+        // Gone, and that is why.
+        ("gone", drift("missing-0", "the cloud has it no more", true)),
+        ("left", drift("left-0", "somebody has given it another type", true)),
+    ];
+    disks.drift.lock().unwrap().extend(all.map(|(name, drift)| (name.to_owned(), drift)));
+    let mut gone = server("gone", 1);
+    gone.volumes[0].name = "missing-0".into();
+    cut_over(&disks, &server("left", 1)).await;
+    let running = start(plan(vec![server("db", 1), server("web", 2), gone, server("left", 1)]), &disks);
+    let status = running
+        .until("all of it", |s| {
+            let is = |name, activity| of(s, name).activity == activity;
+            of(s, "db").point.is_some()
+                && is("web", Activity::Held)
+                && is("gone", Activity::Held)
+                && is("left", Activity::Paused)
+        })
+        .await;
+    assert_eq!(of(&status, "db").drift, ["db: it has one more disk"]);
+    let web = of(&status, "web");
+    assert_eq!(web.drift, ["web-1: somebody has given it another type"]);
+    let error = web.last_error.clone().unwrap();
+    assert!(error.message.contains("rbd:sata/web-1") && error.message.contains("another type"), "{error:?}");
+    assert!(of(&status, "gone").last_error.as_ref().unwrap().message.contains("the cloud has it no more"));
+    assert_eq!(web.point, None, "nothing of it was replicated");
+    let told = running.fleet.recent_events().into_iter().filter(|event| event.kind == EventKind::Drift);
+    let told: Vec<String> = told.map(|event| event.message).collect();
+    assert!(told.contains(&"db: it has one more disk".to_owned()), "{told:?}");
     running.stop().await;
 }

@@ -323,6 +323,7 @@ fn remarks(server: &ServerStatus) -> Vec<String> {
     let mut remarks: Vec<String> =
         server.paused_because.iter().map(|reason| format!("{name} is paused: {}", plain(reason))).collect();
     remarks.extend(server.last_error.iter().map(|error| failure(&name, error)));
+    remarks.extend(server.drift.iter().map(|drift| format!("{name} is not as planned: {}", plain(drift))));
     for volume in &server.volumes {
         let error = volume.last_error.as_ref();
         // The server's error is mostly that of one of its volumes.

@@ -289,6 +289,14 @@ impl Cloud {
         Ok(self.ask_cinder::<Answer>("types", &query, "list volume types").await?.volume_types)
     }
 
+    /// Whether volumes of a type, given by its id, are encrypted. Needs an administrator.
+    pub async fn is_encrypting(&self, volume_type: &str) -> Result<bool> {
+        let operation = format!("show the encryption of volume type {volume_type}");
+        let path = format!("types/{}/encryption", checked(volume_type, "volume type", &operation)?);
+        // Without one it answers an empty object.
+        Ok(self.ask_cinder::<Value>(&path, &[], &operation).await?.get("provider").is_some_and(|it| !it.is_null()))
+    }
+
     /// The snapshots of a volume.
     pub async fn snapshots(&self, volume: &str) -> Result<Vec<Snapshot>> {
         #[derive(Deserialize)]

@@ -6,6 +6,8 @@
 //! | `session` | the token, the catalog, microversions, limits and retries |
 //! | [`cinder`] | volumes, types, snapshots |
 //! | [`nova`] | servers and their attachments |
+//! | `keystone` | projects by their names |
+//! | [`discovery`] | which servers and volumes there are, and what keeps them from being moved |
 //! | [`error`] | what can go wrong |
 //!
 //! # What an answer is worth
@@ -25,7 +27,9 @@
 
 pub mod access;
 pub mod cinder;
+pub mod discovery;
 pub mod error;
+mod keystone;
 pub mod nova;
 mod session;
 #[cfg(test)]

@@ -70,6 +70,9 @@ pub struct Server {
     /// The volumes that it has.
     #[serde(default, rename = "os-extended-volumes:volumes_attached")]
     pub volumes: Vec<ServerVolume>,
+    /// What of it is on no volume.
+    #[serde(default)]
+    pub flavor: ServerFlavor,
     /// What its owner has written to it.
     #[serde(default)]
     pub metadata: BTreeMap<String, String>,
@@ -102,6 +105,14 @@ pub struct ServerVolume {
     /// Whether it ends with the server.
     #[serde(default)]
     pub delete_on_termination: bool,
+}
+
+/// What a server has been given, as far as it counts here.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct ServerFlavor {
+    /// The GiB of a disk beside the one that it boots from, on its host, which is lost when the server leaves it.
+    #[serde(default)]
+    pub ephemeral: u64,
 }
 
 /// What went wrong with a server.

@@ -40,6 +40,8 @@ pub(super) enum Service {
     Cinder,
     /// Servers.
     Nova,
+    /// Projects: where the token comes from, whatever the catalog says.
+    Keystone,
 }
 
 impl Service {
@@ -47,6 +49,7 @@ impl Service {
         match self {
             Self::Cinder => "cinder",
             Self::Nova => "nova",
+            Self::Keystone => "keystone",
         }
     }
 
@@ -55,13 +58,16 @@ impl Service {
         match self {
             Self::Cinder => &["volumev3", "block-storage", "volume"],
             Self::Nova => &["compute"],
+            Self::Keystone => &["identity"],
         }
     }
 
-    fn header(self) -> &'static str {
+    /// What the header of microversions calls it; `None` where it has none.
+    fn header(self) -> Option<&'static str> {
         match self {
-            Self::Cinder => "volume",
-            Self::Nova => "compute",
+            Self::Cinder => Some("volume"),
+            Self::Nova => Some("compute"),
+            Self::Keystone => None,
         }
     }
 }
@@ -199,10 +205,11 @@ impl Session {
             if !ask.query.is_empty() {
                 url.query_pairs_mut().extend_pairs(ask.query);
             }
-            let version = format!("{} {}", ask.service.header(), ask.version);
             let mut request = self.http.request(ask.method.clone(), url);
-            request = request.header("X-Auth-Token", token.text.expose_secret());
-            request = request.header("OpenStack-API-Version", version).header("Accept", "application/json");
+            request = request.header("X-Auth-Token", token.text.expose_secret()).header("Accept", "application/json");
+            if let Some(service) = ask.service.header() {
+                request = request.header("OpenStack-API-Version", format!("{service} {}", ask.version));
+            }
             if let Some(body) = ask.body {
                 request = request.json(body);
             }
@@ -246,8 +253,12 @@ impl Session {
     /// The address of a service, by the configuration or the catalog.
     fn endpoint(&self, token: &Token, service: Service) -> Result<Url> {
         let given = service.types().iter().find_map(|name| self.access.endpoints.get(name));
-        let index = if service == Service::Cinder { 0 } else { 1 };
-        given.or(token.endpoints[index].as_ref()).cloned().ok_or_else(|| {
+        let named = match service {
+            Service::Cinder => token.endpoints[0].as_ref(),
+            Service::Nova => token.endpoints[1].as_ref(),
+            Service::Keystone => return Ok(self.keystone()),
+        };
+        given.or(named).cloned().ok_or_else(|| {
             let (region, interface) = (&self.access.region, self.access.interface.name());
             let region = region.as_ref().map_or_else(String::new, |region| format!(" in the region {region}"));
             CloudError::new(
@@ -276,12 +287,14 @@ impl Session {
         Ok(token)
     }
 
+    /// Keystone's address, down to its version.
+    fn keystone(&self) -> Url {
+        let url = &self.access.auth_url;
+        if url.path().trim_end_matches('/').ends_with("/v3") { url.clone() } else { below(url, "v3") }
+    }
+
     async fn authenticate(&self) -> Result<Token> {
-        let mut url = self.access.auth_url.clone();
-        if !url.path().trim_end_matches('/').ends_with("/v3") {
-            url = below(&url, "v3");
-        }
-        let url = below(&url, "auth/tokens");
+        let url = below(&self.keystone(), "auth/tokens");
         let place = place("keystone", &url);
         let failed = |fault, detail: String| CloudError::new(fault, "get a token", place.clone(), detail);
         let body = SecretBody(auth_body(&self.access.identity));

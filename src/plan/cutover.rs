@@ -4,8 +4,8 @@ use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::cloud::{self, OpenStackCutover};
 use super::fields::{Report, Section, shown};
-use super::openstack::{self, OpenStackCutover};
 
 /// How long a server may take to stop: less is a typing error, and nobody waits for more.
 const LIMITS: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(3600);
@@ -122,7 +122,7 @@ pub(super) fn read(server: &mut Section<'_>, report: &mut Report<'_>) -> Cutover
         }
         [None, None, Some(value)] => {
             let section = value.section(report);
-            section.and_then(|section| openstack::cutover(section, limit, report)).map(Cutover::OpenStack)
+            section.and_then(|section| cloud::cutover(section, limit, report)).map(Cutover::OpenStack)
         }
         ways => {
             let any = ways.iter().any(Option::is_some);

@@ -20,10 +20,10 @@ use crate::throttle::Rate;
 pub use crate::throttle::Window;
 
 mod check;
+mod cloud;
 mod cutover;
 mod error;
 mod fields;
-mod openstack;
 mod read;
 mod throttles;
 pub mod values;
@@ -31,9 +31,9 @@ pub mod values;
 #[cfg(test)]
 mod tests;
 
+pub use cloud::{CinderVolume, HelperTypes, Holder, OpenStackCutover};
 pub use cutover::{CommandCutover, Cutover, LibvirtCutover, LibvirtRehearsal, Method};
 pub use error::{PlanError, PlanProblem};
-pub use openstack::{CinderVolume, HelperTypes, Holder, OpenStackCutover};
 
 /// The largest plan file, in bytes.
 pub const FILE_MAX: usize = 1 << 20;

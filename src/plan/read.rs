@@ -7,11 +7,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::check::{self, Names};
-use super::cutover::{self, Cutover};
+use super::cloud;
+use super::cutover;
 use super::error::PlanError;
 use super::fields::{self, Report, Section, Value, shown};
-use super::openstack;
-use super::{Api, ClusterAccess, FILE_MAX, FleetLimits, Pace, Plan, Quiesce, Retention, Server, VOLUMES_MAX, Volume};
+use super::{
+    Api, ClusterAccess, Cutover, FILE_MAX, FleetLimits, Pace, Plan, Quiesce, Retention, Server, VOLUMES_MAX, Volume,
+};
 use crate::image::ImageSpec;
 use crate::throttle::Rate;
 
@@ -239,7 +241,7 @@ fn server(
     }
     refuse_shared_files(&section, &volumes, &quiesce, report);
     if matches!(cutover, Cutover::OpenStack(_)) {
-        openstack::check(&section, &volumes, report);
+        cloud::check(&section, &volumes, report);
     }
     section.finish(report);
     Some((
@@ -265,7 +267,7 @@ fn single(
         volume.into_iter().map(|volume| Volume { boot: boot.unwrap_or(false), ..volume }).collect();
     refuse_shared_files(&section, &volumes, &quiesce, report);
     if matches!(cutover, Cutover::OpenStack(_)) {
-        openstack::check(&section, &volumes, report);
+        cloud::check(&section, &volumes, report);
     }
     section.finish(report);
     Some((
@@ -319,7 +321,7 @@ fn volume(
     let target = section.needed("target", "\"rbd:sas/web-1\"", report);
     let target = target.and_then(|value| Some((image(&value, report)?, value)));
     let rate = rate(section, report);
-    let cinder = section.table("cinder", report).map(|section| openstack::volume(section, report));
+    let cinder = section.table("cinder", report).map(|section| cloud::volume(section, report));
     let (source, target) = (source?, target?);
     names.add_volume(name.as_deref(), (&source.0, &source.1), (&target.0, &target.1), report);
     let cinder = match cinder {

@@ -103,6 +103,8 @@ struct ServerSummary {
     predicted_outage_seconds: Option<f64>,
     convergence: Convergence,
     next_at: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    drift: Vec<String>,
     last_error: Option<ErrorStatus>,
     /// How many.
     volumes: usize,
@@ -123,6 +125,7 @@ impl From<ServerStatus> for ServerSummary {
             predicted_outage_seconds: server.predicted_outage_seconds,
             convergence: server.convergence,
             next_at: server.next_at,
+            drift: server.drift,
             last_error: server.last_error,
             volumes: server.volumes.len(),
         }

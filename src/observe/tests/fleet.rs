@@ -154,6 +154,7 @@ pub(in crate::observe) fn server(name: &str) -> ServerStatus {
         predicted_outage_seconds: Some(0.8),
         convergence: Convergence::InStep,
         next_at: Some("2026-01-02T03:05:00Z".into()),
+        drift: Vec::new(),
         last_error: None,
         last_cycle: None,
         volumes: vec![volume(name)],

@@ -95,8 +95,16 @@ fn cutover() -> impl Strategy<Value = Cutover> {
     let libvirt = (text(), some(), proptest::sample::select(&Method::ALL[..]), path(), [some(), some(), some()]);
     let commands = ([text(), text(), text(), text()], proptest::array::uniform3(proptest::option::of(text())));
     let limit = || millis(1_000, 3_600_000);
+    let hooks = [some(), some()];
+    let gateway = (id(), hooks).prop_map(|(server, [pause, resume])| Holder::Gateway { server, pause, resume });
+    let holder = prop_oneof![id().prop_map(Holder::Server), gateway, Just(Holder::Nobody)];
     prop_oneof![
         Just(Cutover::None),
+        (some(), holder, limit()).prop_map(|(cloud, holder, limit)| Cutover::OpenStack(OpenStackCutover {
+            cloud,
+            holder,
+            limit
+        })),
         (libvirt, limit()).prop_map(|((domain, uri, method, save_folder, [console, check, network]), limit)| {
             let rehearsal = LibvirtRehearsal { console, check, network };
             Cutover::Libvirt(LibvirtCutover { domain, uri, method, save_folder, limit, rehearsal })
@@ -105,6 +113,19 @@ fn cutover() -> impl Strategy<Value = Cutover> {
             Cutover::Command(CommandCutover { quiesce, stop, swap, start, undo, state, rehearse, limit })
         }),
     ]
+}
+
+/// An id of OpenStack's.
+fn id() -> impl Strategy<Value = String> {
+    "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
+}
+
+fn cinder() -> impl Strategy<Value = CinderVolume> {
+    let helpers = proptest::option::of((text(), text()).prop_map(|(from, to)| HelperTypes { from, to }));
+    (id(), text(), helpers).prop_map(|(volume, from_type, by_way_of)| {
+        let to_type = format!("{from_type}+");
+        CinderVolume { volume, from_type, to_type, by_way_of }
+    })
 }
 
 /// A server of some volumes, whose names are made unique later; with none it is a volume that stands by itself.
@@ -117,23 +138,25 @@ fn server() -> impl Strategy<Value = Server> {
     });
     let retention = (1..=10_000usize, proptest::option::of(millis(1_000, month)))
         .prop_map(|(keep, keep_for)| Retention { keep, keep_for });
-    let volume = ("[a-z]{1,4}", proptest::option::of("[a-z]{1,4}"), rate());
-    let volumes = proptest::collection::vec(volume, 0..4);
-    let alone = ("[a-z]{1,4}", proptest::option::of("[a-z]{1,4}"), rate());
+    let volume = || ("[a-z]{1,4}", proptest::option::of("[a-z]{1,4}"), rate(), (any::<bool>(), cinder()));
+    let volumes = proptest::collection::vec(volume(), 0..4);
+    let alone = volume();
     (pace, retention, (quiesce(), cutover()), any::<(bool, bool)>(), volumes, alone).prop_map(
         |(pace, retention, (quiesce, cutover), (paused, boot), volumes, alone)| {
             let by_itself = volumes.is_empty();
             let volumes = if by_itself { vec![alone] } else { volumes };
-            let volume = |(number, (pool, namespace, rate)): (usize, (String, Option<String>, Rate))| Volume {
+            let of_cloud = matches!(cutover, Cutover::OpenStack(_));
+            let volumes = volumes.into_iter().enumerate();
+            let volumes = volumes.map(|(number, (pool, namespace, rate, (is_cinders, cinder)))| Volume {
                 name: String::new(),
                 source: ImageSpec::Rbd { pool: pool.clone(), namespace, image: String::new(), snapshot: None },
                 target: ImageSpec::Rbd { pool, namespace: Some("to".into()), image: String::new(), snapshot: None },
                 boot: boot && number == 0,
                 rate,
-                cinder: None,
-            };
+                cinder: Some(cinder).filter(|_| is_cinders || of_cloud),
+            });
             let name = if by_itself { "alone" } else { "server" }.to_owned();
-            let volumes = volumes.into_iter().enumerate().map(volume).collect();
+            let volumes = volumes.collect();
             Server { name, volumes, pace, retention, quiesce, paused, cutover }
         },
     )
@@ -147,12 +170,18 @@ fn plan() -> impl Strategy<Value = Plan> {
             for (number, server) in servers.iter_mut().enumerate() {
                 let by_itself = server.name == "alone";
                 server.name = format!("{}-{number}", server.name);
+                let of_cloud = matches!(server.cutover, Cutover::OpenStack(_));
                 for volume in &mut server.volumes {
                     count += 1;
                     volume.name = if by_itself { server.name.clone() } else { format!("disk_{count}") };
                     for spec in [&mut volume.source, &mut volume.target] {
                         let ImageSpec::Rbd { image, .. } = spec else { continue };
                         *image = format!("image \"{count}\" ä");
+                    }
+                    if let ImageSpec::Rbd { image, .. } = &mut volume.source
+                        && of_cloud
+                    {
+                        *image = format!("volume-{count:08x}-54a2-4c3b-9d6a-2d9f4d2f6f10");
                     }
                 }
             }

@@ -245,6 +245,105 @@ fn a_cutover_has_the_promised_defaults() {
     );
 }
 
+const ID: &str = "7d1c1a0e-54a2-4c3b-9d6a-2d9f4d2f6f10";
+
+/// A volume of a cloud, with other keys behind its own and those of its cutover.
+fn of_a_cloud(holder: &str, source: &str, target: &str, cinder: &str) -> String {
+    format!(
+        "[[volume]]\nname = \"v\"\nsource = \"{source}\"\ntarget = \"{target}\"\ncutover = {{ openstack = {{ {holder} }} \
+         }}\n{cinder}\n"
+    )
+}
+
+/// The same where only the cutover's keys are of interest.
+fn held_by(holder: &str) -> String {
+    let cinder = format!("cinder = {{ volume = \"{ID}\", from_type = \"sata\", to_type = \"sas\" }}");
+    of_a_cloud(holder, &format!("rbd:sata/volume-{ID}"), &format!("rbd:sas/poolshift-{ID}"), &cinder)
+}
+
+#[test]
+fn volumes_of_a_cloud_have_somebody_or_nobody_who_has_them() {
+    let openstack = |holder: &str| match parse(&held_by(holder)).unwrap().servers[0].cutover.clone() {
+        Cutover::OpenStack(openstack) => openstack,
+        other => panic!("{other:?}"),
+    };
+    let plain = OpenStackCutover { cloud: None, holder: Holder::Nobody, limit: seconds(300) };
+    assert_eq!(openstack(""), plain);
+    let server = openstack(&format!("server = \"{ID}\", cloud = \"prod\", limit = \"1h\""));
+    let holder = Holder::Server(ID.into());
+    assert_eq!(server, OpenStackCutover { cloud: Some("prod".into()), holder, limit: seconds(3600) });
+    let gateway = openstack(&format!("gateway = \"{ID}\", pause = \"/p $x\", resume = \"/r\""));
+    let holder = Holder::Gateway { server: ID.into(), pause: Some("/p $x".into()), resume: Some("/r".into()) };
+    assert_eq!(gateway, OpenStackCutover { holder, ..plain.clone() });
+    let holder = Holder::Gateway { server: ID.into(), pause: None, resume: None };
+    assert_eq!(openstack(&format!("gateway = \"{ID}\"")), OpenStackCutover { holder, ..plain });
+}
+
+#[test]
+fn a_volume_of_a_cloud_has_its_types_and_perhaps_a_way_around() {
+    let text = format!(
+        "[[server]]\nname = \"s\"\ncutover = {{ openstack = {{ server = \"{ID}\" }} }}\n[[server.volume]]\nname = \"v\"\nsource \
+         = \"rbd:sata/volume-{ID}\"\ntarget = \"rbd:sas/v\"\n[server.volume.cinder]\nvolume = \"{ID}\"\nfrom_type = \
+         \"sata\"\nto_type = \"sas\"\nby_way_of = {{ from = \"a\", to = \"b\" }}\n"
+    );
+    let plan = parse(&text).unwrap();
+    let by_way_of = Some(HelperTypes { from: "a".into(), to: "b".into() });
+    let (volume, from_type, to_type) = (ID.into(), "sata".into(), "sas".into());
+    let expected = CinderVolume { volume, from_type, to_type, by_way_of };
+    assert_eq!(plan.servers[0].volumes[0].cinder, Some(expected));
+    assert_eq!(parse(&beside_a_volume("")).unwrap().servers[0].volumes[0].cinder, None);
+}
+
+#[test]
+fn each_mistake_about_a_cloud_has_its_line() {
+    let cinder = |keys: &str| {
+        let (source, target) = (format!("rbd:sata/volume-{ID}"), format!("rbd:sas/poolshift-{ID}"));
+        of_a_cloud("", &source, &target, &format!("cinder = {{ {keys} }}"))
+    };
+    let types = "from_type = \"sata\", to_type = \"sas\"";
+    let right = format!("cinder = {{ volume = \"{ID}\", {types} }}");
+    let mut text = String::new();
+    for plan in [
+        held_by("server = \"web-1\""),
+        held_by("gateway = 7"),
+        // One digit too few, and one that is none.
+        held_by(&format!("server = \"{}\"", &ID[1..])),
+        held_by(&format!("server = \"{}g\"", &ID[..35])),
+        held_by(&format!("server = \"{ID}\", gateway = \"{ID}\"")),
+        held_by(&format!("server = \"{ID}\", pause = \"/p\"")),
+        held_by("resume = \"/r\""),
+        held_by("cloud = \"\", limit = \"2h\", srever = \"x\""),
+        cinder(""),
+        cinder(&format!("volume = \"{ID}\", from_type = \"sas\", to_type = \"sas\"")),
+        cinder(&format!("volume = \"x\", {types}")),
+        cinder(&format!("volume = \"{ID}\", {types}, by_way_of = {{ from = \"a\", over = \"b\" }}")),
+        cinder(&format!("volume = \"{ID}\", {types}, by_way_of = \"a\"")),
+        of_a_cloud("", &format!("rbd:sata/volume-{ID}"), "rbd:sas/v", ""),
+        of_a_cloud("", "rbd:sata/v", "rbd:sas/v", &right),
+        of_a_cloud("", &format!("rbd:sata/volume-{ID}"), &format!("rbd:sas/volume-{ID}"), &right),
+        of_a_cloud("", &format!("rbd:sata/volume-{ID}"), "file:/v", &right),
+        in_a_volume("cutover = { openstack = {}, libvirt = { domain = \"v\" } }"),
+    ] {
+        text.push_str(&format!("{}\n\n", refusal(&plan)));
+    }
+    golden("mistakes-about-a-cloud", &text);
+}
+
+#[test]
+fn no_target_has_a_name_that_cinder_deletes() {
+    let other = "00000000-0000-0000-0000-000000000000";
+    let target = |image: &str| {
+        let right = format!("cinder = {{ volume = \"{ID}\", from_type = \"sata\", to_type = \"sas\" }}");
+        parse(&of_a_cloud("", &format!("rbd:sata/volume-{ID}"), &format!("rbd:sas/{image}"), &right))
+    };
+    // Whose volume it is does not matter, nor the pool's namespace.
+    for image in [format!("volume-{ID}"), format!("volume-{other}"), format!("tenant/volume-{ID}")] {
+        let error = target(&image).expect_err(&image).to_string();
+        assert!(error.contains("which deletes such an image"), "{error}");
+    }
+    target("volume-of-mine").unwrap();
+}
+
 #[test]
 fn large_files_are_not_looked_at() {
     let error = parse(&" ".repeat(FILE_MAX + 1)).unwrap_err();

@@ -73,7 +73,18 @@ fn rate(rate: Rate, separator: &str) -> String {
 fn volume(volume: &Volume) -> String {
     let (name, source) = (quoted(&volume.name), quoted(&volume.source.to_string()));
     let (target, boot) = (quoted(&volume.target.to_string()), volume.boot);
-    format!("name = {name}\nsource = {source}\ntarget = {target}\nboot = {boot}\n{}", rate(volume.rate, "\n"))
+    let rate = rate(volume.rate, "\n");
+    let cinder = volume.cinder.as_ref().map(cinder).unwrap_or_default();
+    format!("name = {name}\nsource = {source}\ntarget = {target}\nboot = {boot}\n{rate}\n{cinder}")
+}
+
+fn cinder(cinder: &CinderVolume) -> String {
+    let CinderVolume { volume, from_type, to_type, by_way_of } = cinder;
+    let way = by_way_of.as_ref().map_or_else(String::new, |HelperTypes { from, to }| {
+        format!(", by_way_of = {{ from = {}, to = {} }}", quoted(from), quoted(to))
+    });
+    let (volume, from, to) = (quoted(volume), quoted(from_type), quoted(to_type));
+    format!("cinder = {{ volume = {volume}, from_type = {from}, to_type = {to}{way} }}\n")
 }
 
 fn settings(text: &mut String, server: &Server) {
@@ -105,7 +116,7 @@ fn settings(text: &mut String, server: &Server) {
 fn cutover(cutover: &Cutover) -> String {
     let (mut keys, mut judged) = (Vec::<(&str, String)>::new(), Vec::<(&str, String)>::new());
     let (way, limit) = match cutover {
-        Cutover::None | Cutover::OpenStack(_) => return String::new(),
+        Cutover::None => return String::new(),
         Cutover::Libvirt(LibvirtCutover { domain, uri, method, save_folder, limit, rehearsal }) => {
             let LibvirtRehearsal { console, check, network } = rehearsal;
             let given = [("console", console), ("check", check), ("network", network)];
@@ -115,6 +126,19 @@ fn cutover(cutover: &Cutover) -> String {
             keys.push(("method", method.name().to_owned()));
             keys.push(("save_folder", save_folder.to_str().unwrap().to_owned()));
             ("libvirt", limit)
+        }
+        Cutover::OpenStack(OpenStackCutover { cloud, holder, limit }) => {
+            keys.extend(cloud.clone().map(|cloud| ("cloud", cloud)));
+            match holder {
+                Holder::Server(id) => keys.push(("server", id.clone())),
+                Holder::Gateway { server, pause, resume } => {
+                    keys.push(("gateway", server.clone()));
+                    keys.extend(pause.clone().map(|pause| ("pause", pause)));
+                    keys.extend(resume.clone().map(|resume| ("resume", resume)));
+                }
+                Holder::Nobody => {}
+            }
+            ("openstack", limit)
         }
         Cutover::Command(CommandCutover { quiesce, stop, swap, start, undo, state, rehearse, limit }) => {
             for (key, command) in [("stop", stop), ("swap", swap), ("start", start), ("state", state)] {

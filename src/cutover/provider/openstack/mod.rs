@@ -9,6 +9,7 @@
 //! | `effect` | asking a cloud for something, and looking until it is so |
 //! | `volumes` | what Cinder is asked for |
 //! | `preconditions` | what stands in the way |
+//! | [`drift`] | what has become of it while it was replicated |
 //!
 //! # The order
 //!
@@ -25,6 +26,7 @@
 //! repeatable.
 
 mod detached;
+pub mod drift;
 mod effect;
 mod gateway;
 mod preconditions;

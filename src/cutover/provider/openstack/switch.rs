@@ -158,6 +158,42 @@ fn gone(side: Side) -> Step {
     Step::Refuse(format!("its image in {} has gone, or has another name", place(side)))
 }
 
+/// The types through which a volume gets from one pool to the other.
+struct Way<'a> {
+    from: &'a str,
+    to: &'a str,
+    by_way_of: Option<&'a plan::HelperTypes>,
+}
+
+impl<'a> Way<'a> {
+    /// The types on the way to that side, in their order, with the pool of each. A helper may be one of the two that the
+    /// plan has.
+    fn path(&self, to: Side) -> Vec<(&'a str, Side)> {
+        let mut path = vec![(self.from, Side::Source)];
+        if let Some(helpers) = self.by_way_of {
+            path.extend([(helpers.from.as_str(), Side::Source), (helpers.to.as_str(), Side::Target)]);
+        }
+        path.push((self.to, Side::Target));
+        path.dedup();
+        if to == Side::Source {
+            path.reverse();
+        }
+        path
+    }
+
+    /// The next type, and whether it is in the other pool; `None` at the end of the way, or beside it.
+    fn next(&self, now: &str, to: Side) -> Option<(&'a str, bool)> {
+        let path = self.path(to);
+        let at = path.iter().position(|(name, _)| *name == now)?;
+        let (next, pool) = *path.get(at + 1)?;
+        Some((next, path[at].1 != pool))
+    }
+
+    fn pool_of(&self, volume_type: &str) -> Option<Side> {
+        self.path(Side::Target).into_iter().find(|(name, _)| *name == volume_type).map(|(_, pool)| pool)
+    }
+}
+
 /// A volume with the places of its images.
 #[derive(Clone, Debug)]
 pub(super) struct CloudVolume {
@@ -229,19 +265,6 @@ impl CloudVolume {
         self.at(side).1.image()
     }
 
-    /// The types through which it gets to that side, in their order. Only the second of two neighbours of which one is in
-    /// each pool is a migration.
-    fn path(&self, to: Side) -> Vec<&str> {
-        let CinderVolume { from_type, to_type, by_way_of, .. } = &self.cinder;
-        let mut path = vec![from_type.as_str()];
-        path.extend(by_way_of.iter().flat_map(|helpers| [helpers.from.as_str(), helpers.to.as_str()]));
-        path.push(to_type);
-        if to == Side::Source {
-            path.reverse();
-        }
-        path
-    }
-
     /// The type that it is to have on that side.
     pub(super) fn final_type(&self, side: Side) -> &str {
         match side {
@@ -253,22 +276,19 @@ impl CloudVolume {
     /// The next type on the way to that side, and whether Cinder migrates it for that; `None` at the end of the way, or
     /// beside it.
     pub(super) fn next_type(&self, now: &str, to: Side) -> Option<(&str, bool)> {
-        let path = self.path(to);
-        let at = path.iter().position(|name| *name == now)?;
-        let next = *path.get(at + 1)?;
-        Some((next, self.pool_of(now) != self.pool_of(next)))
+        self.way().next(now, to)
     }
 
-    fn pool_of(&self, volume_type: &str) -> Option<Side> {
-        let at = self.path(Side::Target).iter().position(|name| *name == volume_type)?;
-        Some(if at < self.path(Side::Target).len() / 2 { Side::Source } else { Side::Target })
+    fn way(&self) -> Way<'_> {
+        let CinderVolume { from_type, to_type, by_way_of, .. } = &self.cinder;
+        Way { from: from_type, to: to_type, by_way_of: by_way_of.as_ref() }
     }
 
     /// What is there, with what Cinder says.
     pub(super) async fn look(&self, volume: &cinder::Volume) -> Result<Seen, ImageError> {
         let (source, target) = futures::try_join!(self.look_at(Side::Source), self.look_at(Side::Target))?;
         let now = volume.volume_type.as_deref().unwrap_or_default();
-        let pool = self.pool_of(now);
+        let pool = self.way().pool_of(now);
         let settled = pool.is_some_and(|pool| self.final_type(pool) == now);
         Ok(Seen { moving: volume.is_moving(), pool, settled, source, target })
     }
@@ -433,7 +453,7 @@ mod tests {
                         // As Cinder does it.
                         Step::Retype => {
                             let pool = seen.pool.expect("known");
-                            if seen.settled && pool != to || !seen.settled && pool != to {
+                            if pool != to {
                                 seen.on_mut(pool).in_use = Holds::Nothing;
                                 seen.on_mut(pool.other()).in_use = Holds::Placeholder;
                                 seen.pool = Some(to);
@@ -446,6 +466,32 @@ mod tests {
                 seen = first;
             }
         }
+    }
+
+    #[test]
+    fn helpers_lead_from_one_pool_to_the_other() {
+        let ways = |by_way_of: Option<(&str, &str)>| {
+            let helpers = by_way_of.map(|(from, to)| plan::HelperTypes { from: from.into(), to: to.into() });
+            let way = Way { from: "sata", to: "sas", by_way_of: helpers.as_ref() };
+            let walk = |to: Side| {
+                let mut now = if to == Side::Target { "sata" } else { "sas" }.to_owned();
+                let mut walked = Vec::new();
+                while let Some((next, migrates)) = way.next(&now, to) {
+                    walked.push(format!("{next}{}", if migrates { "!" } else { "" }));
+                    now = next.to_owned();
+                }
+                walked.join(" ")
+            };
+            [walk(Side::Target), walk(Side::Source)]
+        };
+        assert_eq!(ways(None), ["sas!", "sata!"]);
+        assert_eq!(ways(Some(("a", "b"))), ["a b! sas", "b a! sata"]);
+        // A side that is plain is its own helper.
+        assert_eq!(ways(Some(("sata", "b"))), ["b! sas", "b sata!"]);
+        assert_eq!(ways(Some(("a", "sas"))), ["a sas!", "a! sata"]);
+        assert_eq!(ways(Some(("sata", "sas"))), ["sas!", "sata!"]);
+        let way = Way { from: "sata", to: "sas", by_way_of: None };
+        assert_eq!((way.next("nvme", Side::Target), way.pool_of("nvme")), (None, None));
     }
 
     #[test]

@@ -4,7 +4,7 @@ use async_trait::async_trait;
 
 use super::effect::{Effect, Look};
 use super::switch::CloudVolume;
-use crate::openstack::cinder::{MigrationPolicy, Status};
+use crate::openstack::cinder::{MigrationPolicy, Status, Volume};
 use crate::openstack::{Cloud, CloudError};
 
 /// Cinder is not at it.
@@ -49,6 +49,8 @@ impl Effect for OfType<'_> {
         Ok(match () {
             () if shown.is_moving() => Look::Working(shown.status),
             () if now == self.next => Look::Done,
+            // Cinder would copy, and throw away, what that server writes to.
+            () if shown.status == Status::InUse.name() => taken(&shown),
             () => {
                 let migration = shown.migration_status.as_deref().unwrap_or("none");
                 Look::NotYet(format!("{} of type {now:?}, migration {migration}", shown.status))
@@ -70,6 +72,12 @@ impl Effect for OfType<'_> {
     }
 }
 
+/// A server has it.
+fn taken(shown: &Volume) -> Look {
+    let by = shown.attachments.first().map_or("", |attachment| attachment.server_id.as_str());
+    Look::Hopeless(format!("volume {} is in use, by server {by}: somebody has attached it meanwhile", shown.id))
+}
+
 /// It has that status.
 pub(super) struct OfStatus<'a> {
     pub(super) cloud: &'a Cloud,
@@ -88,6 +96,7 @@ impl Effect for OfStatus<'_> {
         Ok(match () {
             () if shown.status == self.status.name() => Look::Done,
             () if shown.is_moving() => Look::Working(shown.status),
+            () if shown.status == Status::InUse.name() => taken(&shown),
             () => Look::NotYet(shown.status),
         })
     }
