@@ -321,10 +321,10 @@ impl<'a> CloudBed<'a> {
         }
     }
 
-    /// From wherever it is to its sources.
+    /// From wherever it is to its sources, also where its way there was cut.
     #[track_caller]
     pub(crate) fn bring_back(&self, server: usize) {
-        if self.env.volume(&self.servers[server].volumes[0])["volume_type"] == "sas" {
+        if self.is_begun(server) {
             self.run(server, "rollback", &["--with-changes", "--yes", "--json"]).expect_code(0);
         }
     }

@@ -141,9 +141,14 @@ impl Api {
     }
 }
 
-/// Where a service is: at the port that it always has, beside Keystone.
-pub(crate) fn address(auth_url: &str, service: Service, project: &str) -> String {
-    let host = auth_url.strip_suffix(":5000/v3").unwrap_or_else(|| panic!("no address of openstack-dev: {auth_url}"));
+/// What all services of a cloud are on.
+pub(crate) fn host(auth_url: &str) -> &str {
+    auth_url.strip_suffix(":5000/v3").unwrap_or_else(|| panic!("no address of scripts/openstack-dev: {auth_url}"))
+}
+
+/// Where a service is: at the port that it always has.
+fn address(auth_url: &str, service: Service, project: &str) -> String {
+    let host = host(auth_url);
     match service {
         Service::Cinder => format!("{host}:8776/v3/{project}"),
         Service::Nova => format!("{host}:8774/v2.1"),
