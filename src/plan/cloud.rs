@@ -158,24 +158,25 @@ pub(super) fn volume(mut section: Section<'_>, report: &mut Report<'_>) -> Optio
 /// Refuses a volume, or a server that runs from its volumes, that is there twice: two cutovers at once would work on it,
 /// and each would switch it below the other.
 pub(super) fn refuse_twice(servers: &[(usize, Server)], report: &mut Report<'_>) {
-    let mut seen: HashMap<&str, (&str, bool)> = HashMap::new();
+    let mut seen: HashMap<(&str, &str), (&str, bool)> = HashMap::new();
     for (at, server) in servers {
         let Cutover::OpenStack(config) = &server.cutover else { continue };
         // A gateway is shared by those whose volumes it has.
         let holder = match &config.holder {
-            Holder::Server(id) => Some((id.as_str(), false)),
-            Holder::Gateway { server, .. } => Some((server.as_str(), true)),
+            Holder::Server(id) => Some((("server", id.as_str()), false)),
+            Holder::Gateway { server, .. } => Some((("server", server.as_str()), true)),
             Holder::Nobody => None,
         };
-        let volumes = server.volumes.iter().filter_map(|volume| Some((volume.cinder.as_ref()?.volume.as_str(), false)));
-        for (id, may_be_shared) in holder.into_iter().chain(volumes) {
-            if let Some((first, shared)) = seen.get(id)
+        let volumes = server.volumes.iter().filter_map(|volume| volume.cinder.as_ref());
+        let volumes = volumes.map(|cinder| (("volume", cinder.volume.as_str()), false));
+        for ((kind, id), may_be_shared) in holder.into_iter().chain(volumes) {
+            if let Some((first, shared)) = seen.get(&(kind, id))
                 && !(*shared && may_be_shared)
             {
-                let problem = format!("{id} is in {first} already");
+                let problem = format!("{kind} {id} is in {first} already");
                 report.add(&(*at..*at), &server.name, problem, "name every server and every volume of the cloud once");
             }
-            seen.entry(id).or_insert((server.name.as_str(), may_be_shared));
+            seen.entry((kind, id)).or_insert((server.name.as_str(), may_be_shared));
         }
     }
 }

@@ -390,3 +390,26 @@ fn a_file_shares_no_point_with_other_disks() {
                   quiesce = { virsh = { domain = \"a\", limit = \"5s\" } }\n";
     assert!(refusal(frozen).contains("without quiesce"), "{}", refusal(frozen));
 }
+
+#[test]
+fn nothing_of_a_cloud_is_in_a_plan_twice() {
+    const OTHER: &str = "8d1c1a0e-54a2-4c3b-9d6a-2d9f4d2f6f10";
+    let one = |name: &str, image: &str, holder: &str, volume: &str| {
+        format!(
+            "[[volume]]\nname = \"{name}\"\ncutover = {{ openstack = {{ {holder} }} }}\nsource = \"rbd:sata/volume-{image}\"\n\
+             target = \"rbd:sas/{name}\"\ncinder = {{ volume = \"{volume}\", from_type = \"sata\", to_type = \"sas\" }}\n"
+        )
+    };
+    let of = |server: &str| format!("server = \"{server}\"");
+    let gateway = format!("gateway = \"{ID}\"");
+    let said = |first: String, second: String| parse(&(first + &second)).map(drop).map_err(|error| error.to_string());
+    let volume = said(one("a", ID, "", ID), one("b", OTHER, "", ID)).unwrap_err();
+    assert!(volume.contains(&format!("volume {ID} is in a already")), "{volume}");
+    for second in [of(ID), gateway.clone()] {
+        let server = said(one("a", ID, &of(ID), ID), one("b", OTHER, &second, OTHER)).unwrap_err();
+        assert!(server.contains(&format!("server {ID} is in a already")), "{server}");
+    }
+    // A gateway has volumes of many.
+    assert_eq!(said(one("a", ID, &gateway, ID), one("b", OTHER, &gateway, OTHER)), Ok(()));
+    assert_eq!(said(one("a", ID, &of(ID), ID), one("b", OTHER, &of(OTHER), OTHER)), Ok(()));
+}
