@@ -3,7 +3,7 @@
 //! | part | what it is |
 //! |---|---|
 //! | `switch` | one volume: what is to be done next, as a pure function, and doing it |
-//! | `server` | a server that runs from the volumes: it is stopped, shelved, and unshelved |
+//! | `server` | a server that runs from the volumes: it is shelved, and unshelved |
 //! | `gateway` | a server that has them as data disks: it gives them away, and gets them back |
 //! | `detached` | volumes that nobody has |
 //! | `effect` | asking a cloud for something, and looking until it is so |
@@ -13,9 +13,9 @@
 //!
 //! # The order
 //!
-//! A **server** is stopped; once the last delta is proved it is shelved, because only what is built anew asks Cinder how to
-//! reach its volumes: a server that was only stopped would start with the old image. Its volumes are switched, and it
-//! is unshelved. A **gateway** goes on: the volumes are detached from it, switched, and attached again, as they were. What
+//! A **server** is shelved, which shuts it down and takes it from its host, because only what is built anew asks Cinder how
+//! to reach its volumes: a server that was only stopped would start with the old image. After the last delta its volumes
+//! are switched, and it is unshelved. A **gateway** goes on: the volumes are detached from it, switched, and attached again, as they were. What
 //! nobody has is kept from being attached meanwhile by the status `maintenance`.
 //!
 //! # The hooks of a gateway
@@ -130,11 +130,7 @@ impl OpenStack {
         for _ in 0..STEPS_MAX {
             let known = match seen.take() {
                 Some(seen) => seen,
-                None => {
-                    let shown = cloud.volume(&volume.cinder.volume).await;
-                    let shown = shown.map_err(|error| self.cloud_error(operation, &error))?;
-                    volume.look(&shown).await.map_err(image_error)?
-                }
+                None => self.look_at(operation, volume).await?.1,
             };
             let step = switch::next(to, &known);
             tracing::debug!(volume = volume.name, ?step, "{operation}");
@@ -148,7 +144,7 @@ impl OpenStack {
                 }
                 Step::Wait => self.until_still(operation, volume).await?,
                 Step::Retype => {
-                    self.retype(operation, volume, to).await?;
+                    seen = Some(self.retype(operation, volume, to).await?);
                     retyped = true;
                 }
                 // Cinder may still have a request that somebody has made in vain, and would move the image that is about
@@ -176,8 +172,16 @@ impl OpenStack {
         self.bring_about(operation, &volumes::AtRest { cloud, volume }).await
     }
 
-    /// Has Cinder give a volume the next type on its way to a side.
-    async fn retype(&self, operation: &str, volume: &CloudVolume, to: Side) -> Result<(), ProviderError> {
+    /// What is there of a volume.
+    async fn look_at(&self, operation: &str, volume: &CloudVolume) -> Result<(Volume, Seen), ProviderError> {
+        let cloud = self.cloud(operation).await?;
+        let shown = cloud.volume(&volume.cinder.volume).await.map_err(|error| self.cloud_error(operation, &error))?;
+        let seen = volume.look(&shown).await.map_err(|error| self.image_error(operation, &error))?;
+        Ok((shown, seen))
+    }
+
+    /// Has Cinder give a volume the next type on its way to a side, and looks at what is there then.
+    async fn retype(&self, operation: &str, volume: &CloudVolume, to: Side) -> Result<Seen, ProviderError> {
         let cloud = self.cloud(operation).await?;
         let before = cloud.volume(&volume.cinder.volume).await.map_err(|error| self.cloud_error(operation, &error))?;
         if !volume.is_image_of(&before) {
@@ -191,14 +195,13 @@ impl OpenStack {
         };
         let policy = if migrates { MigrationPolicy::OnDemand } else { MigrationPolicy::Never };
         self.bring_about(operation, &volumes::OfType { cloud, volume, next, policy, ours: self.ours() }).await?;
-        let after = cloud.volume(&volume.cinder.volume).await.map_err(|error| self.cloud_error(operation, &error))?;
-        let seen = volume.look(&after).await.map_err(|error| self.image_error(operation, &error))?;
+        let (after, seen) = self.look_at(operation, volume).await?;
         if migrates && seen.on(to).in_use != switch::Holds::Placeholder {
             let host = after.host.unwrap_or_default();
             let problem = format!("Cinder has brought volume {} to {host}, which is not the plan's pool", volume.name);
             return Err(self.error(operation, problem, Some("look at the backends of the types in the plan")));
         }
-        Ok(())
+        Ok(seen)
     }
 
     /// The server that may be said to have a volume which is switched: that which has left its host.

@@ -1,7 +1,7 @@
-//! A server that runs from the volumes: stopped, shelved so that it leaves its host, and unshelved.
+//! A server that runs from the volumes: shelved, so that it stops and leaves its host, and unshelved.
 
 use async_trait::async_trait;
-use futures::future::{try_join, try_join_all};
+use futures::future::try_join_all;
 
 use super::super::{Observed, Power, ProviderError, Side};
 use super::effect::{Effect, Look};
@@ -114,17 +114,21 @@ impl OpenStack {
     pub(super) async fn observe_server(&self, id: &str) -> Result<Observed, ProviderError> {
         let operation = "state";
         let cloud = self.cloud(operation).await?;
-        match cloud.server(id).await {
+        let found = match cloud.server(id).await {
             // Whoever has deleted it has left its volumes.
-            Err(error) if error.fault == Fault::NotFound => {
-                return Ok(Observed { power: Power::Off, side: self.side_of(&self.look(operation).await?) });
+            Err(error) if error.fault == Fault::NotFound => None,
+            found => Some(found.map_err(|error| self.cloud_error(operation, &error))?),
+        };
+        let server = match found {
+            None => return Ok(Observed { power: Power::Off, side: self.side_of(&self.look(operation).await?) }),
+            Some(server) if server.task.is_none() => server,
+            // What a process that is gone has asked for may still be under way.
+            Some(_) => {
+                self.bring_about(operation, &AtRest { cloud, id }).await?;
+                cloud.server(id).await.map_err(|error| self.cloud_error(operation, &error))?
             }
-            _ => {}
-        }
-        // What a process that is gone has asked for may still be under way.
-        self.bring_about(operation, &AtRest { cloud, id }).await?;
-        let server = async { cloud.server(id).await.map_err(|error| self.cloud_error(operation, &error)) };
-        let (server, volumes) = try_join(server, self.look(operation)).await?;
+        };
+        let volumes = self.look(operation).await?;
         let power = power(&server);
         let side = match power {
             Power::Running | Power::Suspended => {
@@ -147,14 +151,15 @@ impl OpenStack {
         self.bring_about(operation, &Becomes { cloud, id, action, wanted, from }).await
     }
 
-    /// Has it shut down, unless it is off.
+    /// Has it shut down and leave its host at once: Nova does both for one request, where it runs from volumes, and it has
+    /// to leave its host in any case. With one after the other it would stand still for longer.
     pub(super) async fn stop_server(&self, id: &str) -> Result<(), ProviderError> {
         let operation = "stop";
         let cloud = self.cloud(operation).await?;
         let server = cloud.server(id).await.map_err(|error| self.cloud_error(operation, &error))?;
         match server.status.as_str() {
-            SHELVED | OFFLOADED if server.task.is_none() => Ok(()),
-            _ => self.act(operation, id, ServerAction::Stop, (OFF, &[ACTIVE, "ERROR"])).await,
+            ACTIVE => self.act(operation, id, ServerAction::Shelve, (OFFLOADED, &[ACTIVE, OFF])).await,
+            _ => self.leave_host(operation, id).await,
         }
     }
 
@@ -188,9 +193,9 @@ impl OpenStack {
             let problem = format!("its volumes are not all on the {}", name(on));
             return Err(self.error(operation, problem, Some("look at their types, and at both pools with rbd ls")));
         }
-        let shown: Vec<Volume> = volumes.into_iter().map(|(volume, _)| volume).collect();
-        let knows = self.told_side(operation, &shown).await? == Some(on);
         let status = server.status.as_str();
+        let shown: Vec<Volume> = volumes.into_iter().map(|(volume, _)| volume).collect();
+        let knows = status != OFFLOADED && self.told_side(operation, &shown).await? == Some(on);
         if power(&server) == Power::Running {
             return match knows {
                 true => Ok(()),
