@@ -153,7 +153,7 @@ fn places_of_a_gateway() -> &'static [&'static str] {
         "attach volume",
         ": committed",
     ];
-    if every_step() { ALL } else { &["detach volume"] }
+    ALL
 }
 
 fn places_of_detached() -> &'static [&'static str] {
@@ -202,6 +202,10 @@ fn killed_at_places(bed: &CloudBed<'_>, places: &[&str]) {
 
 #[test]
 fn a_switch_below_a_gateway_that_is_killed_is_finished_or_undone() {
+    // In the midst of attaching it is killed by the tests of calls that fail, every time.
+    if !every_step() {
+        return;
+    }
     let Some(env) = openstack() else { return };
     let mut bed = CloudBed::gateway(&env, 1, "");
     bed.note_contents(0);
