@@ -115,11 +115,11 @@ pub(super) async fn existing_target(
 
 /// Opens a target of a plan, under the name that it has now.
 pub(super) async fn target_of_plan(context: &Context<'_>, volume: &Volume) -> Result<Arc<dyn TargetImage>, ImageError> {
-    match volume.cinder {
+    match volume.target_in_use() {
         None => existing_target(context, &volume.target, None).await,
-        Some(_) => {
+        Some(in_use) => {
             let connector = connect(context, &context.config.target_ceph).await?;
-            Ok(Arc::new(connector.open_target(&volume.target, Some(&volume.target_in_use())).await?))
+            Ok(Arc::new(connector.open_target(&volume.target, Some(&in_use)).await?))
         }
     }
 }

@@ -8,14 +8,12 @@ use reqwest::Method;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::error::{CloudError, Fault, Result};
-use super::session::{Ask, Service};
-use super::{CINDER, Cloud, checked};
+use super::error::Result;
+use super::session::Service;
+use super::{Cloud, checked};
 
-/// How many volumes are asked for at once.
-const PAGE: &str = "500";
-/// How many pages are read at most: more volumes than a plan may have.
-const PAGES_MAX: usize = 200;
+/// The order in which volumes and snapshots are listed.
+const BY_AGE: &[(&str, &str)] = &[("sort", "created_at:asc,id:asc")];
 
 /// A volume.
 #[derive(Clone, Debug, Deserialize)]
@@ -231,21 +229,6 @@ fn flag<'de, D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Resul
 }
 
 impl Cloud {
-    async fn ask_cinder<T: serde::de::DeserializeOwned>(
-        &self,
-        path: &str,
-        query: &[(&str, &str)],
-        operation: &str,
-    ) -> Result<T> {
-        let (service, version) = (Service::Cinder, CINDER);
-        self.session.get(Ask { service, method: Method::GET, path, query, body: None, version, operation }).await
-    }
-
-    async fn tell_cinder(&self, method: Method, path: &str, body: Option<&Value>, operation: &str) -> Result<()> {
-        let (service, version) = (Service::Cinder, CINDER);
-        self.session.tell(Ask { service, method, path, query: &[], body, version, operation }).await
-    }
-
     /// A volume.
     pub async fn volume(&self, id: &str) -> Result<Volume> {
         #[derive(Deserialize)]
@@ -254,7 +237,7 @@ impl Cloud {
         }
         let operation = format!("show volume {id}");
         let id = checked(id, "volume", &operation)?;
-        Ok(self.ask_cinder::<Answer>(&format!("volumes/{id}"), &[], &operation).await?.volume)
+        Ok(self.ask::<Answer>(Service::Cinder, &format!("volumes/{id}"), &[], &operation).await?.volume)
     }
 
     /// All volumes of the project, of another one, or of all.
@@ -263,25 +246,9 @@ impl Cloud {
         struct Answer {
             volumes: Vec<Volume>,
         }
-        let mut all: Vec<Volume> = Vec::new();
-        for _ in 0..PAGES_MAX {
-            let marker = all.last().map(|last| last.id.clone());
-            let mut query = vec![("limit", PAGE), ("sort", "created_at:asc,id:asc")];
-            query.extend(marker.as_deref().map(|marker| ("marker", marker)));
-            whose.narrow(&mut query, "project_id");
-            let page: Answer = self.ask_cinder("volumes/detail", &query, "list volumes").await?;
-            let Some(last) = page.volumes.last() else { return Ok(all) };
-            if Some(&last.id) == marker.as_ref() {
-                return Ok(all);
-            }
-            all.extend(page.volumes);
-        }
-        Err(CloudError::new(
-            Fault::Strange,
-            "list volumes",
-            "cinder",
-            format!("it has more than {} of them", all.len()),
-        ))
+        let (service, order) = (Service::Cinder, BY_AGE);
+        let listed = |page: Answer| page.volumes;
+        self.pages((service, "volumes/detail", "list volumes"), order, whose, listed, |volume| &volume.id).await
     }
 
     /// All types.
@@ -291,7 +258,7 @@ impl Cloud {
             volume_types: Vec<VolumeType>,
         }
         let query = [("is_public", "None")];
-        Ok(self.ask_cinder::<Answer>("types", &query, "list volume types").await?.volume_types)
+        Ok(self.ask::<Answer>(Service::Cinder, "types", &query, "list volume types").await?.volume_types)
     }
 
     /// Whether volumes of a type, given by its id, are encrypted. Needs an administrator.
@@ -299,7 +266,11 @@ impl Cloud {
         let operation = format!("show the encryption of volume type {volume_type}");
         let path = format!("types/{}/encryption", checked(volume_type, "volume type", &operation)?);
         // Without one it answers an empty object.
-        Ok(self.ask_cinder::<Value>(&path, &[], &operation).await?.get("provider").is_some_and(|it| !it.is_null()))
+        Ok(self
+            .ask::<Value>(Service::Cinder, &path, &[], &operation)
+            .await?
+            .get("provider")
+            .is_some_and(|it| !it.is_null()))
     }
 
     /// The snapshots of a volume.
@@ -310,7 +281,7 @@ impl Cloud {
         }
         let operation = format!("list the snapshots of volume {volume}");
         let query = [("volume_id", checked(volume, "volume", &operation)?), ("all_tenants", "1")];
-        Ok(self.ask_cinder::<Answer>("snapshots/detail", &query, &operation).await?.snapshots)
+        Ok(self.ask::<Answer>(Service::Cinder, "snapshots/detail", &query, &operation).await?.snapshots)
     }
 
     /// All snapshots of the project, of another one, or of all.
@@ -319,21 +290,9 @@ impl Cloud {
         struct Answer {
             snapshots: Vec<Snapshot>,
         }
-        let mut all: Vec<Snapshot> = Vec::new();
-        for _ in 0..PAGES_MAX {
-            let marker = all.last().map(|last| last.id.clone());
-            let mut query = vec![("limit", PAGE), ("sort", "created_at:asc,id:asc")];
-            query.extend(marker.as_deref().map(|marker| ("marker", marker)));
-            whose.narrow(&mut query, "project_id");
-            let page: Answer = self.ask_cinder("snapshots/detail", &query, "list snapshots").await?;
-            let Some(last) = page.snapshots.last() else { return Ok(all) };
-            if Some(&last.id) == marker.as_ref() {
-                return Ok(all);
-            }
-            all.extend(page.snapshots);
-        }
-        let detail = format!("it has more than {} of them", all.len());
-        Err(CloudError::new(Fault::Strange, "list snapshots", "cinder", detail))
+        let (service, order) = (Service::Cinder, BY_AGE);
+        let listed = |page: Answer| page.snapshots;
+        self.pages((service, "snapshots/detail", "list snapshots"), order, whose, listed, |snapshot| &snapshot.id).await
     }
 
     /// How much a project may have of a type of volumes, by what: `gigabytes_sas`, `volumes_sas`, `gigabytes`.
@@ -344,7 +303,7 @@ impl Cloud {
         }
         let operation = format!("show the quotas of project {project}");
         let path = format!("os-quota-sets/{}", checked(project, "project", &operation)?);
-        let answer: Answer = self.ask_cinder(&path, &[("usage", "True")], &operation).await?;
+        let answer: Answer = self.ask(Service::Cinder, &path, &[("usage", "True")], &operation).await?;
         let quotas = answer.quota_set.into_iter();
         Ok(quotas.filter_map(|(key, value)| Some((key, serde_json::from_value(value).ok()?))).collect())
     }
@@ -357,12 +316,12 @@ impl Cloud {
         }
         let operation = format!("show attachment {id}");
         let id = checked(id, "attachment", &operation)?;
-        Ok(self.ask_cinder::<Answer>(&format!("attachments/{id}"), &[], &operation).await?.attachment)
+        Ok(self.ask::<Answer>(Service::Cinder, &format!("attachments/{id}"), &[], &operation).await?.attachment)
     }
 
     async fn act_on_volume(&self, id: &str, body: Value, operation: &str) -> Result<()> {
         let path = format!("volumes/{}/action", checked(id, "volume", operation)?);
-        self.tell_cinder(Method::POST, &path, Some(&body), operation).await
+        self.tell(Service::Cinder, Method::POST, &path, Some(&body), operation).await
     }
 
     /// Begins to give a volume another type. The answer says nothing of whether it will have it.

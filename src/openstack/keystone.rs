@@ -2,12 +2,11 @@
 //!
 //! Source of paths and fields: the Identity API, <https://docs.openstack.org/api-ref/identity/v3/#projects>.
 
-use reqwest::Method;
 use serde::Deserialize;
 
+use super::Cloud;
 use super::error::{CloudError, Fault, Result};
-use super::session::{Ask, Service};
-use super::{Cloud, Microversion};
+use super::session::Service;
 
 /// A project.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -22,17 +21,6 @@ pub struct Project {
 }
 
 impl Cloud {
-    async fn ask_keystone<T: serde::de::DeserializeOwned>(
-        &self,
-        path: &str,
-        query: &[(&str, &str)],
-        operation: &str,
-    ) -> Result<T> {
-        // Keystone has no microversions: none is sent.
-        let (service, version) = (Service::Keystone, Microversion(3, 0));
-        self.session.get(Ask { service, method: Method::GET, path, query, body: None, version, operation }).await
-    }
-
     /// The project with that id or, where there is none, of that name. Needs an administrator.
     ///
     /// # Errors
@@ -49,13 +37,13 @@ impl Cloud {
         let operation = format!("find project {wanted:?}");
         // Ids are 32 hexadecimal digits, or with dashes, or whatever another directory calls them.
         if super::checked(wanted, "project", &operation).is_ok() {
-            match self.ask_keystone::<One>(&format!("projects/{wanted}"), &[], &operation).await {
+            match self.ask::<One>(Service::Keystone, &format!("projects/{wanted}"), &[], &operation).await {
                 Ok(One { project }) => return Ok(project),
                 Err(error) if error.fault == Fault::NotFound => {}
                 Err(error) => return Err(error),
             }
         }
-        let mut found: Several = self.ask_keystone("projects", &[("name", wanted)], &operation).await?;
+        let mut found: Several = self.ask(Service::Keystone, "projects", &[("name", wanted)], &operation).await?;
         // Some releases compare names without regard to case.
         found.projects.retain(|project| project.name == wanted);
         let failed = |fault, detail: String| CloudError::new(fault, operation.clone(), self.name(), detail);

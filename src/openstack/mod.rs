@@ -39,7 +39,16 @@ pub use access::CloudAccess;
 pub use error::{CloudError, Fault, Result};
 pub use session::Microversion;
 
-use session::{Service, Session};
+use nova::Whose;
+use reqwest::Method;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use session::{Ask, Service, Session};
+
+/// How many entries of a list are asked for at once.
+const PAGE: &str = "500";
+/// How many pages are read at most: more volumes than a plan may have.
+const PAGES_MAX: usize = 200;
 
 /// The version of Cinder's interface that is spoken: 3.27 (Pike) has attachments.
 pub const CINDER: Microversion = Microversion(3, 27);
@@ -76,6 +85,53 @@ impl Cloud {
     /// What the cloud is called, for people.
     pub fn name(&self) -> &str {
         &self.session.access().name
+    }
+
+    async fn ask<T: DeserializeOwned>(
+        &self,
+        service: Service,
+        path: &str,
+        query: &[(&str, &str)],
+        operation: &str,
+    ) -> Result<T> {
+        self.session.get(Ask { service, method: Method::GET, path, query, body: None, operation }).await
+    }
+
+    async fn tell(
+        &self,
+        service: Service,
+        method: Method,
+        path: &str,
+        body: Option<&Value>,
+        operation: &str,
+    ) -> Result<()> {
+        self.session.tell(Ask { service, method, path, query: &[], body, operation }).await
+    }
+
+    /// All of a list that comes in pages: each begins behind the last one's last id.
+    async fn pages<A: DeserializeOwned, T>(
+        &self,
+        (service, path, operation): (Service, &str, &str),
+        order: &[(&str, &str)],
+        whose: &Whose,
+        listed: fn(A) -> Vec<T>,
+        id: fn(&T) -> &String,
+    ) -> Result<Vec<T>> {
+        let mut all: Vec<T> = Vec::new();
+        for _ in 0..PAGES_MAX {
+            let marker = all.last().map(|last| id(last).clone());
+            let mut query = vec![("limit", PAGE)];
+            query.extend(order);
+            query.extend(marker.as_deref().map(|marker| ("marker", marker)));
+            whose.narrow(&mut query, "project_id");
+            let page = listed(self.ask(service, path, &query, operation).await?);
+            match page.last() {
+                Some(last) if Some(id(last)) != marker.as_ref() => all.extend(page),
+                _ => return Ok(all),
+            }
+        }
+        let detail = format!("it has more than {} of them", all.len());
+        Err(CloudError::new(Fault::Strange, operation, service.name(), detail))
     }
 
     /// The id of the project that the credentials are for.

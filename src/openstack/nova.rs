@@ -8,14 +8,12 @@ use reqwest::Method;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::error::{CloudError, Fault, Result};
-use super::session::{Ask, Service};
-use super::{Cloud, NOVA, checked};
+use super::error::Result;
+use super::session::Service;
+use super::{Cloud, checked};
 
-/// How many servers are asked for at once.
-const PAGE: &str = "500";
-/// How many pages are read at most.
-const PAGES_MAX: usize = 200;
+/// The order in which servers are listed.
+const BY_AGE: &[(&str, &str)] = &[("sort_key", "created_at"), ("sort_dir", "asc")];
 
 /// Whose servers and volumes are listed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -168,21 +166,6 @@ impl ServerAction {
 }
 
 impl Cloud {
-    async fn ask_nova<T: serde::de::DeserializeOwned>(
-        &self,
-        path: &str,
-        query: &[(&str, &str)],
-        operation: &str,
-    ) -> Result<T> {
-        let (service, version) = (Service::Nova, NOVA);
-        self.session.get(Ask { service, method: Method::GET, path, query, body: None, version, operation }).await
-    }
-
-    async fn tell_nova(&self, method: Method, path: &str, body: Option<&Value>, operation: &str) -> Result<()> {
-        let (service, version) = (Service::Nova, NOVA);
-        self.session.tell(Ask { service, method, path, query: &[], body, version, operation }).await
-    }
-
     /// A server.
     pub async fn server(&self, id: &str) -> Result<Server> {
         #[derive(Deserialize)]
@@ -191,7 +174,7 @@ impl Cloud {
         }
         let operation = format!("show server {id}");
         let id = checked(id, "server", &operation)?;
-        Ok(self.ask_nova::<Answer>(&format!("servers/{id}"), &[], &operation).await?.server)
+        Ok(self.ask::<Answer>(Service::Nova, &format!("servers/{id}"), &[], &operation).await?.server)
     }
 
     /// All servers of the project, of another one, or of all.
@@ -200,20 +183,9 @@ impl Cloud {
         struct Answer {
             servers: Vec<Server>,
         }
-        let mut all: Vec<Server> = Vec::new();
-        for _ in 0..PAGES_MAX {
-            let marker = all.last().map(|last| last.id.clone());
-            let mut query = vec![("limit", PAGE), ("sort_key", "created_at"), ("sort_dir", "asc")];
-            query.extend(marker.as_deref().map(|marker| ("marker", marker)));
-            whose.narrow(&mut query, "project_id");
-            let page: Answer = self.ask_nova("servers/detail", &query, "list servers").await?;
-            let Some(last) = page.servers.last() else { return Ok(all) };
-            if Some(&last.id) == marker.as_ref() {
-                return Ok(all);
-            }
-            all.extend(page.servers);
-        }
-        Err(CloudError::new(Fault::Strange, "list servers", "nova", format!("it has more than {} of them", all.len())))
+        let (service, order) = (Service::Nova, BY_AGE);
+        let listed = |page: Answer| page.servers;
+        self.pages((service, "servers/detail", "list servers"), order, whose, listed, |server| &server.id).await
     }
 
     /// The volumes that a server has, with how it has them.
@@ -225,7 +197,7 @@ impl Cloud {
         }
         let operation = format!("list the volumes of server {server}");
         let path = format!("servers/{}/os-volume_attachments", checked(server, "server", &operation)?);
-        Ok(self.ask_nova::<Answer>(&path, &[], &operation).await?.attachments)
+        Ok(self.ask::<Answer>(Service::Nova, &path, &[], &operation).await?.attachments)
     }
 
     /// Begins something with a server. The answer says nothing of whether it will come about.
@@ -233,7 +205,7 @@ impl Cloud {
         let (body, word) = action.body();
         let operation = format!("{word} server {server}");
         let path = format!("servers/{}/action", checked(server, "server", &operation)?);
-        self.tell_nova(Method::POST, &path, Some(&body), &operation).await
+        self.tell(Service::Nova, Method::POST, &path, Some(&body), &operation).await
     }
 
     /// Begins to take a volume from a server.
@@ -241,7 +213,7 @@ impl Cloud {
         let operation = format!("detach volume {volume} from server {server}");
         let server = checked(server, "server", &operation)?;
         let path = format!("servers/{server}/os-volume_attachments/{}", checked(volume, "volume", &operation)?);
-        self.tell_nova(Method::DELETE, &path, None, &operation).await
+        self.tell(Service::Nova, Method::DELETE, &path, None, &operation).await
     }
 
     /// Begins to give a volume to a server, as it had it.
@@ -255,6 +227,6 @@ impl Cloud {
                 wanted[key] = value.as_str().into();
             }
         }
-        self.tell_nova(Method::POST, &path, Some(&json!({"volumeAttachment": wanted})), &operation).await
+        self.tell(Service::Nova, Method::POST, &path, Some(&json!({"volumeAttachment": wanted})), &operation).await
     }
 }

@@ -62,11 +62,11 @@ impl Service {
         }
     }
 
-    /// What the header of microversions calls it; `None` where it has none.
-    fn header(self) -> Option<&'static str> {
+    /// The microversion that is spoken, with what its header calls the service; `None` where there are none.
+    fn version(self) -> Option<(&'static str, Microversion)> {
         match self {
-            Self::Cinder => Some("volume"),
-            Self::Nova => Some("compute"),
+            Self::Cinder => Some(("volume", super::CINDER)),
+            Self::Nova => Some(("compute", super::NOVA)),
             Self::Keystone => None,
         }
     }
@@ -115,7 +115,6 @@ pub(super) struct Ask<'a> {
     pub(super) path: &'a str,
     pub(super) query: &'a [(&'a str, &'a str)],
     pub(super) body: Option<&'a Value>,
-    pub(super) version: Microversion,
     /// What is wanted, as an infinitive.
     pub(super) operation: &'a str,
 }
@@ -207,8 +206,8 @@ impl Session {
             }
             let mut request = self.http.request(ask.method.clone(), url);
             request = request.header("X-Auth-Token", token.text.expose_secret()).header("Accept", "application/json");
-            if let Some(service) = ask.service.header() {
-                request = request.header("OpenStack-API-Version", format!("{service} {}", ask.version));
+            if let Some((service, version)) = ask.service.version() {
+                request = request.header("OpenStack-API-Version", format!("{service} {version}"));
             }
             if let Some(body) = ask.body {
                 request = request.json(body);

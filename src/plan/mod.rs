@@ -128,16 +128,15 @@ pub struct Volume {
 }
 
 impl Volume {
-    /// The name that the target has once a server uses it: where Cinder decides, that of the source.
-    pub fn target_in_use(&self) -> ImageSpec {
+    /// The name that the target has once a server uses it, where that is another one: where Cinder decides, that of the
+    /// source.
+    pub fn target_in_use(&self) -> Option<ImageSpec> {
         match (&self.cinder, &self.source, &self.target) {
-            (Some(_), ImageSpec::Rbd { image: in_use, .. }, ImageSpec::Rbd { pool, namespace, .. }) => ImageSpec::Rbd {
-                pool: pool.clone(),
-                namespace: namespace.clone(),
-                image: in_use.clone(),
-                snapshot: None,
-            },
-            _ => self.target.clone(),
+            (Some(_), ImageSpec::Rbd { image: in_use, .. }, ImageSpec::Rbd { pool, namespace, .. }) => {
+                let (pool, namespace, image) = (pool.clone(), namespace.clone(), in_use.clone());
+                Some(ImageSpec::Rbd { pool, namespace, image, snapshot: None })
+            }
+            _ => None,
         }
     }
 }

@@ -174,10 +174,7 @@ pub(in crate::cli) async fn open_stage(context: &Context<'_>, server: &plan::Ser
 /// Opens a target that keeps a journal; `None` where it is a file, which keeps none.
 pub(super) async fn target(context: &Context<'_>, volume: &plan::Volume) -> Result<Option<Arc<RbdImage>>, ImageError> {
     match volume.target {
-        ImageSpec::Rbd { .. } => {
-            let in_use = volume.cinder.is_some().then(|| volume.target_in_use());
-            open_target(context, &volume.target, in_use.as_ref()).await.map(Some)
-        }
+        ImageSpec::Rbd { .. } => open_target(context, &volume.target, volume.target_in_use().as_ref()).await.map(Some),
         ImageSpec::File { .. } => Ok(None),
     }
 }

@@ -53,7 +53,7 @@ use tokio::process::Command;
 
 use super::rehearse::{Boots, Judgement, Rehearse, StandIn};
 use super::run::{brief, run};
-use super::{Notes, Observed, Power, Precondition, Provider, ProviderError, ServerDisk, Side, Verdict};
+use super::{Notes, Observed, Power, Precondition, Provider, ProviderError, ServerDisk, Side, Verdict, name};
 use crate::plan::CommandCutover;
 
 /// How often `state` is asked while an effect is waited for.
@@ -143,13 +143,6 @@ impl Commands {
             let hint = "it has to print one line: running, suspended, saved or off, and source, target or unknown";
             self.error("state", problem, Some(hint))
         })
-    }
-}
-
-fn name(side: Side) -> &'static str {
-    match side {
-        Side::Source => "source",
-        Side::Target => "target",
     }
 }
 

@@ -69,6 +69,14 @@ impl ServerDisk {
     }
 }
 
+/// A side, for people and for commands.
+fn name(side: Side) -> &'static str {
+    match side {
+        Side::Source => "source",
+        Side::Target => "target",
+    }
+}
+
 /// What a server is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Power {
@@ -238,7 +246,7 @@ pub fn disks_of(server: &plan::Server) -> Vec<ServerDisk> {
         volume: volume.name.clone(),
         source: volume.source.clone(),
         target: volume.target.clone(),
-        target_in_use: volume.cinder.is_some().then(|| volume.target_in_use()),
+        target_in_use: volume.target_in_use(),
         boot: volume.boot,
     };
     server.volumes.iter().map(disk).collect()

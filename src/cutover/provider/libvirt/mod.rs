@@ -35,7 +35,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
-use super::{Notes, Observed, Power, Precondition, Provider, ProviderError, ServerDisk, Side};
+use super::{Notes, Observed, Power, Precondition, Provider, ProviderError, ServerDisk, Side, name};
 use crate::plan::{LibvirtCutover, Method};
 use look::Look;
 use virsh::{QUESTION, Virsh};
@@ -58,13 +58,6 @@ pub struct Libvirt {
     disks: Vec<ServerDisk>,
     method: Method,
     config: LibvirtCutover,
-}
-
-fn name(side: Side) -> &'static str {
-    match side {
-        Side::Source => "source",
-        Side::Target => "target",
-    }
 }
 
 fn starting(side: Side) -> String {

@@ -39,8 +39,10 @@ pub(super) trait Effect: Send + Sync {
     /// Looks.
     async fn look(&self) -> Result<Look, CloudError>;
 
-    /// Asks for it.
-    async fn ask(&self) -> Result<(), CloudError>;
+    /// Asks for it. Left out, it comes about by itself.
+    async fn ask(&self) -> Result<(), CloudError> {
+        Ok(())
+    }
 }
 
 impl OpenStack {

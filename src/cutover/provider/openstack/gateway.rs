@@ -18,9 +18,6 @@ fn note(volume: &str) -> String {
     format!("attachment-{volume}")
 }
 
-/// While a server is about to have it.
-const RESERVED: &str = "reserved";
-
 /// Whether Nova is at giving a reserved volume to a server: it names it among those that the server has.
 async fn is_attaching(cloud: &Cloud, server: &str, volume: &str) -> Result<bool, CloudError> {
     Ok(cloud.server_attachments(server).await?.iter().any(|found| found.volume == volume))
@@ -41,12 +38,9 @@ impl Effect for Still<'_> {
 
     async fn look(&self) -> Result<Look, CloudError> {
         let shown = self.cloud.volume(&self.volume.cinder.volume).await?;
-        let attaching = shown.status == RESERVED && is_attaching(self.cloud, self.gateway, &shown.id).await?;
+        let attaching =
+            shown.status == Status::Reserved.name() && is_attaching(self.cloud, self.gateway, &shown.id).await?;
         Ok(if shown.is_moving() || attaching { Look::Working(shown.status) } else { Look::Done })
-    }
-
-    async fn ask(&self) -> Result<(), CloudError> {
-        Ok(())
     }
 }
 
@@ -67,10 +61,12 @@ impl Effect for Detached<'_> {
         let shown = self.cloud.volume(&self.volume.cinder.volume).await?;
         Ok(match () {
             () if shown.is_moving() => Look::Working(shown.status),
-            () if shown.status == RESERVED && is_attaching(self.cloud, self.gateway, &shown.id).await? => {
+            () if shown.status == Status::Reserved.name()
+                && is_attaching(self.cloud, self.gateway, &shown.id).await? =>
+            {
                 Look::Working(shown.status)
             }
-            () if shown.attachments.is_empty() && shown.status != "in-use" => Look::Done,
+            () if shown.attachments.is_empty() && shown.status != Status::InUse.name() => Look::Done,
             () if shown.attachments.iter().any(|found| found.server_id != self.gateway) => {
                 Look::Hopeless(format!("volume {} is with another server", self.volume.name))
             }
@@ -100,11 +96,11 @@ impl Effect for Attached<'_> {
         let shown = self.cloud.volume(&self.attachment.volume).await?;
         let there = shown.attachments.iter().any(|found| found.server_id == self.gateway);
         Ok(match () {
-            () if there && shown.status == "in-use" => Look::Done,
+            () if there && shown.status == Status::InUse.name() => Look::Done,
             () if shown.attachments.iter().any(|found| found.server_id != self.gateway) => {
                 Look::Hopeless(format!("volume {} is with another server", shown.id))
             }
-            () if shown.is_moving() || shown.status == RESERVED => Look::Working(shown.status),
+            () if shown.is_moving() || shown.status == Status::Reserved.name() => Look::Working(shown.status),
             () => Look::NotYet(shown.status),
         })
     }

@@ -41,7 +41,7 @@ use futures::future::{join_all, try_join_all, try_join3};
 use tokio::sync::OnceCell;
 
 use super::rehearse::Rehearse;
-use super::{Notes, Observed, Precondition, Provider, ProviderError, Side};
+use super::{Notes, Observed, Precondition, Provider, ProviderError, Side, name};
 use crate::image::ImageError;
 use crate::openstack::cinder::{MigrationPolicy, Status, Volume};
 use crate::openstack::{Cloud, CloudAccess, CloudError};
@@ -227,13 +227,6 @@ impl OpenStack {
         let of_status = |volume| volumes::OfStatus { cloud, volume, status, ours };
         let effects: Vec<_> = self.volumes.iter().map(of_status).collect();
         join_all(effects.iter().map(|effect| self.bring_about(operation, effect))).await.into_iter().collect()
-    }
-}
-
-fn name(side: Side) -> &'static str {
-    match side {
-        Side::Source => "source",
-        Side::Target => "target",
     }
 }
 

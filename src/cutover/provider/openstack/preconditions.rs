@@ -5,7 +5,7 @@ use futures::future::join_all;
 use super::super::{Precondition, Side, Verdict};
 use super::switch::{self, CloudVolume, Step};
 use super::{OpenStack, name};
-use crate::openstack::cinder::{Volume, VolumeType};
+use crate::openstack::cinder::{Status, Volume, VolumeType};
 use crate::openstack::{Cloud, CloudError};
 use crate::plan::Holder;
 
@@ -158,8 +158,8 @@ async fn one(
         wrong.push(format!("its type is {now:?}, and not {:?}: somebody has retyped it", volume.final_type(from)));
     }
     let expected = match provider.config.holder {
-        Holder::Server(_) | Holder::Gateway { .. } => "in-use",
-        Holder::Nobody => "available",
+        Holder::Server(_) | Holder::Gateway { .. } => Status::InUse.name(),
+        Holder::Nobody => Status::Available.name(),
     };
     if shown.status != expected {
         wrong.push(format!("it is {}, and not {expected}", shown.status));

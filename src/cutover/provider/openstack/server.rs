@@ -82,10 +82,6 @@ impl Effect for AtRest<'_> {
         let server = self.cloud.server(self.id).await?;
         Ok(if server.task.is_some() { Look::Working(told(&server)) } else { Look::Done })
     }
-
-    async fn ask(&self) -> Result<(), CloudError> {
-        Ok(())
-    }
 }
 
 impl OpenStack {

@@ -23,10 +23,6 @@ impl Effect for AtRest<'_> {
         let shown = self.cloud.volume(&self.volume.cinder.volume).await?;
         Ok(if shown.is_moving() { Look::Working(shown.status) } else { Look::Done })
     }
-
-    async fn ask(&self) -> Result<(), CloudError> {
-        Ok(())
-    }
 }
 
 /// It has that type.
