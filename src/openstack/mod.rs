@@ -5,6 +5,7 @@
 //! | [`access`] | how to reach the cloud: `clouds.yaml`, `OS_*` |
 //! | `session` | the token, the catalog, microversions, limits and retries |
 //! | [`cinder`] | volumes, types, snapshots |
+//! | [`manage`] | what Cinder is given as a volume, and what is taken from it |
 //! | [`nova`] | servers and their attachments |
 //! | `keystone` | projects by their names |
 //! | [`discovery`] | which servers and volumes there are, and what keeps them from being moved |
@@ -30,6 +31,7 @@ pub mod cinder;
 pub mod discovery;
 pub mod error;
 mod keystone;
+pub mod manage;
 pub mod nova;
 mod session;
 #[cfg(test)]

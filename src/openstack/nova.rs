@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::error::Result;
-use super::session::Service;
+use super::session::{Ask, Service};
 use super::{Cloud, checked};
 
 /// The order in which servers are listed.
@@ -68,7 +68,7 @@ pub struct Server {
     /// The volumes that it has.
     #[serde(default, rename = "os-extended-volumes:volumes_attached")]
     pub volumes: Vec<ServerVolume>,
-    /// What of it is on no volume.
+    /// What of it is on no volume, and what it is called.
     #[serde(default)]
     pub flavor: ServerFlavor,
     /// What its owner has written to it.
@@ -106,8 +106,11 @@ pub struct ServerVolume {
 }
 
 /// What a server has been given, as far as it counts here.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 pub struct ServerFlavor {
+    /// Its name.
+    #[serde(default)]
+    pub original_name: String,
     /// The GiB of a disk beside the one that it boots from, on its host, which is lost when the server leaves it.
     #[serde(default)]
     pub ephemeral: u64,
@@ -136,6 +139,39 @@ pub struct ServerAttachment {
     /// By which the server itself can tell it.
     #[serde(default)]
     pub tag: Option<String>,
+}
+
+/// A server that is made. It is on no network.
+#[derive(Clone, Debug)]
+pub struct NewServer<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// Its flavor, by its id.
+    pub flavor: &'a str,
+    /// Its volumes, with whether each ends with it. It boots from the first one.
+    pub volumes: Vec<(&'a str, bool)>,
+    /// What is written to it.
+    pub metadata: BTreeMap<String, String>,
+    /// More of it, by Nova's own keys: `key_name`, `tags`, `user_data`.
+    pub more: serde_json::Map<String, Value>,
+}
+
+impl NewServer<'_> {
+    fn body(&self) -> Value {
+        let disks = self.volumes.iter().enumerate().map(|(index, (volume, delete))| {
+            json!({
+                "boot_index": if index == 0 { 0 } else { -1 }, "uuid": volume, "source_type": "volume",
+                "destination_type": "volume", "delete_on_termination": delete,
+            })
+        });
+        let mut body = self.more.clone();
+        body.insert("name".into(), self.name.into());
+        body.insert("flavorRef".into(), self.flavor.into());
+        body.insert("networks".into(), "none".into());
+        body.insert("metadata".into(), json!(self.metadata));
+        body.insert("block_device_mapping_v2".into(), disks.collect());
+        Value::Object(body)
+    }
 }
 
 /// What is done with a server as a whole.
@@ -198,6 +234,53 @@ impl Cloud {
         let operation = format!("list the volumes of server {server}");
         let path = format!("servers/{}/os-volume_attachments", checked(server, "server", &operation)?);
         Ok(self.ask::<Answer>(Service::Nova, &path, &[], &operation).await?.attachments)
+    }
+
+    /// Begins to make a server, of the credentials' project. Gives back its id; the answer says nothing of whether it will
+    /// run.
+    pub async fn create_server(&self, wanted: &NewServer<'_>) -> Result<String> {
+        #[derive(Deserialize)]
+        struct Made {
+            id: String,
+        }
+        #[derive(Deserialize)]
+        struct Answer {
+            server: Made,
+        }
+        let operation = format!("create server {}", wanted.name);
+        let body = json!({"server": wanted.body()});
+        let ask = Ask {
+            service: Service::Nova,
+            method: Method::POST,
+            path: "servers",
+            query: &[],
+            body: Some(&body),
+            operation: &operation,
+        };
+        Ok(self.session.get::<Answer>(ask).await?.server.id)
+    }
+
+    /// Begins to delete a server, with its volumes that end with it.
+    pub async fn delete_server(&self, server: &str) -> Result<()> {
+        let operation = format!("delete server {server}");
+        let path = format!("servers/{}", checked(server, "server", &operation)?);
+        self.tell(Service::Nova, Method::DELETE, &path, None, &operation).await
+    }
+
+    /// The id of the flavor of that name: of a server only the name is told.
+    pub async fn find_flavor(&self, name: &str) -> Result<Option<String>> {
+        #[derive(Deserialize)]
+        struct Flavor {
+            id: String,
+            name: String,
+        }
+        #[derive(Deserialize)]
+        struct Answer {
+            flavors: Vec<Flavor>,
+        }
+        let query = [("is_public", "None")];
+        let answer: Answer = self.ask(Service::Nova, "flavors", &query, "list flavors").await?;
+        Ok(answer.flavors.into_iter().find(|flavor| flavor.name == name).map(|flavor| flavor.id))
     }
 
     /// Begins something with a server. The answer says nothing of whether it will come about.

@@ -1,0 +1,107 @@
+//! What Cinder is given, and what is taken from it: images of a backend as volumes, and volumes as mere images.
+//!
+//! Source of paths and fields: the Block Storage API's `manageable_volumes` and `os-unmanage`,
+//! <https://docs.openstack.org/api-ref/block-storage/v3/>.
+
+use std::collections::BTreeMap;
+
+use reqwest::Method;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::cinder::Volume;
+use super::error::Result;
+use super::session::{Ask, Service};
+use super::{Cloud, checked};
+
+/// An image that becomes a volume.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Managed<'a> {
+    /// Of which host, backend and pool: `vm@sas#sas`.
+    pub host: &'a str,
+    /// The image's name in the backend's pool. Cinder renames it to `volume-ID`.
+    pub image: &'a str,
+    /// The volume's name.
+    pub name: &'a str,
+    /// The name of its type, which has to be one of that backend.
+    pub volume_type: &'a str,
+    /// Whether a server may boot from it.
+    pub bootable: bool,
+    /// What is written to it.
+    pub metadata: BTreeMap<String, String>,
+}
+
+impl Cloud {
+    /// Begins to make an image a volume, of the credentials' project. The answer says nothing of whether it will be one:
+    /// where the image is not there, or has not that type, the volume's status becomes `error`.
+    pub async fn manage(&self, wanted: &Managed<'_>) -> Result<Volume> {
+        #[derive(Deserialize)]
+        struct Answer {
+            volume: Volume,
+        }
+        let Managed { host, image, name, volume_type, bootable, metadata } = wanted;
+        let operation = format!("manage image {image} of {host}");
+        let body = json!({"volume": {
+            "host": host, "ref": {"source-name": image}, "name": name, "volume_type": volume_type, "bootable": bootable,
+            "metadata": metadata,
+        }});
+        let (service, path) = (Service::Cinder, "manageable_volumes");
+        let ask = Ask { service, method: Method::POST, path, query: &[], body: Some(&body), operation: &operation };
+        Ok(self.session.get::<Answer>(ask).await?.volume)
+    }
+
+    /// Begins to make a volume a mere image, which stays under the name that it has. Nobody may have the volume.
+    pub async fn unmanage(&self, volume: &str) -> Result<()> {
+        let operation = format!("unmanage volume {volume}");
+        let path = format!("volumes/{}/action", checked(volume, "volume", &operation)?);
+        self.tell(Service::Cinder, Method::POST, &path, Some(&json!({"os-unmanage": {}})), &operation).await
+    }
+
+    /// Begins to delete a volume, and its image.
+    pub async fn delete_volume(&self, volume: &str) -> Result<()> {
+        let operation = format!("delete volume {volume}");
+        let path = format!("volumes/{}", checked(volume, "volume", &operation)?);
+        self.tell(Service::Cinder, Method::DELETE, &path, None, &operation).await
+    }
+
+    /// Writes what is known of the image that a volume was made from.
+    pub async fn set_image_metadata(&self, volume: &str, metadata: &BTreeMap<String, Value>) -> Result<()> {
+        let operation = format!("write the image metadata of volume {volume}");
+        let path = format!("volumes/{}/action", checked(volume, "volume", &operation)?);
+        let body = json!({"os-set_image_metadata": {"metadata": metadata}});
+        self.tell(Service::Cinder, Method::POST, &path, Some(&body), &operation).await
+    }
+
+    /// Begins to make a snapshot a mere snapshot of its volume's image, which keeps its name.
+    pub async fn unmanage_snapshot(&self, snapshot: &str) -> Result<()> {
+        let operation = format!("unmanage snapshot {snapshot}");
+        let path = format!("snapshots/{}/action", checked(snapshot, "snapshot", &operation)?);
+        self.tell(Service::Cinder, Method::POST, &path, Some(&json!({"os-unmanage": {}})), &operation).await
+    }
+
+    /// Begins to make a snapshot of a volume's image, by its name there, one that Cinder knows. It renames that to
+    /// `snapshot-ID`, with the id that is given back.
+    pub async fn manage_snapshot(
+        &self,
+        volume: &str,
+        image_snapshot: &str,
+        (name, metadata): (&str, &BTreeMap<String, String>),
+    ) -> Result<String> {
+        #[derive(Deserialize)]
+        struct Made {
+            id: String,
+        }
+        #[derive(Deserialize)]
+        struct Answer {
+            snapshot: Made,
+        }
+        let operation = format!("manage snapshot {image_snapshot} of volume {volume}");
+        let body = json!({"snapshot": {
+            "volume_id": checked(volume, "volume", &operation)?, "ref": {"source-name": image_snapshot}, "name": name,
+            "metadata": metadata,
+        }});
+        let (service, path) = (Service::Cinder, "manageable_snapshots");
+        let ask = Ask { service, method: Method::POST, path, query: &[], body: Some(&body), operation: &operation };
+        Ok(self.session.get::<Answer>(ask).await?.snapshot.id)
+    }
+}
