@@ -17,14 +17,15 @@ use reqwest::Method;
 use serde_json::{Value, json};
 
 use crate::support::{CephEnv, ceph, skip};
-use crate::vm::{
-    Conversation, Line, Terminal, clients, rbd, rbd_command, rbd_sources, run, run_for_text, take_turn_with_guests,
-};
+use crate::vm::{Conversation, Line, Terminal, Turns, clients, rbd, rbd_command, rbd_sources, run, run_for_text};
 
 /// How long anything of the cloud's may take.
 const PATIENCE: Duration = Duration::from_secs(180);
 /// How often it is looked.
 const POLL: Duration = Duration::from_millis(100);
+
+/// One test at a time in the cloud.
+static CLOUD: Turns = Turns::new();
 
 /// A cloud of `scripts/openstack-dev`, and the cluster that its volumes are on.
 pub(crate) struct OpenStackEnv {
@@ -44,7 +45,7 @@ pub(crate) fn openstack() -> Option<OpenStackEnv> {
         skip("an OpenStack (POOLSHIFT_TEST_OPENSTACK, a folder of scripts/openstack-dev; scripts/test starts one)");
         return None;
     };
-    let alone = take_turn_with_guests();
+    let alone = CLOUD.take();
     Some(OpenStackEnv { ceph: ceph()?, folder: folder.into(), api: Api::of_the_environment(), _alone: alone })
 }
 

@@ -19,12 +19,22 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// How long a line of a guest's log is: a page, so that no line brings an older one to the disk again.
 const LINE: usize = 4096;
 
-/// One test with guests at a time: an emulated one takes a whole core.
-static GUESTS: Mutex<()> = Mutex::new(());
+/// One test at a time with a libvirt's guests: an emulated one takes most of a core.
+static GUESTS: Turns = Turns::new();
 
-/// Waits for the turn to have guests. It is taken before a turn on the cluster: who waits here keeps nobody from that.
-pub(crate) fn take_turn_with_guests() -> MutexGuard<'static, ()> {
-    GUESTS.lock().unwrap_or_else(PoisonError::into_inner)
+/// Turns that are taken one after the other. One is taken before a turn on the cluster: who waits here keeps nobody from
+/// that.
+pub(crate) struct Turns(Mutex<()>);
+
+impl Turns {
+    pub(crate) const fn new() -> Self {
+        Self(Mutex::new(()))
+    }
+
+    /// Waits for the turn.
+    pub(crate) fn take(&self) -> MutexGuard<'_, ()> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// A libvirt of `scripts/vm-dev`, and the cluster that its guests' disks are on.
@@ -56,7 +66,7 @@ fn vm_on(ceph: fn() -> Option<CephEnv>) -> Option<VmEnv> {
         skip("a libvirt (POOLSHIFT_TEST_VM, a folder of scripts/vm-dev; scripts/test starts one)");
         return None;
     };
-    let alone = take_turn_with_guests();
+    let alone = GUESTS.take();
     Some(VmEnv { ceph: ceph()?, folder: folder.into(), _alone: alone })
 }
 

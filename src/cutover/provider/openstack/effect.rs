@@ -49,13 +49,28 @@ impl OpenStack {
     /// Looks, asks if need be, and looks until it is so, for as long as the plan allows. What passes is no failure: a
     /// service that does not answer, a conflict with what is still under way, a yes that comes to nothing twice.
     pub(super) async fn bring_about(&self, operation: &str, effect: &dyn Effect) -> Result<(), ProviderError> {
+        self.bring_about_from(operation, effect, None).await
+    }
+
+    /// The same; `is` says how it is, where it was just seen that it is not so, and that nothing is under way.
+    pub(super) async fn bring_about_from(
+        &self,
+        operation: &str,
+        effect: &dyn Effect,
+        is: Option<String>,
+    ) -> Result<(), ProviderError> {
         let wanted = effect.wanted();
         let begun = Instant::now();
         let (mut asks, mut asked, mut worked) = (0u32, None::<Instant>, false);
         let (mut seen, mut refused, mut unseen) = (String::from("not to be seen"), None, None::<CloudError>);
         let passing = |error: &CloudError| error.is_passing() || error.fault == Fault::Conflict;
+        let mut known = is.map(Look::NotYet);
         loop {
-            match effect.look().await {
+            let look = match known.take() {
+                Some(known) => Ok(known),
+                None => effect.look().await,
+            };
+            match look {
                 Ok(Look::Done) => return Ok(()),
                 Ok(Look::Working(how)) => (worked, seen) = (true, how),
                 Ok(Look::NotYet(how)) => {

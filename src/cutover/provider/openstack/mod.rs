@@ -34,10 +34,11 @@ mod server;
 mod switch;
 mod volumes;
 
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use futures::future::{join_all, try_join_all, try_join3};
+use futures::future::{join_all, try_join, try_join_all, try_join3};
 use tokio::sync::OnceCell;
 
 use super::rehearse::Rehearse;
@@ -117,20 +118,26 @@ impl OpenStack {
     }
 
     /// Gives all volumes their images on that side, and the type that goes with it. Nobody has them open.
-    async fn switch_all(&self, operation: &str, to: Side) -> Result<(), ProviderError> {
+    async fn switch_all(&self, operation: &str, to: Side, looked: Vec<(Volume, Seen)>) -> Result<(), ProviderError> {
         // All to their ends: what is dropped in the middle of a step goes on, in Cinder or in librbd, and nobody looks.
-        let ended = join_all(self.volumes.iter().map(|volume| self.switch(operation, volume, to))).await;
+        let volumes = self.volumes.iter().zip(looked);
+        let ended = join_all(volumes.map(|(volume, seen)| self.switch(operation, (volume, seen), to))).await;
         ended.into_iter().collect()
     }
 
-    async fn switch(&self, operation: &str, volume: &CloudVolume, to: Side) -> Result<(), ProviderError> {
+    async fn switch(
+        &self,
+        operation: &str,
+        (volume, looked): (&CloudVolume, (Volume, Seen)),
+        to: Side,
+    ) -> Result<(), ProviderError> {
         let cloud = self.cloud(operation).await?;
         let image_error = |error| self.image_error(operation, &error);
-        let (mut seen, mut retyped, mut shut) = (None::<Seen>, false, false);
+        let (mut seen, mut retyped, mut shut) = (Some(looked), false, false);
         for _ in 0..STEPS_MAX {
-            let known = match seen.take() {
+            let (shown, mut known) = match seen.take() {
                 Some(seen) => seen,
-                None => self.look_at(operation, volume).await?.1,
+                None => self.look_at(operation, volume).await?,
             };
             let step = switch::next(to, &known);
             tracing::debug!(volume = volume.name, ?step, "{operation}");
@@ -144,26 +151,36 @@ impl OpenStack {
                 }
                 Step::Wait => self.until_still(operation, volume).await?,
                 Step::Retype => {
-                    seen = Some(self.retype(operation, volume, to).await?);
-                    retyped = true;
+                    seen = Some(self.retype(operation, (volume, &shown), to).await?);
+                    (retyped, shut) = (true, false);
                 }
                 // Cinder may still have a request that somebody has made in vain, and would move the image that is about
                 // to have the name: it does so for what is available only.
                 Step::Place(_) | Step::Aside(_) if !retyped && !shut => {
-                    let status = self.shut_status();
-                    self.bring_about(operation, &volumes::OfStatus { cloud, volume, status, ours: self.ours() })
-                        .await?;
+                    self.shut(operation, cloud, volume).await?;
                     shut = true;
+                }
+                // A server that was shelved expects it to be kept for it.
+                Step::Aside(_) if self.ours().is_some() && !shut => {
+                    let aside = async { volume.rename(&step).await.map_err(image_error) };
+                    try_join(aside, self.shut(operation, cloud, volume)).await?;
+                    known.after(&step);
+                    (seen, shut) = (Some((shown, known)), true);
                 }
                 named => {
                     volume.rename(named).await.map_err(image_error)?;
-                    let mut known = known;
                     known.after(&step);
-                    seen = Some(known);
+                    seen = Some((shown, known));
                 }
             }
         }
         Err(self.error(operation, format!("volume {} does not come to rest", volume.name), None))
+    }
+
+    /// Gives a volume a status in which Cinder does nothing with it.
+    async fn shut(&self, operation: &str, cloud: &Cloud, volume: &CloudVolume) -> Result<(), ProviderError> {
+        let of_status = volumes::OfStatus { cloud, volume, status: self.shut_status(), ours: self.ours() };
+        self.bring_about(operation, &of_status).await
     }
 
     /// Waits until Cinder is done with a volume.
@@ -180,28 +197,41 @@ impl OpenStack {
         Ok((shown, seen))
     }
 
-    /// Has Cinder give a volume the next type on its way to a side, and looks at what is there then.
-    async fn retype(&self, operation: &str, volume: &CloudVolume, to: Side) -> Result<Seen, ProviderError> {
+    /// Has Cinder give a volume, as it was just seen, the next type on its way to a side; and looks at what is there then.
+    async fn retype(
+        &self,
+        operation: &str,
+        (volume, before): (&CloudVolume, &Volume),
+        to: Side,
+    ) -> Result<(Volume, Seen), ProviderError> {
         let cloud = self.cloud(operation).await?;
-        let before = cloud.volume(&volume.cinder.volume).await.map_err(|error| self.cloud_error(operation, &error))?;
-        if !volume.is_image_of(&before) {
+        if !volume.is_image_of(before) {
             let problem = format!("volume {} is {} for Cinder, and not what the plan has", volume.name, before.image());
             return Err(self.error(operation, problem, Some("make the plan anew: poolshift plan --openstack")));
         }
-        let now = before.volume_type.unwrap_or_default();
-        let Some((next, migrates)) = volume.next_type(&now, to) else {
+        let now = before.volume_type.as_deref().unwrap_or_default();
+        let Some((next, migrates)) = volume.next_type(now, to) else {
             let problem = format!("volume {} has type {now:?}, which the plan does not know", volume.name);
             return Err(self.error(operation, problem, None));
         };
         let policy = if migrates { MigrationPolicy::OnDemand } else { MigrationPolicy::Never };
-        self.bring_about(operation, &volumes::OfType { cloud, volume, next, policy, ours: self.ours() }).await?;
-        let (after, seen) = self.look_at(operation, volume).await?;
+        let ours = self.ours();
+        let mut of_type = volumes::OfType { cloud, volume, now, next, policy, ours, found: OnceLock::new() };
+        let is = format!("{} of type {now:?}", before.status);
+        self.bring_about_from(operation, &of_type, Some(is)).await?;
+        let (after, seen) = match of_type.found.take() {
+            Some(after) => {
+                let seen = volume.look(&after).await.map_err(|error| self.image_error(operation, &error))?;
+                (after, seen)
+            }
+            None => self.look_at(operation, volume).await?,
+        };
         if migrates && seen.on(to).in_use != switch::Holds::Placeholder {
-            let host = after.host.unwrap_or_default();
+            let host = after.host.as_deref().unwrap_or_default();
             let problem = format!("Cinder has brought volume {} to {host}, which is not the plan's pool", volume.name);
             return Err(self.error(operation, problem, Some("look at the backends of the types in the plan")));
         }
-        Ok(seen)
+        Ok((after, seen))
     }
 
     /// The server that may be said to have a volume which is switched: that which has left its host.
@@ -321,13 +351,17 @@ impl Provider for OpenStack {
 
     async fn swap(&self, to: Side, _notes: &mut Notes) -> Result<(), ProviderError> {
         let operation = format!("switch to the {}", name(to));
-        match &self.config.holder {
-            Holder::Server(id) => self.leave_host(&operation, id).await?,
+        let looked = match &self.config.holder {
+            // Whether it has left its host changes nothing of what is looked at.
+            Holder::Server(id) => try_join(self.leave_host(&operation, id), self.look(&operation)).await?.1,
             // It may have been given some of them already.
-            Holder::Gateway { server, .. } => self.detach_all(&operation, server).await?,
-            Holder::Nobody => {}
-        }
-        self.switch_all(&operation, to).await?;
+            Holder::Gateway { server, .. } => {
+                self.detach_all(&operation, server).await?;
+                self.look(&operation).await?
+            }
+            Holder::Nobody => self.look(&operation).await?,
+        };
+        self.switch_all(&operation, to, looked).await?;
         match &self.config.holder {
             Holder::Nobody => self.reset_all(&operation, Status::Maintenance).await,
             Holder::Server(_) | Holder::Gateway { .. } => Ok(()),

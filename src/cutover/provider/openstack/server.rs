@@ -1,7 +1,7 @@
 //! A server that runs from the volumes: shelved, so that it stops and leaves its host, and unshelved.
 
 use async_trait::async_trait;
-use futures::future::try_join_all;
+use futures::future::{try_join, try_join_all};
 
 use super::super::{Observed, Power, ProviderError, Side};
 use super::effect::{Effect, Look};
@@ -147,6 +147,19 @@ impl OpenStack {
         self.bring_about(operation, &Becomes { cloud, id, action, wanted, from }).await
     }
 
+    /// The same, for a server that was just looked at.
+    async fn act_on(
+        &self,
+        operation: &str,
+        server: &Server,
+        action: ServerAction,
+        (wanted, from): (&'static str, &'static [&'static str]),
+    ) -> Result<(), ProviderError> {
+        let (cloud, id) = (self.cloud(operation).await?, server.id.as_str());
+        let is = (server.task.is_none() && from.contains(&server.status.as_str())).then(|| told(server));
+        self.bring_about_from(operation, &Becomes { cloud, id, action, wanted, from }, is).await
+    }
+
     /// Has it shut down and leave its host at once: Nova does both for one request, where it runs from volumes, and it has
     /// to leave its host in any case. With one after the other it would stand still for longer.
     pub(super) async fn stop_server(&self, id: &str) -> Result<(), ProviderError> {
@@ -154,7 +167,7 @@ impl OpenStack {
         let cloud = self.cloud(operation).await?;
         let server = cloud.server(id).await.map_err(|error| self.cloud_error(operation, &error))?;
         match server.status.as_str() {
-            ACTIVE => self.act(operation, id, ServerAction::Shelve, (OFFLOADED, &[ACTIVE, OFF])).await,
+            ACTIVE => self.act_on(operation, &server, ServerAction::Shelve, (OFFLOADED, &[ACTIVE, OFF])).await,
             _ => self.leave_host(operation, id).await,
         }
     }
@@ -174,6 +187,7 @@ impl OpenStack {
                 self.act(operation, id, ServerAction::Shelve, (OFFLOADED, &[OFF])).await
             }
             // Its cloud keeps what is shelved on its host for a while.
+            OFFLOADED if server.task.is_none() => Ok(()),
             SHELVED => self.act(operation, id, ServerAction::ShelveOffload, (OFFLOADED, &[SHELVED])).await,
             _ => self.act(operation, id, ServerAction::Shelve, (OFFLOADED, &[OFF])).await,
         }
@@ -183,8 +197,8 @@ impl OpenStack {
     /// are the right ones, and built anew otherwise.
     pub(super) async fn start_server(&self, operation: &str, id: &str, on: Side) -> Result<(), ProviderError> {
         let cloud = self.cloud(operation).await?;
-        let server = cloud.server(id).await.map_err(|error| self.cloud_error(operation, &error))?;
-        let volumes = self.look(operation).await?;
+        let server = async { cloud.server(id).await.map_err(|error| self.cloud_error(operation, &error)) };
+        let (server, volumes) = try_join(server, self.look(operation)).await?;
         if self.side_of(&volumes) != Some(on) {
             let problem = format!("its volumes are not all on the {}", name(on));
             return Err(self.error(operation, problem, Some("look at their types, and at both pools with rbd ls")));
@@ -208,7 +222,13 @@ impl OpenStack {
             self.leave_host(operation, id).await?;
         }
         // Whoever has it shelved expects them to be kept for it.
-        self.reset_all(operation, Status::Reserved).await?;
-        self.act(operation, id, ServerAction::Unshelve, (ACTIVE, &[OFFLOADED])).await
+        if shown.iter().any(|volume| volume.status != Status::Reserved.name()) {
+            self.reset_all(operation, Status::Reserved).await?;
+        }
+        let becomes = (ACTIVE, &[OFFLOADED][..]);
+        match status {
+            OFFLOADED => self.act_on(operation, &server, ServerAction::Unshelve, becomes).await,
+            _ => self.act(operation, id, ServerAction::Unshelve, becomes).await,
+        }
     }
 }

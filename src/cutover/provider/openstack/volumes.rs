@@ -1,5 +1,7 @@
 //! What Cinder is asked for, about one volume.
 
+use std::sync::OnceLock;
+
 use async_trait::async_trait;
 
 use super::effect::{Effect, Look};
@@ -25,14 +27,18 @@ impl Effect for AtRest<'_> {
     }
 }
 
-/// It has that type.
+/// It has that type, and that is what Cinder shows of it then.
 pub(super) struct OfType<'a> {
     pub(super) cloud: &'a Cloud,
     pub(super) volume: &'a CloudVolume,
+    /// The type that it was seen with.
+    pub(super) now: &'a str,
     pub(super) next: &'a str,
     pub(super) policy: MigrationPolicy,
     /// The server that has left its host, and may be said to have it all the same.
     pub(super) ours: Option<&'a str>,
+    /// What Cinder shows of it once it has the type.
+    pub(super) found: OnceLock<Volume>,
 }
 
 #[async_trait]
@@ -46,7 +52,10 @@ impl Effect for OfType<'_> {
         let now = shown.volume_type.as_deref().unwrap_or_default();
         Ok(match () {
             () if shown.is_moving() => Look::Working(shown.status),
-            () if now == self.next => Look::Done,
+            () if now == self.next => {
+                let _ = self.found.set(shown);
+                Look::Done
+            }
             // Cinder would copy, and throw away, what that server writes to.
             () if is_taken(&shown, self.ours) => taken(&shown),
             () => {
@@ -59,10 +68,15 @@ impl Effect for OfType<'_> {
     async fn ask(&self) -> Result<(), CloudError> {
         let id = self.volume.cinder.volume.as_str();
         let shown = self.cloud.volume(id).await?;
+        // It may have become something else since it was looked at: that is looked at again.
+        let as_seen = shown.volume_type.as_deref().unwrap_or_default() == self.now && self.volume.is_image_of(&shown);
+        if shown.is_moving() || !as_seen {
+            return Ok(());
+        }
         if shown.migration_status.as_deref() == Some("error") {
             self.cloud.forget_migration(id).await?;
         }
-        // It may have become something else since it was looked at: only from these it is known to be nobody's.
+        // Only from these it is known to be nobody's.
         let known = [Status::Reserved.name(), Status::Maintenance.name(), "error"];
         let is_ours = shown.status == Status::InUse.name() && !is_taken(&shown, self.ours);
         match shown.status.as_str() {
