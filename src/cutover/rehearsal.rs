@@ -5,15 +5,17 @@
 //!
 //! A clone of each volume's target, of the newest point that all of them have, is called by [`clone_name`] and carries a
 //! [`Mark`]; the stand-in is called by [`clone_name`] as well, and carries the mark's id. So there is one rehearsal of a
-//! server at a time, and what one that was killed has left is found without a search. Nothing is removed by its name
-//! alone: of two rehearsals that begin at once, each removes what has its own id. The point may be pruned meanwhile: its
+//! server at a time, and what one that was killed has left is found without a search. A provider may have to give a clone
+//! another name ([`Rehearse::renames_clones`](super::provider::rehearse::Rehearse::renames_clones)): then it is found among
+//! the clones of its target, by its mark. Nothing is removed by its name alone: of two rehearsals that begin at once, each
+//! removes what has its own id. The point may be pruned meanwhile: its
 //! snapshots live on in the trash for as long as the clones do.
 //!
 //! # The order
 //!
 //! What an earlier one has left goes; clones, marked; the stand-in boots, and is judged; it stays for as long as was
 //! asked for; the stand-in goes, then the clones. Whatever fails, and whoever interrupts it, the last two are done. After
-//! a kill the next rehearsal does them, or `gc`, on the same host where a hypervisor has to be asked. A rehearsal counts
+//! a kill the next rehearsal does them, or `gc`, on the same host where its hypervisor has to be asked. A rehearsal counts
 //! as left behind once its process is known to be dead, or the time that it has given itself is over.
 
 mod clones;

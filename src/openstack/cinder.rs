@@ -251,6 +251,29 @@ impl Cloud {
         self.pages((service, "volumes/detail", "list volumes"), order, whose, listed, |volume| &volume.id).await
     }
 
+    /// The volumes of all projects to which that was written as metadata. Needs an administrator.
+    pub async fn volumes_with(&self, key: &str, value: &str) -> Result<Vec<Volume>> {
+        let wanted = json!({key: value}).to_string();
+        let all = self.volumes_by(("metadata", &wanted), "look for volumes by their metadata").await?;
+        Ok(all.into_iter().filter(|volume| volume.metadata.get(key).is_some_and(|found| found == value)).collect())
+    }
+
+    /// The volumes of all projects that have that name. Needs an administrator.
+    pub async fn volumes_named(&self, name: &str) -> Result<Vec<Volume>> {
+        let all = self.volumes_by(("name", name), "look for volumes by their name").await?;
+        Ok(all.into_iter().filter(|volume| volume.name == name).collect())
+    }
+
+    async fn volumes_by(&self, wanted: (&str, &str), operation: &str) -> Result<Vec<Volume>> {
+        #[derive(Deserialize)]
+        struct Answer {
+            volumes: Vec<Volume>,
+        }
+        let (query, listed) = ([BY_AGE[0], wanted], |page: Answer| page.volumes);
+        let what = (Service::Cinder, "volumes/detail", operation);
+        self.pages(what, &query, &super::nova::Whose::All, listed, |volume| &volume.id).await
+    }
+
     /// All types.
     pub async fn volume_types(&self) -> Result<Vec<VolumeType>> {
         #[derive(Deserialize)]

@@ -31,7 +31,41 @@ pub struct Managed<'a> {
     pub metadata: BTreeMap<String, String>,
 }
 
+/// Where Cinder keeps volumes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Backend {
+    /// The host, backend and pool: `vm@sas#sas`.
+    pub host: String,
+    /// What types name it by.
+    pub backend_name: String,
+}
+
 impl Cloud {
+    /// All backends, by their hosts. Needs an administrator.
+    pub async fn backends(&self) -> Result<Vec<Backend>> {
+        #[derive(Default, Deserialize)]
+        struct Capabilities {
+            #[serde(default)]
+            volume_backend_name: String,
+        }
+        #[derive(Deserialize)]
+        struct Pool {
+            name: String,
+            #[serde(default)]
+            capabilities: Capabilities,
+        }
+        #[derive(Deserialize)]
+        struct Answer {
+            pools: Vec<Pool>,
+        }
+        let (path, query) = ("scheduler-stats/get_pools", [("detail", "true")]);
+        let answer: Answer = self.ask(Service::Cinder, path, &query, "list the backends").await?;
+        let of = |pool: Pool| Backend { host: pool.name, backend_name: pool.capabilities.volume_backend_name };
+        let mut all: Vec<Backend> = answer.pools.into_iter().map(of).collect();
+        all.sort_by(|one, other| one.host.cmp(&other.host));
+        Ok(all)
+    }
+
     /// Begins to make an image a volume, of the credentials' project. The answer says nothing of whether it will be one:
     /// where the image is not there, or has not that type, the volume's status becomes `error`.
     pub async fn manage(&self, wanted: &Managed<'_>) -> Result<Volume> {

@@ -187,6 +187,8 @@ pub enum ServerAction {
     ShelveOffload,
     /// It is built anew on a host, and starts. It asks Cinder how to reach its volumes.
     Unshelve,
+    /// It is deleted at once, where its cloud keeps deleted servers for a while.
+    ForceDelete,
 }
 
 impl ServerAction {
@@ -197,6 +199,7 @@ impl ServerAction {
             Self::Shelve => (json!({"shelve": null}), "shelve"),
             Self::ShelveOffload => (json!({"shelveOffload": null}), "offload"),
             Self::Unshelve => (json!({"unshelve": null}), "unshelve"),
+            Self::ForceDelete => (json!({"forceDelete": null}), "delete"),
         }
     }
 }
@@ -222,6 +225,35 @@ impl Cloud {
         let (service, order) = (Service::Nova, BY_AGE);
         let listed = |page: Answer| page.servers;
         self.pages((service, "servers/detail", "list servers"), order, whose, listed, |server| &server.id).await
+    }
+
+    /// The servers of all projects that have that name. Needs an administrator.
+    pub async fn servers_named(&self, name: &str) -> Result<Vec<Server>> {
+        #[derive(Deserialize)]
+        struct Answer {
+            servers: Vec<Server>,
+        }
+        let pattern = pattern(name);
+        let query = [BY_AGE[0], BY_AGE[1], ("name", pattern.as_str())];
+        let (service, listed) = (Service::Nova, |page: Answer| page.servers);
+        let what = (service, "servers/detail", "look for servers by their name");
+        let all = self.pages(what, &query, &Whose::All, listed, |server| &server.id).await?;
+        Ok(all.into_iter().filter(|server| server.name == name).collect())
+    }
+
+    /// The end of what a server has printed on its console, as much as its hypervisor keeps.
+    pub async fn console_output(&self, server: &str) -> Result<String> {
+        #[derive(Deserialize)]
+        struct Answer {
+            #[serde(default)]
+            output: Option<String>,
+        }
+        let operation = format!("read the console of server {server}");
+        let path = format!("servers/{}/action", checked(server, "server", &operation)?);
+        let body = json!({"os-getConsoleOutput": {}});
+        let (service, operation) = (Service::Nova, operation.as_str());
+        let ask = Ask { service, method: Method::POST, path: &path, query: &[], body: Some(&body), operation };
+        Ok(self.session.get::<Answer>(ask).await?.output.unwrap_or_default())
     }
 
     /// The volumes that a server has, with how it has them.
@@ -311,5 +343,22 @@ impl Cloud {
             }
         }
         self.tell(Service::Nova, Method::POST, &path, Some(&json!({"volumeAttachment": wanted})), &operation).await
+    }
+}
+
+/// What Nova finds servers of a name by, and perhaps others: a regular expression of its database's.
+fn pattern(name: &str) -> String {
+    let plain = |c: char| if c.is_ascii_alphanumeric() || "-_".contains(c) { c.to_string() } else { ".+".to_owned() };
+    format!("^{}$", name.chars().map(plain).collect::<String>())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_looked_for_by_what_no_database_takes_otherwise() {
+        assert_eq!(pattern("web-1.poolshift"), "^web-1.+poolshift$");
+        assert_eq!(pattern("a (b)*ü"), "^a.+.+b.+.+.+$");
     }
 }

@@ -14,8 +14,23 @@ pub struct OpenStackCutover {
     pub cloud: Option<String>,
     /// Who has the volumes.
     pub holder: Holder,
-    /// How long each step may take.
+    /// How long each step may take, and a stand-in to boot.
     pub limit: Duration,
+    /// How its rehearsals are judged.
+    pub rehearsal: OpenStackRehearsal,
+}
+
+/// How the stand-in of a cloud's server is made and judged, in a rehearsal.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct OpenStackRehearsal {
+    /// What its console shows, by Nova, once it has booted.
+    pub console: Option<String>,
+    /// A command, run by `/bin/sh -c` once it has booted: with 0 it says that all is well.
+    /// [`crate::cutover::provider::rehearse`] has its contract.
+    pub check: Option<String>,
+    /// Its flavor, by name; that of the server otherwise. Volumes that no server boots from have none without it, and
+    /// are rehearsed by a person.
+    pub flavor: Option<String>,
 }
 
 /// Who has the volumes.
@@ -95,6 +110,7 @@ pub(super) fn cutover(
         |key| section.value(key).map(|value| (value.text("/etc/poolshift/pause", report).map(str::to_owned), value));
     let (pause, resume) = (hook("pause"), hook("resume"));
     let limit = limit(&mut section, report);
+    let rehearsal = section.table("rehearsal", report).map(|section| rehearsal(section, report)).unwrap_or_default();
     let holder = match (&server, &gateway) {
         (Some(_), Some(gateway)) => {
             gateway.wrong(
@@ -123,7 +139,18 @@ pub(super) fn cutover(
         Some(given) => Some(given?),
         None => None,
     };
-    Some(OpenStackCutover { cloud, holder: holder?, limit: limit? })
+    Some(OpenStackCutover { cloud, holder: holder?, limit: limit?, rehearsal })
+}
+
+fn rehearsal(mut section: Section<'_>, report: &mut Report<'_>) -> OpenStackRehearsal {
+    let mut given = |key, example| section.value(key).and_then(|value| value.text(example, report)).map(str::to_owned);
+    let read = OpenStackRehearsal {
+        console: given("console", "login:"),
+        check: given("check", "/etc/poolshift/check"),
+        flavor: given("flavor", "m1.small"),
+    };
+    section.finish(report);
+    read
 }
 
 pub(super) fn volume(mut section: Section<'_>, report: &mut Report<'_>) -> Option<CinderVolume> {

@@ -31,7 +31,7 @@ pub mod values;
 #[cfg(test)]
 mod tests;
 
-pub use cloud::{CinderVolume, HelperTypes, Holder, OpenStackCutover};
+pub use cloud::{CinderVolume, HelperTypes, Holder, OpenStackCutover, OpenStackRehearsal};
 pub use cutover::{CommandCutover, Cutover, LibvirtCutover, LibvirtRehearsal, Method};
 pub use error::{PlanError, PlanProblem};
 

@@ -24,6 +24,7 @@ mod librbd;
 mod openstack_bed;
 mod openstack_gateway;
 mod openstack_proxy;
+mod openstack_rehearse;
 mod openstack_server;
 mod openstack_world;
 mod rbd_commands;

@@ -1,16 +1,30 @@
 //! A stand-in for a server: who has one boot from clones, judges it, and removes it.
 //!
-//! The `check` of a plan ([`crate::plan::LibvirtRehearsal`]) is run by `/bin/sh -c` once the stand-in has booted, or where
-//! the plan names nothing that says so, once it was started. It has in its environment `POOLSHIFT_SERVER`,
-//! `POOLSHIFT_STEP=check`, `POOLSHIFT_DOMAIN`, `POOLSHIFT_CONSOLE` (the file with all that the stand-in has printed),
-//! `POOLSHIFT_DISKS` as in [`super::command`], and `LIBVIRT_DEFAULT_URI` where the plan names one. With 0 the stand-in is
-//! well, and the first words that it prints are told.
+//! The `check` of a plan ([`crate::plan::LibvirtRehearsal`], [`crate::plan::OpenStackRehearsal`]) is run by `/bin/sh -c` once
+//! the stand-in has booted, or where the plan names nothing that says so, once it was started. With 0 the stand-in is well,
+//! and the first words that it prints are told. It has in its environment:
+//!
+//! | variable | what |
+//! |---|---|
+//! | `POOLSHIFT_SERVER` | the server's name in the plan |
+//! | `POOLSHIFT_STEP` | `check` |
+//! | `POOLSHIFT_CONSOLE` | the file with what the stand-in has printed: all of it, or in a cloud the end that Nova keeps |
+//! | `POOLSHIFT_DISKS` | as in [`super::command`], with the clones as targets |
+//! | `POOLSHIFT_DOMAIN` | for libvirt: the stand-in's domain; and `LIBVIRT_DEFAULT_URI`, where the plan names one |
+//! | `POOLSHIFT_STAND_IN` | for OpenStack: the stand-in's id |
 
+use std::ffi::OsStr;
+use std::path::Path;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use tokio::process::Command;
 
-use super::{Precondition, ProviderError, ServerDisk};
+use super::run::{brief, run};
+use super::{Precondition, ProviderError, ServerDisk, command};
+
+/// How much of a console's end an error tells, in bytes.
+const LAST_WORDS: usize = 300;
 
 /// A throw-away server.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,6 +84,16 @@ pub trait Rehearse: Send + Sync {
         None
     }
 
+    /// Whether a stand-in can be removed from any host, and not only from the one that has made it.
+    fn strikes_from_anywhere(&self) -> bool {
+        false
+    }
+
+    /// Whether the clones are given other names while a stand-in has them. They keep them, for whoever removes them.
+    fn renames_clones(&self) -> bool {
+        false
+    }
+
     /// How long staging and judging may take.
     fn rehearsal_limit(&self) -> Duration {
         Duration::ZERO
@@ -101,4 +125,32 @@ pub trait Rehearse: Send + Sync {
     async fn strike(&self, _stand_in: &StandIn) -> Result<(), ProviderError> {
         Ok(())
     }
+}
+
+/// Runs the `check` of a plan; `more` is more of its environment.
+pub(super) async fn check(
+    script: &str,
+    stand_in: &StandIn,
+    (console, more): (&Path, &[(&str, &OsStr)]),
+    limit: Duration,
+) -> Judgement {
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", script]).env("POOLSHIFT_STEP", "check").env("POOLSHIFT_SERVER", &stand_in.server);
+    command.env("POOLSHIFT_CONSOLE", console).env("POOLSHIFT_DISKS", command::list(&stand_in.disks));
+    command.envs(more.iter().copied());
+    let ended = match run(command, Vec::new(), limit).await {
+        Ok(ended) => ended,
+        Err(error) => return Judgement::NotWell(format!("{script:?}: {error}")),
+    };
+    if ended.status.success() {
+        let said = brief(&ended.output);
+        return Judgement::Well(if said.is_empty() { "its check said so".into() } else { said });
+    }
+    Judgement::NotWell(format!("{script:?} {}", ended.failure()))
+}
+
+/// The last words of a console, for an error.
+pub(super) fn last_words(console: &[u8]) -> String {
+    let words = brief(&String::from_utf8_lossy(&console[console.len().saturating_sub(LAST_WORDS)..]));
+    if words.is_empty() { "; its console shows nothing".into() } else { format!("; its console ends: {words}") }
 }

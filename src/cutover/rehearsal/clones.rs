@@ -25,9 +25,8 @@ const TRIES: usize = 3;
 /// How long a clone may be there before it has its mark: by then whoever made it is gone.
 const UNMARKED: Duration = Duration::from_secs(300);
 
-/// What stands under the name of a clone.
+/// What stands for the clone of a target.
 enum There {
-    Nothing,
     /// Its name and id, as a removal that was cut has left them; the id.
     Remains(String),
     /// A clone that was made moments ago, or whose maker was killed before it could mark it.
@@ -41,27 +40,27 @@ impl Stage {
     pub async fn leftovers(&self) -> Result<Leftovers> {
         let mut left = Leftovers { server: self.name.clone(), ..Leftovers::default() };
         for ((_, target), disk) in self.targets.iter().zip(&self.stand_in("").disks) {
-            match self.there(target, &disk.target).await? {
-                There::Nothing => continue,
-                There::Remains(_) => {}
-                There::Unmarked(clone) => {
-                    let made = clone.created().await?;
-                    if made.is_none_or(|made| older_than(made, UNMARKED)) && clone.users().await?.is_empty() {
-                        left.clones.push(disk.target.to_string());
-                        continue;
+            for there in self.there(target, &disk.target).await? {
+                let name = match there {
+                    There::Remains(_) => disk.target.to_string(),
+                    There::Unmarked(clone) => {
+                        let made = clone.created().await?;
+                        if made.is_some_and(|made| !older_than(made, UNMARKED)) || !clone.users().await?.is_empty() {
+                            let holder = "somebody who has just made it".to_owned();
+                            let hint = "wait for its end; a killed one's is removed after 5 minutes";
+                            return Err(busy(&clone, holder, hint).into());
+                        }
+                        disk.target.to_string()
                     }
-                    let holder = "somebody who has just made it".to_owned();
-                    return Err(
-                        busy(&clone, holder, "wait for its end; a killed one's is removed after 5 minutes").into()
-                    );
-                }
-                There::Marked(clone, mark) => {
-                    self.refuse_under_way(&clone, &mark).await?;
-                    left.by = left.by.or(Some(mark.owner.to_string()));
-                    left.ids.insert(mark.id);
-                }
+                    There::Marked(clone, mark) => {
+                        self.refuse_under_way(&clone, &mark).await?;
+                        left.by = left.by.or(Some(mark.owner.to_string()));
+                        left.ids.insert(mark.id);
+                        clone.location().to_owned()
+                    }
+                };
+                left.clones.push(name);
             }
-            left.clones.push(disk.target.to_string());
         }
         for id in &left.ids {
             let stand_in = self.stand_in(id);
@@ -82,21 +81,37 @@ impl Stage {
             let holder = format!("{}, which rehearses {} until {} at the latest", mark.owner, mark.server, mark.until);
             return Err(busy(clone, holder, "wait for its end, or end that process: it tidies up"));
         }
-        if self.provider.boots() == Boots::Provider && !mark.owner.is_of_this_host() {
+        let of_its_host = self.provider.boots() == Boots::Provider && !self.provider.strikes_from_anywhere();
+        if of_its_host && !mark.owner.is_of_this_host() {
             let holder = format!("nobody any more, but {} may have left a stand-in there", mark.owner);
             return Err(busy(clone, holder, "remove it on that host: poolshift gc PLAN --yes"));
         }
         Ok(())
     }
 
-    async fn there(&self, target: &RbdImage, spec: &ImageSpec) -> Result<There, ImageError> {
+    /// All that stands for the clone of a target.
+    async fn there(&self, target: &RbdImage, spec: &ImageSpec) -> Result<Vec<There>, ImageError> {
+        let named = self.under_its_name(target, spec).await?;
+        let known = match &named {
+            Some(There::Marked(clone, _) | There::Unmarked(clone)) => Some(clone.identity().image.clone()),
+            Some(There::Remains(_)) | None => None,
+        };
+        let mut all: Vec<There> = named.into_iter().collect();
+        if self.provider.renames_clones() {
+            all.extend(self.under_other_names(target, known.as_deref()).await?);
+        }
+        Ok(all)
+    }
+
+    /// What has the name of a clone.
+    async fn under_its_name(&self, target: &RbdImage, spec: &ImageSpec) -> Result<Option<There>, ImageError> {
         let (pool, namespace, name) = place(spec)?;
         let clone = match RbdImage::open_target(&self.connector, pool, namespace, name).await {
             Ok(clone) => clone,
             Err(error) if error.kind == ErrorKind::NotFound => {
                 let images = self.connector.images(pool, namespace).await?;
                 let id = images.into_iter().find(|image| image.name == name).and_then(|image| image.id);
-                return Ok(id.map_or(There::Nothing, There::Remains));
+                return Ok(id.map(There::Remains));
             }
             Err(error) => return Err(error),
         };
@@ -107,18 +122,37 @@ impl Stage {
         };
         match clone.rehearsal_mark().await? {
             Some(text) => match serde_json::from_str::<Mark>(&text) {
-                Ok(mark) if mark.server == self.name => Ok(There::Marked(clone, Box::new(mark))),
+                Ok(mark) if mark.server == self.name => Ok(Some(There::Marked(clone, Box::new(mark)))),
                 Ok(mark) => Err(foreign(&format!("it is of a rehearsal of server {}", mark.server))),
                 Err(_) => Err(foreign("the mark of its rehearsal can't be read")),
             },
             None => {
                 let parent = clone.relations().await?.parent;
                 match parent.is_some_and(|parent| parent.image.id == target.identity().image) {
-                    true => Ok(There::Unmarked(clone)),
+                    true => Ok(Some(There::Unmarked(clone))),
                     false => Err(foreign("an image that poolshift did not make has the name of a clone")),
                 }
             }
         }
+    }
+
+    /// The clones of a target that carry a mark of this server, whatever they are called, but for the one with the id
+    /// `known`. Other clones are somebody else's.
+    async fn under_other_names(&self, target: &RbdImage, known: Option<&str>) -> Result<Vec<There>, ImageError> {
+        let snapshots = target.relations().await?.snapshots;
+        let links = snapshots.into_iter().flat_map(|snapshot| snapshot.clones);
+        let mut all = Vec::new();
+        for link in links.filter(|link| !link.trash && Some(link.id.as_str()) != known) {
+            let clone = match target.open_linked(&link).await {
+                Err(error) if error.kind == ErrorKind::NotFound => continue,
+                opened => opened?,
+            };
+            let mark = clone.rehearsal_mark().await?.and_then(|text| serde_json::from_str::<Mark>(&text).ok());
+            if let Some(mark) = mark.filter(|mark| mark.server == self.name) {
+                all.push(There::Marked(clone, Box::new(mark)));
+            }
+        }
+        Ok(all)
     }
 
     /// The newest point that all targets have.
@@ -182,25 +216,32 @@ impl Stage {
     ) -> Result<(), ImageError> {
         let deadline = Instant::now() + CLOSE_PATIENCE;
         loop {
-            let clone = match self.there(target, spec).await? {
-                There::Remains(id) => {
-                    let (pool, namespace, _) = place(spec)?;
-                    return self.connector.remove_remains(pool, namespace, &id).await;
+            let mut waits = false;
+            for there in self.there(target, spec).await? {
+                let clone = match there {
+                    There::Remains(id) => {
+                        let (pool, namespace, _) = place(spec)?;
+                        self.connector.remove_remains(pool, namespace, &id).await?;
+                        continue;
+                    }
+                    There::Marked(clone, mark) if ids.contains(&mark.id) => clone,
+                    There::Unmarked(clone) if unmarked => clone,
+                    // Another one's.
+                    There::Marked(..) | There::Unmarked(_) => continue,
+                };
+                if clone.users().await?.iter().any(|user| !user.is_own) && Instant::now() < deadline {
+                    waits = true;
+                    continue;
                 }
-                There::Marked(clone, mark) if ids.contains(&mark.id) => clone,
-                There::Unmarked(clone) if unmarked => clone,
-                // Another one's, or nothing.
-                There::Nothing | There::Marked(..) | There::Unmarked(_) => return Ok(()),
-            };
-            let in_use = clone.users().await?.iter().any(|user| !user.is_own);
-            if in_use && Instant::now() < deadline {
-                tokio::time::sleep(STEP).await;
-                continue;
+                match clone.remove().await {
+                    Err(error) if error.kind == ErrorKind::NotFound => {}
+                    removed => removed?,
+                }
             }
-            return match clone.remove().await {
-                Err(error) if error.kind == ErrorKind::NotFound => Ok(()),
-                removed => removed,
-            };
+            if !waits {
+                return Ok(());
+            }
+            tokio::time::sleep(STEP).await;
         }
     }
 }

@@ -100,11 +100,12 @@ fn cutover() -> impl Strategy<Value = Cutover> {
     let holder = prop_oneof![id().prop_map(Holder::Server), gateway, Just(Holder::Nobody)];
     prop_oneof![
         Just(Cutover::None),
-        (some(), holder, limit()).prop_map(|(cloud, holder, limit)| Cutover::OpenStack(OpenStackCutover {
-            cloud,
-            holder,
-            limit
-        })),
+        (some(), holder, limit(), [some(), some(), some()]).prop_map(
+            |(cloud, holder, limit, [console, check, flavor])| {
+                let rehearsal = OpenStackRehearsal { console, check, flavor };
+                Cutover::OpenStack(OpenStackCutover { cloud, holder, limit, rehearsal })
+            }
+        ),
         (libvirt, limit()).prop_map(|((domain, uri, method, save_folder, [console, check, network]), limit)| {
             let rehearsal = LibvirtRehearsal { console, check, network };
             Cutover::Libvirt(LibvirtCutover { domain, uri, method, save_folder, limit, rehearsal })

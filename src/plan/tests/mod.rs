@@ -267,11 +267,16 @@ fn volumes_of_a_cloud_have_somebody_or_nobody_who_has_them() {
         Cutover::OpenStack(openstack) => openstack,
         other => panic!("{other:?}"),
     };
-    let plain = OpenStackCutover { cloud: None, holder: Holder::Nobody, limit: seconds(300) };
+    let rehearsal = OpenStackRehearsal::default();
+    let plain = OpenStackCutover { cloud: None, holder: Holder::Nobody, limit: seconds(300), rehearsal };
     assert_eq!(openstack(""), plain);
-    let server = openstack(&format!("server = \"{ID}\", cloud = \"prod\", limit = \"1h\""));
+    let judged = "rehearsal = { console = \"login:\", check = \"/c\", flavor = \"m1.small\" }";
+    let server = openstack(&format!("server = \"{ID}\", cloud = \"prod\", limit = \"1h\", {judged}"));
     let holder = Holder::Server(ID.into());
-    assert_eq!(server, OpenStackCutover { cloud: Some("prod".into()), holder, limit: seconds(3600) });
+    let (console, check, flavor) = (Some("login:".into()), Some("/c".into()), Some("m1.small".into()));
+    let rehearsal = OpenStackRehearsal { console, check, flavor };
+    let cloud = Some("prod".into());
+    assert_eq!(server, OpenStackCutover { cloud, holder, limit: seconds(3600), rehearsal });
     let gateway = openstack(&format!("gateway = \"{ID}\", pause = \"/p $x\", resume = \"/r\""));
     let holder = Holder::Gateway { server: ID.into(), pause: Some("/p $x".into()), resume: Some("/r".into()) };
     assert_eq!(gateway, OpenStackCutover { holder, ..plain.clone() });

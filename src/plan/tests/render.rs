@@ -127,7 +127,10 @@ fn cutover(cutover: &Cutover) -> String {
             keys.push(("save_folder", save_folder.to_str().unwrap().to_owned()));
             ("libvirt", limit)
         }
-        Cutover::OpenStack(OpenStackCutover { cloud, holder, limit }) => {
+        Cutover::OpenStack(OpenStackCutover { cloud, holder, limit, rehearsal }) => {
+            let OpenStackRehearsal { console, check, flavor } = rehearsal;
+            let given = [("console", console), ("check", check), ("flavor", flavor)];
+            judged = given.iter().filter_map(|(key, value)| Some((*key, (*value).clone()?))).collect();
             keys.extend(cloud.clone().map(|cloud| ("cloud", cloud)));
             match holder {
                 Holder::Server(id) => keys.push(("server", id.clone())),

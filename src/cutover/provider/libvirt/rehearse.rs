@@ -1,15 +1,13 @@
 //! A stand-in for a domain: defined beside it, started, judged by its console, its agent or a command, and removed.
 
+use std::ffi::OsStr;
 use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use async_trait::async_trait;
-use tokio::process::Command;
 
-use super::super::command;
-use super::super::rehearse::{Boots, Judgement, Rehearse, Staged, StandIn};
-use super::super::run::{brief, run};
+use super::super::rehearse::{Boots, Judgement, Rehearse, Staged, StandIn, check, last_words};
 use super::super::{Power, Precondition, ProviderError, Verdict};
 use super::preconditions::{field, save_folder, size};
 use super::stand_in::{Definition, Wanted, definition, id_in, is_on};
@@ -20,9 +18,6 @@ use super::{Libvirt, xml};
 /// What is kept of a console's end, in bytes: a text that is waited for is found across two looks, and what went wrong
 /// is told.
 const TAIL: usize = 16 << 10;
-
-/// How much of it an error tells, in bytes.
-const LAST_WORDS: usize = 300;
 
 /// How much of a console is read at a look, in bytes.
 const LOOK: usize = 1 << 20;
@@ -80,9 +75,7 @@ impl Console {
 
     /// Its last words, for an error.
     fn last_words(&self) -> String {
-        let last = &self.tail[self.tail.len().saturating_sub(LAST_WORDS)..];
-        let words = brief(&String::from_utf8_lossy(last));
-        if words.is_empty() { "; its console shows nothing".into() } else { format!("; its console ends: {words}") }
+        last_words(&self.tail)
     }
 }
 
@@ -185,23 +178,10 @@ impl Libvirt {
         virsh.with_domain("rehearsal", "qemu-agent-command", &words, QUESTION).await.is_ok()
     }
 
-    async fn run_check(&self, script: &str, stand_in: &StandIn, console: &Path) -> Result<Judgement, ProviderError> {
-        let mut command = Command::new("/bin/sh");
-        command.args(["-c", script]).env("POOLSHIFT_STEP", "check").env("POOLSHIFT_SERVER", &stand_in.server);
-        command.env("POOLSHIFT_DOMAIN", &stand_in.name).env("POOLSHIFT_CONSOLE", console);
-        command.env("POOLSHIFT_DISKS", command::list(&stand_in.disks));
-        if let Some(uri) = &self.virsh.uri {
-            command.env("LIBVIRT_DEFAULT_URI", uri);
-        }
-        let ended = match run(command, Vec::new(), self.limit()).await {
-            Ok(ended) => ended,
-            Err(error) => return Ok(Judgement::NotWell(format!("{script:?}: {error}"))),
-        };
-        if ended.status.success() {
-            let said = brief(&ended.output);
-            return Ok(Judgement::Well(if said.is_empty() { "its check said so".into() } else { said }));
-        }
-        Ok(Judgement::NotWell(format!("{script:?} {}", ended.failure())))
+    async fn run_check(&self, script: &str, stand_in: &StandIn, console: &Path) -> Judgement {
+        let uri = self.virsh.uri.iter().map(|uri| ("LIBVIRT_DEFAULT_URI", OsStr::new(uri)));
+        let more: Vec<_> = uri.chain([("POOLSHIFT_DOMAIN", OsStr::new(&stand_in.name))]).collect();
+        check(script, stand_in, (console, &more), self.limit()).await
     }
 
     /// Waits until it has booted, as far as the plan has somebody to ask: by what it is known, `Err` with why not.
@@ -291,7 +271,7 @@ impl Rehearse for Libvirt {
             Err(problem) => return Ok(Judgement::NotWell(problem)),
         };
         if let Some(script) = &self.config.rehearsal.check {
-            match self.run_check(script, stand_in, &console.path).await? {
+            match self.run_check(script, stand_in, &console.path).await {
                 Judgement::Well(said) => found = Some(found.map_or(said.clone(), |found| format!("{found}; {said}"))),
                 other => return Ok(other),
             }

@@ -9,6 +9,8 @@
 //! | `effect` | asking a cloud for something, and looking until it is so |
 //! | `volumes` | what Cinder is asked for |
 //! | `preconditions` | what stands in the way |
+//! | `rehearse` | whether a stand-in can be made, and has booted |
+//! | `stand_in` | making a stand-in from clones, and removing it |
 //! | [`drift`] | what has become of it while it was replicated |
 //!
 //! # The order
@@ -17,6 +19,13 @@
 //! to reach its volumes: a server that was only stopped would start with the old image. After the last delta its volumes
 //! are switched, and it is unshelved. A **gateway** goes on: the volumes are detached from it, switched, and attached again, as they were. What
 //! nobody has is kept from being attached meanwhile by the status `maintenance`.
+//!
+//! # The stand-in of a rehearsal
+//!
+//! The clones are given to Cinder as volumes, of the project of the credentials, and Nova is told to make a server from
+//! them: of the server's flavor, on no network. Cinder renames the clones. At the end the server is deleted, and Cinder
+//! gives the volumes up without their images, which are the driver's to remove. Whatever is made says in its metadata which
+//! rehearsal it is of, and is found by that, from any host.
 //!
 //! # The hooks of a gateway
 //!
@@ -30,18 +39,20 @@ pub mod drift;
 mod effect;
 mod gateway;
 mod preconditions;
+mod rehearse;
 mod server;
+mod stand_in;
 mod switch;
 mod volumes;
 
 use std::sync::OnceLock;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use futures::future::{join_all, try_join, try_join_all, try_join3};
 use tokio::sync::OnceCell;
 
-use super::rehearse::Rehearse;
 use super::{Notes, Observed, Precondition, Provider, ProviderError, Side, name};
 use crate::image::ImageError;
 use crate::openstack::cinder::{MigrationPolicy, Status, Volume};
@@ -62,13 +73,21 @@ pub struct OpenStack {
     config: OpenStackCutover,
     volumes: Vec<CloudVolume>,
     cloud: OnceCell<Cloud>,
+    /// Whether all of a stand-in has come about that this process has asked for: nothing of it comes later.
+    stand_in_is_complete: AtomicBool,
 }
 
 impl OpenStack {
     /// The server of the plan. Nobody is asked before something is to be known of it.
     pub fn new(server: &plan::Server, config: OpenStackCutover, connectors: &Connectors) -> Self {
         let volumes = server.volumes.iter().filter_map(|volume| CloudVolume::of(volume, connectors)).collect();
-        Self { server: server.name.clone(), config, volumes, cloud: OnceCell::new() }
+        Self {
+            server: server.name.clone(),
+            config,
+            volumes,
+            cloud: OnceCell::new(),
+            stand_in_is_complete: AtomicBool::new(false),
+        }
     }
 
     async fn cloud(&self, operation: &str) -> Result<&Cloud, ProviderError> {
@@ -259,8 +278,6 @@ impl OpenStack {
         join_all(effects.iter().map(|effect| self.bring_about(operation, effect))).await.into_iter().collect()
     }
 }
-
-impl Rehearse for OpenStack {}
 
 #[async_trait]
 impl Provider for OpenStack {

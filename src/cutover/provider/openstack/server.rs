@@ -10,13 +10,13 @@ use crate::openstack::cinder::{Status, Volume};
 use crate::openstack::nova::{Server, ServerAction};
 use crate::openstack::{Cloud, CloudError, Fault};
 
-const ACTIVE: &str = "ACTIVE";
+pub(super) const ACTIVE: &str = "ACTIVE";
 const OFF: &str = "SHUTOFF";
 const SHELVED: &str = "SHELVED";
 const OFFLOADED: &str = "SHELVED_OFFLOADED";
 
 /// What it is doing, in the cloud's own words.
-fn told(server: &Server) -> String {
+pub(super) fn told(server: &Server) -> String {
     let task = server.task.as_ref().map(|task| format!(", {task}")).unwrap_or_default();
     let fault = server.fault.as_ref().filter(|fault| !fault.message.is_empty());
     let fault = fault.map(|fault| format!(": {}", fault.message)).unwrap_or_default();
