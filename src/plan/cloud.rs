@@ -110,7 +110,10 @@ pub(super) fn cutover(
         |key| section.value(key).map(|value| (value.text("/etc/poolshift/pause", report).map(str::to_owned), value));
     let (pause, resume) = (hook("pause"), hook("resume"));
     let limit = limit(&mut section, report);
-    let rehearsal = section.table("rehearsal", report).map(|section| rehearsal(section, report)).unwrap_or_default();
+    let judged = section.table("rehearsal", report).map(|section| {
+        let (span, key) = (section.span.clone(), section.name_of("flavor"));
+        (rehearsal(section, report), span, key)
+    });
     let holder = match (&server, &gateway) {
         (Some(_), Some(gateway)) => {
             gateway.wrong(
@@ -135,6 +138,14 @@ pub(super) fn cutover(
         }
     };
     section.finish(report);
+    let rehearsal = judged.map(|(rehearsal, span, key)| {
+        if rehearsal.flavor.is_none() && matches!(holder, Some(Holder::Gateway { .. } | Holder::Nobody)) {
+            let problem = "no server boots from the volumes, and nothing says what their stand-in would have";
+            report.add(&span, &key, problem, "add flavor = \"m1.small\", or take rehearsal out");
+        }
+        rehearsal
+    });
+    let rehearsal = rehearsal.unwrap_or_default();
     let cloud = match cloud {
         Some(given) => Some(given?),
         None => None,

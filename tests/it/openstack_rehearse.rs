@@ -194,3 +194,18 @@ fn a_rehearsal_of_a_cloud_s_server_that_is_killed_leaves_no_trace_for_long() {
     }
     bed.expect_well(0, "source");
 }
+
+#[test]
+fn a_server_to_be_is_rehearsed_with_what_a_gateway_has_for_it() {
+    let Some(env) = openstack() else { return };
+    let judge = ", rehearsal = { console = \"GUEST READY\", flavor = \"tiny\" }";
+    let mut bed = CloudBed::gateway_of_a_server_to_be(&env, 0, judge);
+    bed.note_contents(0);
+    bed.replicate();
+    let _clean_up = CleanUp(&bed);
+    let before = all(&env);
+    let done = report(&bed.run(0, "rehearse", &["--json"]).expect_code(0));
+    assert!(done["passed"] == true && done["left"] == json!([]), "{done:#}");
+    assert_eq!(all(&env), before);
+    bed.expect_well(0, "source");
+}

@@ -376,3 +376,43 @@ async fn discovery_needs_to_see_where_volumes_are() {
     let error = discovery::look(&cloud, &[Whose::Own], &[]).await.unwrap_err();
     assert!(error.fault == Fault::Forbidden && error.hint.as_deref().unwrap().contains("role admin"), "{error}");
 }
+
+#[tokio::test]
+async fn what_is_looked_for_is_what_is_found() {
+    let fake = Fake::start(|seen, _, _| {
+        let with =
+            |id: &str, metadata: Value| json!({"id": id, "name": "n", "size": 1, "status": "x", "metadata": metadata});
+        let pool = |name: &str, of: &str| json!({"name": name, "capabilities": {"volume_backend_name": of}});
+        Some(match seen.line.as_str() {
+            line if line.contains("marker=") => answer(200, json!({"volumes": [], "servers": []})),
+            // It may not know of the filter, and answer with everything.
+            line if line.contains("/volumes/detail") => {
+                let volumes = [with("v1", json!({"k": "1"})), with("v2", json!({"k": "2"})), with("v3", json!({}))];
+                answer(200, json!({"volumes": volumes}))
+            }
+            line if line.contains("/servers/detail") => {
+                let server = |id: &str, name: &str| json!({"id": id, "name": name, "status": "ACTIVE"});
+                answer(200, json!({"servers": [server("s1", "web.x"), server("s2", "webbx")]}))
+            }
+            line if line.contains("/get_pools") => {
+                answer(200, json!({"pools": [pool("vm@sata#sata", "b"), pool("vm@sas#sas", "a"), {"name": "z"}]}))
+            }
+            line if line.contains("/servers/s1/action") => answer(200, json!({"output": "login: "})),
+            _ => return None,
+        })
+    })
+    .await;
+    let cloud = fake.connect().await.unwrap();
+    let ids = |volumes: Vec<Volume>| volumes.into_iter().map(|volume| volume.id).collect::<Vec<_>>();
+    assert_eq!(ids(cloud.volumes_with("k", "2").await.unwrap()), ["v2"]);
+    let line = &fake.seen("metadata=")[0].line;
+    assert!(line.contains("metadata=%7B%22k%22%3A%222%22%7D") && line.contains("all_tenants=1"), "{line}");
+    assert_eq!(ids(cloud.volumes_named("n").await.unwrap()).len(), 3);
+    assert_eq!(ids(cloud.volumes_named("other").await.unwrap()).len(), 0);
+    let servers = cloud.servers_named("web.x").await.unwrap();
+    assert_eq!(servers.iter().map(|server| server.id.as_str()).collect::<Vec<_>>(), ["s1"]);
+    assert!(fake.seen("/servers/detail")[0].line.contains("name=%5Eweb.%2Bx%24"), "{:?}", fake.seen("/servers/detail"));
+    let hosts: Vec<_> = cloud.backends().await.unwrap().into_iter().map(|backend| backend.host).collect();
+    assert_eq!(hosts, ["vm@sas#sas", "vm@sata#sata", "z"]);
+    assert_eq!(cloud.console_output("s1").await.unwrap(), "login: ");
+}

@@ -102,7 +102,11 @@ fn cutover() -> impl Strategy<Value = Cutover> {
         Just(Cutover::None),
         (some(), holder, limit(), [some(), some(), some()]).prop_map(
             |(cloud, holder, limit, [console, check, flavor])| {
-                let rehearsal = OpenStackRehearsal { console, check, flavor };
+                // Without a server they have none, or name a flavor.
+                let rehearsal = match (&holder, &flavor) {
+                    (Holder::Server(_), _) | (_, Some(_)) => OpenStackRehearsal { console, check, flavor },
+                    _ => OpenStackRehearsal::default(),
+                };
                 Cutover::OpenStack(OpenStackCutover { cloud, holder, limit, rehearsal })
             }
         ),

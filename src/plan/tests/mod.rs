@@ -277,6 +277,10 @@ fn volumes_of_a_cloud_have_somebody_or_nobody_who_has_them() {
     let rehearsal = OpenStackRehearsal { console, check, flavor };
     let cloud = Some("prod".into());
     assert_eq!(server, OpenStackCutover { cloud, holder, limit: seconds(3600), rehearsal });
+    let nobodys = openstack("rehearsal = { check = \"/c\", flavor = \"m1.small\" }");
+    let (check, flavor) = (Some("/c".into()), Some("m1.small".into()));
+    let rehearsal = OpenStackRehearsal { console: None, check, flavor };
+    assert_eq!(nobodys, OpenStackCutover { rehearsal, ..plain.clone() });
     let gateway = openstack(&format!("gateway = \"{ID}\", pause = \"/p $x\", resume = \"/r\""));
     let holder = Holder::Gateway { server: ID.into(), pause: Some("/p $x".into()), resume: Some("/r".into()) };
     assert_eq!(gateway, OpenStackCutover { holder, ..plain.clone() });
@@ -317,6 +321,8 @@ fn each_mistake_about_a_cloud_has_its_line() {
         held_by(&format!("server = \"{ID}\", gateway = \"{ID}\"")),
         held_by(&format!("server = \"{ID}\", pause = \"/p\"")),
         held_by("resume = \"/r\""),
+        held_by("rehearsal = { console = \"login:\", network = \"lab\" }"),
+        held_by(&format!("gateway = \"{ID}\", rehearsal = {{ check = 7 }}")),
         held_by("cloud = \"\", limit = \"2h\", srever = \"x\""),
         cinder(""),
         cinder(&format!("volume = \"{ID}\", from_type = \"sas\", to_type = \"sas\"")),
