@@ -10,6 +10,7 @@ use super::cutover_args::{CutoverArgs, FinalizeArgs, RehearseArgs, RollbackArgs}
 use super::exit;
 use super::fleet_args::{ActArgs, StatusArgs, ThrottleArgs};
 use super::plan_args::PlanArgs;
+use super::retype_args::RetypeArgs;
 use super::values::{SnapshotName, parse_ceph_user, parse_demo_size, parse_memory, parse_object_size, parse_rate};
 use crate::batch::CompressionChoice;
 use crate::image::ImageSpec;
@@ -158,6 +159,13 @@ pub(super) enum CommandArgs {
     /// unless --flatten cuts them loose. What was cut is finished by the same command. Take the server out of the plan
     /// then.
     Finalize(FinalizeArgs),
+    /// Have Cinder itself move volumes that nobody has, many at a time, each seen to its end
+    ///
+    /// For servers of the plan with `strategy = "retype"`. Nothing is replicated, and nobody can use a volume while it is
+    /// copied. What would be lost or deleted on the way is refused by name; one volume that fails does not stop the
+    /// others. What Cinder gives up without a word is noticed, and asked for again. A run that was cut, or killed, is gone
+    /// on with by the same command, on any host.
+    Retype(RetypeArgs),
     /// Show what an RBD image is bound to: parents, snapshots, clones, and what must go before it can
     ///
     /// For each clone it says what flattening it would copy, at most.

@@ -12,6 +12,7 @@ use serde::Serialize;
 
 use super::config::{CephAccess, Check, Config};
 use super::exit::Exit;
+use super::fleet::without_retyped;
 use super::values::human_bytes;
 use super::{Context, Interrupted, images, output};
 use crate::image::{ErrorKind, ImageSpec};
@@ -127,6 +128,7 @@ struct Report {
 pub(super) async fn run(context: &Context<'_>, settings: &Check) -> anyhow::Result<Exit> {
     let path = settings.plan.clone();
     let plan = tokio::task::spawn_blocking(move || Plan::load(&path)).await??;
+    let plan = without_retyped(&context.terminal, plan);
     let config = with_plan(context.config, &plan);
     let context = Context { config: &config, terminal: context.terminal.clone(), cancel: context.cancel.clone() };
     let report = tokio::select! {

@@ -14,6 +14,7 @@ use super::args::{
 pub use super::cutover_args::{At, Consent, Cutover, Finalize, Rehearse, Rollback, Whom};
 pub use super::fleet_args::{Act, FleetStatus, Throttle};
 pub use super::plan_args::{CloudPlan, Plan, PlanOf, PoolPlan, Projects};
+pub use super::retype_args::Retype;
 use super::values::SnapshotName;
 use crate::batch::CompressionChoice;
 use crate::image::ImageSpec;
@@ -104,6 +105,8 @@ pub enum Command {
     Rollback(Rollback),
     /// `poolshift finalize`
     Finalize(Finalize),
+    /// `poolshift retype`
+    Retype(Retype),
     /// `poolshift deps`
     Deps(Deps),
     /// `poolshift flatten`
@@ -443,6 +446,7 @@ impl TryFrom<CommandArgs> for Command {
             CommandArgs::Rehearse(args) => args.validated(),
             CommandArgs::Rollback(args) => args.validated(),
             CommandArgs::Finalize(args) => args.validated(),
+            CommandArgs::Retype(args) => args.validated(),
             CommandArgs::Deps(DepsArgs { image, json }) => {
                 on_rbd(&image)?;
                 Self::Deps(Deps { image, json })

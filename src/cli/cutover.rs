@@ -6,7 +6,7 @@
 
 use super::config::{Cutover, Whom};
 use super::exit::Exit;
-use super::fleet::PlanImages;
+use super::fleet::{self, PlanImages};
 use super::{Context, daemon, output};
 use crate::cutover::phase::Phase;
 use crate::cutover::provider::Side;
@@ -23,7 +23,8 @@ pub(super) mod show;
 mod wait;
 
 use look::State;
-pub(super) use open::{find, open_kept, open_stage, refuse_finalizing};
+pub(super) use many::worst;
+pub(super) use open::{find, find_retyped, open_kept, open_stage, refuse_finalizing};
 
 /// Runs the command.
 pub(super) async fn run(context: &Context<'_>, settings: &Cutover) -> anyhow::Result<Exit> {
@@ -33,7 +34,10 @@ pub(super) async fn run(context: &Context<'_>, settings: &Cutover) -> anyhow::Re
     let context = plan_images.context();
     match &settings.whom {
         Whom::Server(name) => one(&context, settings, &plan, open::find(&plan, name)?, at).await,
-        Whom::All(parallel) => many::run(&context, settings, &plan, *parallel, at).await,
+        Whom::All(parallel) => {
+            let plan = fleet::without_retyped(&context.terminal, plan.clone());
+            many::run(&context, settings, &plan, *parallel, at).await
+        }
     }
 }
 

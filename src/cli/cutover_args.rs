@@ -98,7 +98,7 @@ struct ProofArgs {
 }
 
 #[derive(Args, Debug)]
-struct ConsentArgs {
+pub(super) struct ConsentArgs {
     /// Do it without asking; needed where no terminal is there to ask on
     #[arg(long, conflicts_with = "dry_run")]
     yes: bool,
@@ -175,7 +175,7 @@ pub struct Consent {
 }
 
 impl ConsentArgs {
-    fn validated(&self) -> Consent {
+    pub(super) fn validated(&self) -> Consent {
         Consent { yes: self.yes, dry_run: self.dry_run, json: self.json }
     }
 }

@@ -117,7 +117,7 @@ fn known(error: &(dyn std::error::Error + 'static)) -> Option<Exit> {
     if let Some(error) = error.downcast_ref::<AskError>() {
         return Some(match error {
             AskError::UnknownServer { .. } => Exit::NotFound,
-            AskError::WhichWay { .. } => Exit::Usage,
+            AskError::WhichWay { .. } | AskError::OtherStrategy { .. } => Exit::Usage,
             AskError::NotAgreed { .. } => Exit::Failed,
         });
     }
@@ -190,7 +190,8 @@ fn of_cutover(error: &CutoverError) -> Exit {
         CutoverError::NotReady { .. }
         | CutoverError::NoStage { .. }
         | CutoverError::TooLong { .. }
-        | CutoverError::Bound { .. } => Exit::NotReady,
+        | CutoverError::Bound { .. }
+        | CutoverError::NotRetyped { .. } => Exit::NotReady,
         CutoverError::Diverged { .. } | CutoverError::NotBrought { .. } => Exit::NeedsPerson,
         CutoverError::Different { .. } => Exit::Different,
         CutoverError::Interrupted { .. } => Exit::Interrupted,

@@ -20,6 +20,34 @@ use crate::replicate::CycleError;
 /// How long a cloud has to say what has become of a server.
 const CLOUD_PATIENCE: Duration = Duration::from_secs(5);
 
+/// How many servers a line names.
+const LISTED: usize = 10;
+
+/// Names in a line, not too many of them.
+pub(super) fn listed<'n>(names: impl ExactSizeIterator<Item = &'n str>) -> String {
+    let more = names.len().saturating_sub(LISTED);
+    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+    format!("{}{more}", names.take(LISTED).collect::<Vec<_>>().join(", "))
+}
+
+/// The plan without the servers that are left to Cinder, and which these are, for people.
+pub(super) fn split_retyped(mut plan: Plan) -> (Plan, Option<String>) {
+    let (left, ours): (Vec<Server>, Vec<Server>) = plan.servers.into_iter().partition(Server::is_left_to_cinder);
+    plan.servers = ours;
+    let names = listed(left.iter().map(|server| server.name.as_str()));
+    let text = format!("left to Cinder itself, by poolshift retype, and not looked at here: {names}");
+    (plan, (!left.is_empty()).then_some(text))
+}
+
+/// The same, and says so.
+pub(super) fn without_retyped(terminal: &Terminal, plan: Plan) -> Plan {
+    let (plan, left) = split_retyped(plan);
+    if let Some(left) = left {
+        terminal.say(&left);
+    }
+    plan
+}
+
 /// Opens the images of a plan, as the command line would.
 pub(super) struct PlanImages {
     config: Config,

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::config::{self, UsageError};
 use super::exit::Exit;
-use super::fleet::PlanImages;
+use super::fleet::{PlanImages, without_retyped};
 use super::{Context, daemon, output};
 use crate::fleet::status::{FleetStatus, Origin};
 use crate::observe::client::{Client, ClientError};
@@ -28,7 +28,7 @@ pub(super) async fn run(context: &Context<'_>, settings: &config::FleetStatus) -
         let text = "--watch draws on a terminal, and standard output is none; without it the status is printed once";
         return Err(UsageError(text.into()).into());
     }
-    let plan = daemon::load(&settings.plan).await?;
+    let plan = without_retyped(&context.terminal, daemon::load(&settings.plan).await?);
     let client = daemon::reader(&plan, settings.token_file.as_deref())?;
     if settings.watch {
         return watch(context, &plan, client.as_ref(), settings.volumes).await;

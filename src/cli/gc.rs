@@ -6,7 +6,7 @@ use super::config::Gc;
 use super::cutover::look::hands_off;
 use super::cutover::open_stage;
 use super::exit::Exit;
-use super::fleet::PlanImages;
+use super::fleet::{PlanImages, without_retyped};
 use super::output::{self, Facts};
 use super::{Context, Interrupted, images};
 use crate::cutover::rehearsal::Leftovers;
@@ -20,7 +20,7 @@ use crate::replicate::{self, GcReport, Sides};
 
 /// Runs the command.
 pub(super) async fn run(context: &Context<'_>, settings: &Gc) -> anyhow::Result<Exit> {
-    let plan = Plan::load(&settings.plan)?;
+    let plan = without_retyped(&context.terminal, Plan::load(&settings.plan)?);
     let plan_images = PlanImages::new(context, &plan);
     let context = plan_images.context();
     let pairs = open(&context, settings, &plan).await?;

@@ -41,6 +41,8 @@ mod progress;
 mod receive;
 mod rehearse;
 mod replicate;
+mod retype;
+mod retype_args;
 mod rollback;
 mod send;
 mod status;
@@ -136,6 +138,7 @@ async fn dispatch(context: &Context<'_>) -> anyhow::Result<Exit> {
         Command::Rehearse(settings) => rehearse::run(context, settings).await,
         Command::Rollback(settings) => rollback::run(context, settings).await,
         Command::Finalize(settings) => finalize::run(context, settings).await,
+        Command::Retype(settings) => retype::run(context, settings).await,
         Command::Deps(settings) => deps::run(context, settings).await,
         Command::Flatten(settings) => flatten::run(context, settings).await,
         Command::Gc(settings) => gc::run(context, settings).await,
@@ -153,6 +156,7 @@ fn stopping(command: &Command) -> Option<&'static str> {
         Command::Cutover(_) | Command::Rollback(_) => Some(
             "stopping: a server that stands still is brought back; once more to end at once, and leave it as it is",
         ),
+        Command::Retype(_) => Some("stopping: Cinder goes on with what it has begun; run it again to see it through"),
         Command::Rehearse(_) => {
             Some("stopping: what was made is removed; once more to end at once, and leave it to gc")
         }

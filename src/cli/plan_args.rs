@@ -3,11 +3,13 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::builder::PossibleValue;
+use clap::{Args, ValueEnum};
 
 use super::config::{Command, Stream, UsageError};
 use super::values::PoolName;
 use crate::openstack::discovery::{Filter, Rules};
+use crate::plan::Strategy;
 use crate::plan::values::parse_size;
 
 #[derive(Args, Debug)]
@@ -72,6 +74,9 @@ struct CloudArgs {
     /// Also volumes that no server has
     #[arg(long, requires = "openstack")]
     detached: bool,
+    /// How the volumes get their type [default: keep-ids]
+    #[arg(long, value_enum, value_name = "HOW", requires = "openstack")]
+    strategy: Option<Strategy>,
     /// The pool of a type's backend, where it has another name than the backend; repeat it for several
     #[arg(long, value_name = "TYPE=POOL", value_parser = parse_pool, requires = "openstack")]
     pool: Vec<(String, PoolName)>,
@@ -110,6 +115,7 @@ pub struct CloudPlan {
     pub cloud: Option<String>,
     pub projects: Projects,
     pub rules: Rules,
+    pub strategy: Strategy,
     /// By type.
     pub pools: BTreeMap<String, PoolName>,
 }
@@ -165,6 +171,10 @@ impl CloudArgs {
             named if named.is_empty() => Projects::Own,
             named => Projects::Named(named),
         };
+        let strategy = self.strategy.unwrap_or_default();
+        if strategy == Strategy::Retype && !self.gateway.is_empty() {
+            return Err(UsageError("--strategy retype is for volumes that nobody has, and a gateway has them".into()));
+        }
         let filter = Filter {
             name: pattern,
             metadata: self.metadata,
@@ -178,9 +188,24 @@ impl CloudArgs {
             filter,
             gateways: self.gateway,
             group_by: self.group_by,
-            detached: self.detached,
+            detached: self.detached || strategy == Strategy::Retype,
         };
-        Ok(CloudPlan { cloud: self.os_cloud, projects, rules, pools })
+        Ok(CloudPlan { cloud: self.os_cloud, projects, rules, strategy, pools })
+    }
+}
+
+impl ValueEnum for Strategy {
+    fn value_variants<'a>() -> &'a [Self] {
+        &[Self::KeepIds, Self::Retype]
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        let help = match self {
+            Self::KeepIds => "They are replicated, and keep their ids, as their servers do",
+            Self::Recreate => return None,
+            Self::Retype => "Cinder copies them itself: only volumes that nobody has, which are planned with it",
+        };
+        Some(PossibleValue::new(self.name()).help(help))
     }
 }
 

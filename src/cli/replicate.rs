@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::Context;
 use super::config::{Replicate, UsageError};
 use super::exit::Exit;
-use super::fleet::PlanImages;
+use super::fleet::{PlanImages, split_retyped};
 use crate::fleet::{Fleet, Worker};
 use crate::observe::http::{Access, serve};
 use crate::observe::token::Token;
@@ -20,7 +20,11 @@ use crate::plan::{Api, Plan};
 
 /// Runs the command.
 pub(super) async fn run(context: &Context<'_>, replicate: &Replicate) -> anyhow::Result<Exit> {
-    let plan = Plan::load(&replicate.plan)?;
+    let plan = without_retyped(Plan::load(&replicate.plan)?);
+    if plan.servers.is_empty() {
+        let text = format!("{}: there is nothing to replicate in it", plan.path.display());
+        return Err(UsageError(text).into());
+    }
     let opener = PlanImages::new(context, &plan);
     let mut api = plan.api.clone();
     if let Some(listen) = replicate.listen {
@@ -45,6 +49,15 @@ pub(super) async fn run(context: &Context<'_>, replicate: &Replicate) -> anyhow:
         served.await??;
     }
     Ok(Exit::Success)
+}
+
+/// Leaves to Cinder what it moves itself, and says so.
+fn without_retyped(plan: Plan) -> Plan {
+    let (plan, left) = split_retyped(plan);
+    if let Some(left) = left {
+        tracing::warn!("{left}");
+    }
+    plan
 }
 
 /// The plan can't say this of itself; an address from the command line can.
@@ -101,5 +114,5 @@ async fn reload_on_signal(path: std::path::PathBuf, send: mpsc::Sender<Plan>) {
 
 async fn read_plan(path: &Path) -> anyhow::Result<Plan> {
     let path = path.to_owned();
-    Ok(tokio::task::spawn_blocking(move || Plan::load(&path)).await??)
+    Ok(without_retyped(tokio::task::spawn_blocking(move || Plan::load(&path)).await??))
 }

@@ -167,6 +167,14 @@ pub enum CutoverError {
         /// What stands in the way, a sentence each.
         obstacles: Vec<String>,
     },
+    /// Cinder is not asked to move it.
+    #[error("volume {volume} can't be retyped now: {}", .obstacles.join("; "))]
+    NotRetyped {
+        /// The volume, by its name in the plan.
+        volume: String,
+        /// What stands in the way, a sentence each.
+        obstacles: Vec<String>,
+    },
     /// Both sides may have been written: a person has to say which one counts.
     #[error("{server}: {problem}")]
     Diverged {

@@ -363,6 +363,21 @@ impl Cloud {
         self.act_on_volume(volume, body, &format!("reset volume {volume} to {}", status.name())).await
     }
 
+    /// Writes one entry of a volume's metadata, and leaves the others.
+    pub async fn set_metadata(&self, volume: &str, key: &str, value: &str) -> Result<()> {
+        let operation = format!("write the metadata {key:?} of volume {volume}");
+        let path = format!("volumes/{}/metadata", checked(volume, "volume", &operation)?);
+        let body = json!({"metadata": {key: value}});
+        self.tell(Service::Cinder, Method::POST, &path, Some(&body), &operation).await
+    }
+
+    /// Removes one entry of a volume's metadata. `key` stands in the path as it is: letters, digits, `.`, `-` and `_`.
+    pub async fn remove_metadata(&self, volume: &str, key: &str) -> Result<()> {
+        let operation = format!("remove the metadata {key:?} of volume {volume}");
+        let path = format!("volumes/{}/metadata/{key}", checked(volume, "volume", &operation)?);
+        self.tell(Service::Cinder, Method::DELETE, &path, None, &operation).await
+    }
+
     /// Takes away that a migration failed. Needs an administrator.
     pub async fn forget_migration(&self, volume: &str) -> Result<()> {
         let body = json!({"os-reset_status": {"migration_status": "none"}});

@@ -12,6 +12,8 @@ use crate::image::ImageSpec;
 pub struct OpenStackCutover {
     /// The cloud's name in `clouds.yaml`; by the environment otherwise, as every OpenStack tool has it.
     pub cloud: Option<String>,
+    /// How the volumes get their other type.
+    pub strategy: Strategy,
     /// Who has the volumes.
     pub holder: Holder,
     /// How long each step may take, and a stand-in to boot.
@@ -31,6 +33,33 @@ pub struct OpenStackRehearsal {
     /// Its flavor, by name; that of the server otherwise. Volumes that no server boots from have none without it, and
     /// are rehearsed by a person.
     pub flavor: Option<String>,
+}
+
+/// How volumes get another type.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Strategy {
+    /// Servers and volumes keep their ids: Cinder moves a placeholder, and the image that was replicated takes its place.
+    #[default]
+    KeepIds,
+    /// Servers and volumes are made anew, of the images that were replicated.
+    Recreate,
+    /// Cinder copies the volumes itself, which nobody has meanwhile: nothing is replicated.
+    Retype,
+}
+
+impl Strategy {
+    /// Every strategy.
+    pub const ALL: [Self; 3] = [Self::KeepIds, Self::Recreate, Self::Retype];
+
+    /// Its name, in a plan and on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::KeepIds => "keep-ids",
+            Self::Recreate => "recreate",
+            Self::Retype => "retype",
+        }
+    }
 }
 
 /// Who has the volumes.
@@ -114,6 +143,10 @@ pub(super) fn cutover(
         let (span, key) = (section.span.clone(), section.name_of("flavor"));
         (rehearsal(section, report), span, key)
     });
+    let strategy = match section.value("strategy") {
+        None => Some(Strategy::default()),
+        Some(value) => strategy(&value, server.is_some() || gateway.is_some(), report),
+    };
     let holder = match (&server, &gateway) {
         (Some(_), Some(gateway)) => {
             gateway.wrong(
@@ -150,7 +183,7 @@ pub(super) fn cutover(
         Some(given) => Some(given?),
         None => None,
     };
-    Some(OpenStackCutover { cloud, holder: holder?, limit: limit?, rehearsal })
+    Some(OpenStackCutover { cloud, strategy: strategy?, holder: holder?, limit: limit?, rehearsal })
 }
 
 fn rehearsal(mut section: Section<'_>, report: &mut Report<'_>) -> OpenStackRehearsal {
@@ -162,6 +195,27 @@ fn rehearsal(mut section: Section<'_>, report: &mut Report<'_>) -> OpenStackRehe
     };
     section.finish(report);
     read
+}
+
+fn strategy(value: &Value<'_>, held: bool, report: &mut Report<'_>) -> Option<Strategy> {
+    let text = value.text("keep-ids", report)?;
+    match Strategy::ALL.into_iter().find(|strategy| strategy.name() == text) {
+        Some(Strategy::Recreate) => {
+            value.wrong("\"recreate\" is not there yet", "write \"keep-ids\" or \"retype\"", report);
+            None
+        }
+        Some(Strategy::Retype) if held => {
+            let problem = "Cinder itself moves only volumes that nobody has, and these have a server or a gateway";
+            value.wrong(problem, "detach them and take server or gateway out, or write \"keep-ids\"", report);
+            None
+        }
+        Some(strategy) => Some(strategy),
+        None => {
+            let problem = format!("{:?} is no strategy", shown(text));
+            value.wrong(problem, "write \"keep-ids\" or \"retype\"", report);
+            None
+        }
+    }
 }
 
 pub(super) fn volume(mut section: Section<'_>, report: &mut Report<'_>) -> Option<CinderVolume> {
@@ -220,7 +274,7 @@ pub(super) fn refuse_twice(servers: &[(usize, Server)], report: &mut Report<'_>)
 }
 
 /// Whether an image has a name that Cinder gives to those of its volumes.
-pub(super) fn is_cinders(image: &str) -> bool {
+pub(crate) fn is_cinders(image: &str) -> bool {
     image.strip_prefix("volume-").is_some_and(is_id)
 }
 

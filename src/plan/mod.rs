@@ -31,7 +31,8 @@ pub mod values;
 #[cfg(test)]
 mod tests;
 
-pub use cloud::{CinderVolume, HelperTypes, Holder, OpenStackCutover, OpenStackRehearsal};
+pub(crate) use cloud::is_cinders;
+pub use cloud::{CinderVolume, HelperTypes, Holder, OpenStackCutover, OpenStackRehearsal, Strategy};
 pub use cutover::{CommandCutover, Cutover, LibvirtCutover, LibvirtRehearsal, Method};
 pub use error::{PlanError, PlanProblem};
 
@@ -125,6 +126,13 @@ pub struct Volume {
     pub rate: Rate,
     /// Which volume of Cinder's it is, if it is one.
     pub cinder: Option<CinderVolume>,
+}
+
+impl Server {
+    /// Whether Cinder itself moves its volumes, so that nothing is replicated.
+    pub fn is_left_to_cinder(&self) -> bool {
+        matches!(&self.cutover, Cutover::OpenStack(config) if config.strategy == Strategy::Retype)
+    }
 }
 
 impl Volume {

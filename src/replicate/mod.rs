@@ -66,4 +66,4 @@ pub use retention::prune_held;
 pub use send::{SendReport, SendRequest, send};
 pub use side::point_still_there;
 pub use status::{Status, StatusInFlight, StatusPoint, status};
-pub use verify::{Compared, VerifyReport, compare_windows, find, open_point, repair, verify};
+pub use verify::{Compared, VerifyReport, compare_windows, digest, find, open_point, repair, verify};

@@ -89,6 +89,45 @@ pub async fn verify(
     })
 }
 
+/// The BLAKE3 digest of all that a point holds, with its size. What is zero counts as what was never written: a copy has
+/// the same digest, whatever its objects.
+pub async fn digest(view: Arc<dyn View>, layout: Layout, limits: &Limits, progress: &Progress) -> Result<String> {
+    let plan = Plan::exact(None, view.size(), "a digest takes nothing on trust", None);
+    progress.set_plan(&plan);
+    let depth = usize::try_from(limits.bytes / CHUNK_MAX).unwrap_or(1).clamp(1, limits.requests.max(1));
+    let windows = delta::allocated_in_either(view.clone(), view.clone(), &plan, layout);
+    let source = view.clone();
+    let mut pieces = windows
+        .map_err(CycleError::from)
+        .map_ok(|window| stream::iter(window.into_iter().flat_map(|range| range.split_at_multiples(CHUNK_MAX)).map(Ok)))
+        .try_flatten()
+        .map_ok(move |piece| blocks(source.clone(), piece))
+        .try_buffered(depth)
+        .boxed();
+    let mut whole = blake3::Hasher::new();
+    while let Some((piece, blocks)) = pieces.try_next().await? {
+        progress.counters.position.store(piece.end(), Ordering::Relaxed);
+        progress.counters.bytes_read.fetch_add(piece.length(), Ordering::Relaxed);
+        for (offset, block) in blocks {
+            whole.update(&offset.to_le_bytes()).update(block.as_bytes());
+        }
+    }
+    whole.update(&view.size().to_le_bytes());
+    Ok(whole.finalize().to_hex().to_string())
+}
+
+/// The digests of the blocks of a piece that are not zero.
+async fn blocks(view: Arc<dyn View>, piece: ByteRange) -> Result<(ByteRange, Vec<(u64, blake3::Hash)>)> {
+    const BLOCK: usize = ZERO_BLOCK as usize;
+    let data = view.read(piece).await?;
+    let digests = on_cpu(move || {
+        let blocks = (piece.offset()..).step_by(BLOCK).zip(data.chunks(BLOCK));
+        let filled = blocks.filter(|(_, block)| block.iter().any(|byte| *byte != 0));
+        filled.map(|(offset, block)| (offset, blake3::hash(block))).collect()
+    });
+    Ok((piece, digests.await))
+}
+
 /// A piece that was read on both sides: where it is, the digest of the first, and where they differ.
 type Piece = (ByteRange, blake3::Hash, Vec<ByteRange>);
 

@@ -26,6 +26,7 @@ const COMMANDS: &[&str] = &[
     "cutover",
     "rollback",
     "finalize",
+    "retype",
     "deps",
     "flatten",
     "gc",
@@ -97,6 +98,10 @@ fn refusals_go_to_standard_error_with_exit_code_2() {
         "rollback plan.toml web-1 --with-changes --discard-changes",
         "finalize plan.toml",
         "finalize plan.toml web-1 --yes --dry-run",
+        "retype plan.toml",
+        "retype plan.toml web-1 --all",
+        "retype plan.toml --all --yes --dry-run",
+        "plan --openstack --data-type sas --gateway gw --strategy retype",
     ] {
         let run = poolshift(line.split_whitespace()).expect_code(2);
         assert_eq!(run.stdout, "", "{line}");
@@ -142,6 +147,9 @@ fn what_can_not_be_cut_over_says_why_and_what_to_do() {
         ("cutover PLAN web-1 --at 2020-02-02T02:02:02Z --yes", 2),
         ("cutover PLAN --all --yes --parallel 2", 9),
         ("cutover PLAN --all --yes --json", 9),
+        ("retype PLAN web-2 --yes", 5),
+        ("retype PLAN web-1 --yes", 2),
+        ("retype PLAN --all --yes", 2),
     ] {
         let line: Vec<&str> =
             command.split(' ').map(|word| if word == "PLAN" { plan.to_str().unwrap() } else { word }).collect();

@@ -25,6 +25,7 @@ mod openstack_bed;
 mod openstack_gateway;
 mod openstack_proxy;
 mod openstack_rehearse;
+mod openstack_retype;
 mod openstack_server;
 mod openstack_world;
 mod rbd_commands;

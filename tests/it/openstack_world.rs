@@ -374,6 +374,16 @@ impl<'a> World<'a> {
         ids
     }
 
+    /// A volume that is a clone of another.
+    #[track_caller]
+    pub(crate) fn clone_of(&self, volume: &str, name: &str) -> String {
+        let body = json!({"volume": {"name": name, "size": 1, "source_volid": volume}});
+        let answer = self.env.tell(Service::Cinder, &Method::POST, "volumes", &body);
+        let id = answer["volume"]["id"].as_str().expect("it has an id").to_owned();
+        self.made.borrow_mut().volumes.push(id.clone());
+        id
+    }
+
     /// The two disks of the guest of `scripts/vm-dev`, as volumes of 1 GiB and the type `sata`.
     #[track_caller]
     pub(crate) fn guest_volumes(&self, name: &str) -> Vec<String> {

@@ -26,6 +26,16 @@ pub(in crate::cli) enum AskError {
         /// The server, or `all servers`.
         server: String,
     },
+    /// It is for another command.
+    #[error("{server} {problem}")]
+    OtherStrategy {
+        /// The server.
+        server: String,
+        /// `is left to Cinder itself (strategy retype)`.
+        problem: &'static str,
+        /// The command that it is for.
+        command: &'static str,
+    },
     /// Which of the two ways back is not said.
     #[error("{server} has run from its targets since {since}: what becomes of what it has written there?")]
     WhichWay {
@@ -52,6 +62,7 @@ impl AskError {
                 Some(format!("its servers are: {}{more}", servers[..servers.len().min(LISTED)].join(", ")))
             }
             Self::NotAgreed { .. } => None,
+            Self::OtherStrategy { command, .. } => Some(format!("use {command}, or change the strategy in the plan")),
             Self::WhichWay { .. } => Some(
                 "--with-changes carries it back to the sources, and nothing is lost; --discard-changes gives it up, and \
                  the sources are as they were at the cutover"
@@ -68,7 +79,9 @@ pub(in crate::cli) fn hint(error: &CutoverError) -> Option<String> {
             Some("nothing was changed; mend what is listed, and look again with --dry-run".to_owned())
         }
         CutoverError::NoStage { .. } => Some("nothing was made; mend what is listed, and run it again".to_owned()),
-        CutoverError::Bound { .. } => Some("mend what is listed, and look again with --dry-run".to_owned()),
+        CutoverError::Bound { .. } | CutoverError::NotRetyped { .. } => {
+            Some("mend what is listed, and look again with --dry-run".to_owned())
+        }
         CutoverError::WrongState { hint, .. } | CutoverError::Diverged { hint, .. } => Some(hint.clone()),
         CutoverError::Different { volume, .. } => Some(format!(
             "nothing runs from it. poolshift verify SOURCE@SNAPSHOT TARGET@SNAPSHOT names what differs in {volume}, with \

@@ -196,7 +196,7 @@ fn finish(settings: &Cutover, plan: &Plan, ends: &[End]) -> anyhow::Result<Exit>
 }
 
 /// The exit of many: that of the server that needs a person most.
-fn worst(exits: impl Iterator<Item = Exit>) -> Exit {
+pub(in crate::cli) fn worst(exits: impl Iterator<Item = Exit>) -> Exit {
     let weight = |exit: &Exit| match exit {
         Exit::Success => 0,
         Exit::NotReady => 1,

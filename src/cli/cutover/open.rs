@@ -15,8 +15,27 @@ use crate::image::rbd::RbdImage;
 use crate::image::{ErrorKind, ImageError, ImageSpec, SourceImage as _};
 use crate::plan::{self, Cutover, Method, Plan};
 
-/// The server of that name.
+/// The server of that name, for every command but `retype`.
 pub(in crate::cli) fn find<'p>(plan: &'p Plan, name: &str) -> Result<&'p plan::Server, AskError> {
+    let server = named(plan, name)?;
+    let problem = "is left to Cinder itself (strategy \"retype\"): nothing of it is replicated, or kept";
+    match server.is_left_to_cinder() {
+        false => Ok(server),
+        true => Err(AskError::OtherStrategy { server: name.to_owned(), problem, command: "poolshift retype" }),
+    }
+}
+
+/// The server of that name, for `retype`.
+pub(in crate::cli) fn find_retyped<'p>(plan: &'p Plan, name: &str) -> Result<&'p plan::Server, AskError> {
+    let server = named(plan, name)?;
+    let problem = "has not the strategy \"retype\"";
+    match server.is_left_to_cinder() {
+        true => Ok(server),
+        false => Err(AskError::OtherStrategy { server: name.to_owned(), problem, command: "poolshift cutover" }),
+    }
+}
+
+fn named<'p>(plan: &'p Plan, name: &str) -> Result<&'p plan::Server, AskError> {
     if let Some(server) = plan.servers.iter().find(|server| server.name == name) {
         return Ok(server);
     }

@@ -38,7 +38,7 @@ pub(in crate::cli) fn looked(looked: &Looked, options: &Options) -> String {
 }
 
 /// A line for each: its verdict, what was looked at, what was found.
-fn preconditions(preconditions: &[Precondition]) -> String {
+pub(in crate::cli) fn preconditions(preconditions: &[Precondition]) -> String {
     let width = |texts: &mut dyn Iterator<Item = &str>| texts.map(|text| text.chars().count()).max().unwrap_or(0);
     let what_width = width(&mut preconditions.iter().map(|found| found.what.as_str()));
     let mut text = String::new();

@@ -12,10 +12,10 @@ use super::{AT_A_TIME, extent, shown, spec};
 use crate::image::rbd::{Connector, RbdImage};
 use crate::image::{ErrorKind, ImageError};
 use crate::openstack::cinder::{Volume, VolumeType};
-use crate::openstack::discovery::{self, Found, Group, Move, Obstacle, World};
+use crate::openstack::discovery::{self, Found, Group, Move, Obstacle, Who, World};
 use crate::openstack::nova::Whose;
 use crate::openstack::{Cloud, CloudAccess, CloudError, Fault};
-use crate::plan::VOLUMES_MAX;
+use crate::plan::{Strategy, VOLUMES_MAX};
 
 /// The plan's text, and how many volumes are in it. What is left out is told on standard error.
 pub(super) async fn plan(
@@ -33,6 +33,9 @@ pub(super) async fn plan(
     let types: Vec<&str> = [&rules.boot_type, &rules.data_type].into_iter().flatten().map(String::as_str).collect();
     let world = discovery::look(&cloud, &whose, &types).await?;
     let mut found = discovery::sort(&world, rules, cloud.name())?;
+    if settings.strategy == Strategy::Retype {
+        keep_detached(context, &mut found);
+    }
     let count: usize = found.groups.iter().map(|group| group.moves.len()).sum();
     if count > VOLUMES_MAX {
         let text = format!("{count} volumes are more than a plan's {VOLUMES_MAX}: choose with --project or --match");
@@ -61,9 +64,21 @@ pub(super) async fn plan(
     let clusters = (&config.source_ceph, &config.target_ceph);
     let mut text = format!("# From {}: {}.\n", shown(cloud.name()), cloud_text::summary(&found));
     super::head(&mut text, output, clusters, &pool)?;
-    let planned = cloud_text::write(&mut text, named.as_deref(), &found.groups, &seen, &targets)?;
+    let keys = (named.as_deref(), settings.strategy);
+    let planned = cloud_text::write(&mut text, keys, &found.groups, &seen, &targets)?;
     cloud_text::comment(&mut text, &left_out);
     Ok((text, planned))
+}
+
+/// Cinder itself moves only what nobody has.
+fn keep_detached(context: &Context<'_>, found: &mut Found) {
+    let all = found.groups.len();
+    found.groups.retain(|group| matches!(group.who, Who::Nobody));
+    let held = all - found.groups.len();
+    if held > 0 {
+        let text = format!("passed over: the volumes of {held} servers; retype is for those that nobody has");
+        context.terminal.say(&text);
+    }
 }
 
 /// Whose servers and volumes are looked at.
@@ -215,7 +230,8 @@ mod tests {
 
     fn settings(pools: &[(&str, &str)]) -> CloudPlan {
         let pools = pools.iter().map(|(name, pool)| ((*name).to_owned(), pool.parse().unwrap())).collect();
-        CloudPlan { cloud: None, projects: Projects::Own, rules: Rules::default(), pools }
+        let (projects, rules) = (Projects::Own, Rules::default());
+        CloudPlan { cloud: None, projects, rules, strategy: Strategy::default(), pools }
     }
 
     fn volume(host: &str) -> Volume {

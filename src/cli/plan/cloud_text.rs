@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 use super::super::values::{PoolName, human_bytes};
 use super::{name, quoted, shown, spec};
 use crate::openstack::discovery::{Found, Group, Move, Who};
-use crate::plan::{CinderVolume, HelperTypes, Holder};
+use crate::plan::{CinderVolume, HelperTypes, Holder, Strategy};
 
 /// A volume's image.
 pub(super) struct Seen {
@@ -101,7 +101,7 @@ pub(super) fn comment(text: &mut String, lines: &[String]) {
 /// Writes the groups that nothing stands in the way of; returns how many volumes these are.
 pub(super) fn write(
     text: &mut String,
-    cloud: Option<&str>,
+    (cloud, strategy): (Option<&str>, Strategy),
     groups: &[Group],
     seen: &HashMap<String, Seen>,
     targets: &BTreeMap<String, PoolName>,
@@ -109,7 +109,7 @@ pub(super) fn write(
     let mut names = HashSet::new();
     let mut count = 0;
     for group in groups.iter().filter(|group| group.is_ready()) {
-        let cutover = format!("cutover = {{ openstack = {{{}}} }}", holder(cloud, &group.holder()));
+        let cutover = format!("cutover = {{ openstack = {{{}}} }}", keys(cloud, strategy, &group.holder()));
         text.push('\n');
         for remark in &group.remarks {
             writeln!(text, "# {}", shown(remark))?;
@@ -183,14 +183,15 @@ fn one(text: &mut String, table: &str, name: &str, one: &Move, seen: &Seen, targ
 }
 
 /// The keys of `openstack`.
-fn holder(cloud: Option<&str>, holder: &Holder) -> String {
+fn keys(cloud: Option<&str>, strategy: Strategy, holder: &Holder) -> String {
+    let strategy = (strategy != Strategy::default()).then(|| format!("strategy = {}", quoted(strategy.name())));
     let cloud = cloud.map(|cloud| format!("cloud = {}", quoted(cloud)));
     let has = match holder {
         Holder::Server(id) => Some(format!("server = {}", quoted(id))),
         Holder::Gateway { server, .. } => Some(format!("gateway = {}", quoted(server))),
         Holder::Nobody => None,
     };
-    let keys: Vec<_> = cloud.into_iter().chain(has).collect();
+    let keys: Vec<_> = cloud.into_iter().chain(strategy).chain(has).collect();
     if keys.is_empty() { String::new() } else { format!(" {} ", keys.join(", ")) }
 }
 
@@ -281,7 +282,7 @@ mod tests {
         let targets = BTreeMap::from([("sas".to_owned(), "fast/tenant".parse().unwrap())]);
         let found = found();
         let mut text = String::new();
-        assert_eq!(write(&mut text, cloud, &found.groups, &seen, &targets).unwrap(), 6);
+        assert_eq!(write(&mut text, (cloud, Strategy::KeepIds), &found.groups, &seen, &targets).unwrap(), 6);
         comment(&mut text, &left_out(&found.groups));
         text
     }
@@ -326,6 +327,13 @@ mod tests {
         for server in &plan.servers {
             assert!(matches!(&server.cutover, Cutover::OpenStack(openstack) if openstack.cloud.is_none()));
         }
+    }
+
+    #[test]
+    fn a_strategy_is_written_where_it_is_another_than_the_usual_one() {
+        let keys = |strategy, holder| super::keys(None, strategy, &holder);
+        assert_eq!(keys(Strategy::KeepIds, Holder::Nobody), "");
+        assert_eq!(keys(Strategy::Retype, Holder::Nobody), " strategy = \"retype\" ");
     }
 
     #[test]

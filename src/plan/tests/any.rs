@@ -4,6 +4,7 @@ use std::num::NonZeroU64;
 use std::time::Duration;
 
 use proptest::prelude::*;
+use proptest::strategy::Strategy;
 
 use super::{beside_a_volume, parse, render::render};
 use crate::plan::*;
@@ -100,14 +101,16 @@ fn cutover() -> impl Strategy<Value = Cutover> {
     let holder = prop_oneof![id().prop_map(Holder::Server), gateway, Just(Holder::Nobody)];
     prop_oneof![
         Just(Cutover::None),
-        (some(), holder, limit(), [some(), some(), some()]).prop_map(
-            |(cloud, holder, limit, [console, check, flavor])| {
+        (some(), holder, limit(), [some(), some(), some()], any::<bool>()).prop_map(
+            |(cloud, holder, limit, [console, check, flavor], by_cinder)| {
                 // Without a server they have none, or name a flavor.
                 let rehearsal = match (&holder, &flavor) {
                     (Holder::Server(_), _) | (_, Some(_)) => OpenStackRehearsal { console, check, flavor },
                     _ => OpenStackRehearsal::default(),
                 };
-                Cutover::OpenStack(OpenStackCutover { cloud, holder, limit, rehearsal })
+                let retyped = by_cinder && holder == Holder::Nobody;
+                let strategy = if retyped { crate::plan::Strategy::Retype } else { crate::plan::Strategy::KeepIds };
+                Cutover::OpenStack(OpenStackCutover { cloud, strategy, holder, limit, rehearsal })
             }
         ),
         (libvirt, limit()).prop_map(|((domain, uri, method, save_folder, [console, check, network]), limit)| {

@@ -267,8 +267,8 @@ fn volumes_of_a_cloud_have_somebody_or_nobody_who_has_them() {
         Cutover::OpenStack(openstack) => openstack,
         other => panic!("{other:?}"),
     };
-    let rehearsal = OpenStackRehearsal::default();
-    let plain = OpenStackCutover { cloud: None, holder: Holder::Nobody, limit: seconds(300), rehearsal };
+    let (strategy, rehearsal) = (Strategy::KeepIds, OpenStackRehearsal::default());
+    let plain = OpenStackCutover { cloud: None, strategy, holder: Holder::Nobody, limit: seconds(300), rehearsal };
     assert_eq!(openstack(""), plain);
     let judged = "rehearsal = { console = \"login:\", check = \"/c\", flavor = \"m1.small\" }";
     let server = openstack(&format!("server = \"{ID}\", cloud = \"prod\", limit = \"1h\", {judged}"));
@@ -276,7 +276,7 @@ fn volumes_of_a_cloud_have_somebody_or_nobody_who_has_them() {
     let (console, check, flavor) = (Some("login:".into()), Some("/c".into()), Some("m1.small".into()));
     let rehearsal = OpenStackRehearsal { console, check, flavor };
     let cloud = Some("prod".into());
-    assert_eq!(server, OpenStackCutover { cloud, holder, limit: seconds(3600), rehearsal });
+    assert_eq!(server, OpenStackCutover { cloud, strategy, holder, limit: seconds(3600), rehearsal });
     let nobodys = openstack("rehearsal = { check = \"/c\", flavor = \"m1.small\" }");
     let (check, flavor) = (Some("/c".into()), Some("m1.small".into()));
     let rehearsal = OpenStackRehearsal { console: None, check, flavor };
@@ -285,7 +285,17 @@ fn volumes_of_a_cloud_have_somebody_or_nobody_who_has_them() {
     let holder = Holder::Gateway { server: ID.into(), pause: Some("/p $x".into()), resume: Some("/r".into()) };
     assert_eq!(gateway, OpenStackCutover { holder, ..plain.clone() });
     let holder = Holder::Gateway { server: ID.into(), pause: None, resume: None };
-    assert_eq!(openstack(&format!("gateway = \"{ID}\"")), OpenStackCutover { holder, ..plain });
+    assert_eq!(openstack(&format!("gateway = \"{ID}\"")), OpenStackCutover { holder, ..plain.clone() });
+    assert_eq!(openstack("strategy = \"keep-ids\""), plain);
+    assert_eq!(openstack("strategy = \"retype\""), OpenStackCutover { strategy: Strategy::Retype, ..plain });
+    for (keys, problem) in [
+        (format!("strategy = \"retype\", server = \"{ID}\""), "only volumes that nobody has"),
+        ("strategy = \"recreate\"".into(), "not there yet"),
+        ("strategy = \"copy\"".into(), "is no strategy"),
+    ] {
+        let error = parse(&held_by(&keys)).unwrap_err().to_string();
+        assert!(error.contains(problem), "{error}");
+    }
 }
 
 #[test]

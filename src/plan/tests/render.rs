@@ -127,11 +127,12 @@ fn cutover(cutover: &Cutover) -> String {
             keys.push(("save_folder", save_folder.to_str().unwrap().to_owned()));
             ("libvirt", limit)
         }
-        Cutover::OpenStack(OpenStackCutover { cloud, holder, limit, rehearsal }) => {
+        Cutover::OpenStack(OpenStackCutover { cloud, strategy, holder, limit, rehearsal }) => {
             let OpenStackRehearsal { console, check, flavor } = rehearsal;
             let given = [("console", console), ("check", check), ("flavor", flavor)];
             judged = given.iter().filter_map(|(key, value)| Some((*key, (*value).clone()?))).collect();
             keys.extend(cloud.clone().map(|cloud| ("cloud", cloud)));
+            keys.push(("strategy", strategy.name().to_owned()));
             match holder {
                 Holder::Server(id) => keys.push(("server", id.clone())),
                 Holder::Gateway { server, pause, resume } => {

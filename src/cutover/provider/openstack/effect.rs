@@ -36,6 +36,12 @@ pub(super) trait Effect: Send + Sync {
     /// How it is to be, for people: `volume web-1-root that nobody has`.
     fn wanted(&self) -> String;
 
+    /// Whether it takes as long as there is to do: then the time counts from when [`Look::Working`] last said something
+    /// else.
+    fn lasts(&self) -> bool {
+        false
+    }
+
     /// Looks.
     async fn look(&self) -> Result<Look, CloudError>;
 
@@ -60,7 +66,7 @@ impl OpenStack {
         is: Option<String>,
     ) -> Result<(), ProviderError> {
         let wanted = effect.wanted();
-        let begun = Instant::now();
+        let mut begun = Instant::now();
         let (mut asks, mut asked, mut worked) = (0u32, None::<Instant>, false);
         let (mut seen, mut refused, mut unseen) = (String::from("not to be seen"), None, None::<CloudError>);
         let passing = |error: &CloudError| error.is_passing() || error.fault == Fault::Conflict;
@@ -72,7 +78,12 @@ impl OpenStack {
             };
             match look {
                 Ok(Look::Done) => return Ok(()),
-                Ok(Look::Working(how)) => (worked, seen) = (true, how),
+                Ok(Look::Working(how)) => {
+                    if effect.lasts() && how != seen {
+                        begun = Instant::now();
+                    }
+                    (worked, seen) = (true, how);
+                }
                 Ok(Look::NotYet(how)) => {
                     seen = how;
                     // It has ended without success, or was never begun.

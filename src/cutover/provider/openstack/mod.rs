@@ -11,6 +11,7 @@
 //! | `preconditions` | what stands in the way |
 //! | `rehearse` | whether a stand-in can be made, and has booted |
 //! | `stand_in` | making a stand-in from clones, and removing it |
+//! | [`retype`] | volumes that Cinder copies itself, without replication: another strategy |
 //! | [`drift`] | what has become of it while it was replicated |
 //!
 //! # The order
@@ -40,6 +41,7 @@ mod effect;
 mod gateway;
 mod preconditions;
 mod rehearse;
+pub mod retype;
 mod server;
 mod stand_in;
 mod switch;

@@ -114,7 +114,7 @@ async fn gateway(provider: &OpenStack, cloud: &Cloud, id: &str) -> Precondition 
 }
 
 /// What Cinder itself says of a volume that can't be switched.
-fn obstacle(shown: &Volume) -> Option<&'static str> {
+pub(super) fn obstacle(shown: &Volume) -> Option<&'static str> {
     let replicated =
         shown.replication_status.as_deref().is_some_and(|status| !matches!(status, "disabled" | "not-capable"));
     match () {

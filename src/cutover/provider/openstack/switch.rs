@@ -214,12 +214,13 @@ pub struct Connectors {
     pub target: Connector,
 }
 
+/// Where the image of a side is, and what it is called.
 #[derive(Clone, Debug)]
-struct Place {
-    pool: String,
-    namespace: Option<String>,
-    in_use: String,
-    idle: String,
+pub(super) struct Place {
+    pub(super) pool: String,
+    pub(super) namespace: Option<String>,
+    pub(super) in_use: String,
+    pub(super) idle: String,
 }
 
 impl Place {
@@ -253,7 +254,7 @@ impl CloudVolume {
         })
     }
 
-    fn at(&self, side: Side) -> (&Connector, &Place) {
+    pub(super) fn at(&self, side: Side) -> (&Connector, &Place) {
         match side {
             Side::Source => (&self.connectors.source, &self.source),
             Side::Target => (&self.connectors.target, &self.target),
@@ -282,6 +283,11 @@ impl CloudVolume {
     /// beside it.
     pub(super) fn next_type(&self, now: &str, to: Side) -> Option<(&str, bool)> {
         self.way().next(now, to)
+    }
+
+    /// In which pool a volume of that type is; `None` where the plan does not know the type.
+    pub(super) fn pool_of(&self, volume_type: &str) -> Option<Side> {
+        self.way().pool_of(volume_type)
     }
 
     fn way(&self) -> Way<'_> {

@@ -1,0 +1,216 @@
+//! What is asked of Cinder: another type, and the note.
+
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+
+use super::super::super::Side;
+use super::super::effect::{Effect, Look};
+use super::super::switch::CloudVolume;
+use super::images::{self, Copied};
+use super::{Copying, note};
+use crate::cutover::Observer;
+use crate::image::ImageError;
+use crate::openstack::cinder::{MigrationPolicy, Status};
+use crate::openstack::{Cloud, CloudError, Fault};
+
+/// How often it is looked how much of an image has been copied.
+const MEASURE: Duration = Duration::from_secs(2);
+
+/// How far Cinder is with a volume's copy.
+pub(super) struct Gauge<'a> {
+    volume: &'a CloudVolume,
+    to: Side,
+    copying: &'a Copying,
+    measured: Mutex<Option<(Instant, Copied)>>,
+}
+
+impl<'a> Gauge<'a> {
+    pub(super) fn new(volume: &'a CloudVolume, to: Side, copying: &'a Copying) -> Self {
+        Self { volume, to, copying, measured: Mutex::new(None) }
+    }
+
+    /// Looked at now and then. What can't be looked at now is no failure of the retype's.
+    async fn read(&self) -> Copied {
+        let known = self.measured.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let known = match known {
+            Some((at, copied)) if at.elapsed() < MEASURE => return copied,
+            known => known.map(|(_, copied)| copied).unwrap_or_default(),
+        };
+        tracing::debug!(volume = self.volume.name, "Cinder is retyping it");
+        let copied = match images::copied(self.volume, self.to).await {
+            Ok(copied) => copied,
+            Err(error) => {
+                tracing::debug!(%error, "how much is copied is not known now");
+                known
+            }
+        };
+        self.copying.show(copied.there);
+        let now = Some((Instant::now(), copied.clone()));
+        *self.measured.lock().unwrap_or_else(PoisonError::into_inner) = now;
+        copied
+    }
+}
+
+/// A volume that nobody has has that type.
+pub(super) struct Retyped<'a> {
+    pub(super) cloud: &'a Cloud,
+    pub(super) volume: &'a CloudVolume,
+    pub(super) next: &'a str,
+    /// Whether Cinder moves it to the other pool for that.
+    pub(super) migrates: bool,
+    pub(super) to: Side,
+    pub(super) gauge: &'a Gauge<'a>,
+    pub(super) observer: &'a dyn Observer,
+    pub(super) asks: AtomicU32,
+}
+
+#[async_trait]
+impl Effect for Retyped<'_> {
+    fn wanted(&self) -> String {
+        format!("volume {} of type {:?}", self.volume.name, self.next)
+    }
+
+    fn lasts(&self) -> bool {
+        true
+    }
+
+    async fn look(&self) -> Result<Look, CloudError> {
+        let shown = self.cloud.volume(&self.volume.cinder.volume).await?;
+        let now = shown.volume_type.as_deref().unwrap_or_default();
+        if shown.is_moving() {
+            let copied = if self.migrates { self.gauge.read().await.to_string() } else { String::new() };
+            return Ok(Look::Working(format!("{}{copied}", shown.status)));
+        }
+        if now == self.next {
+            return Ok(Look::Done);
+        }
+        if shown.status != Status::Available.name() || !shown.attachments.is_empty() {
+            let by = shown.attachments.first().map(|found| format!(" by server {}", found.server_id));
+            let problem = format!(
+                "volume {} is {}{}: somebody has taken it meanwhile; nothing more is asked of Cinder",
+                shown.id,
+                shown.status,
+                by.unwrap_or_default()
+            );
+            return Ok(Look::Hopeless(problem));
+        }
+        if self.migrates
+            && let Some(taken) = images::in_the_way(self.volume, self.to).await.map_err(|error| unseen(&error))?
+        {
+            return Ok(Look::Hopeless(super::look::taken_by(&taken)));
+        }
+        let migration = shown.migration_status.as_deref().unwrap_or("none");
+        Ok(Look::NotYet(format!("{} of type {now:?}, migration {migration}", shown.status)))
+    }
+
+    async fn ask(&self) -> Result<(), CloudError> {
+        let id = self.volume.cinder.volume.as_str();
+        let name = &self.volume.name;
+        match self.asks.fetch_add(1, Ordering::Relaxed) {
+            0 => self.observer.note(&format!("{name}: asking Cinder for type {:?}", self.next)),
+            asks => {
+                let text =
+                    format!("{name}: Cinder has said yes and given it up; asking once more, {} in all", asks + 1);
+                self.observer.note(&text);
+            }
+        }
+        let shown = self.cloud.volume(id).await?;
+        if shown.status != Status::Available.name() || !shown.attachments.is_empty() {
+            return Ok(());
+        }
+        if shown.migration_status.as_deref() == Some("error") {
+            self.cloud.forget_migration(id).await?;
+        }
+        let policy = if self.migrates { MigrationPolicy::OnDemand } else { MigrationPolicy::Never };
+        self.cloud.retype(id, self.next, policy).await
+    }
+}
+
+fn unseen(error: &ImageError) -> CloudError {
+    CloudError::new(Fault::Unavailable, "look at the pool", "the cluster", crate::fleet::chain_text(error))
+}
+
+/// Cinder is not at it. That may take as long as a copy.
+pub(super) struct Settled<'a> {
+    pub(super) cloud: &'a Cloud,
+    pub(super) volume: &'a CloudVolume,
+    pub(super) gauge: &'a Gauge<'a>,
+}
+
+#[async_trait]
+impl Effect for Settled<'_> {
+    fn wanted(&self) -> String {
+        format!("volume {} at rest", self.volume.name)
+    }
+
+    fn lasts(&self) -> bool {
+        true
+    }
+
+    async fn look(&self) -> Result<Look, CloudError> {
+        let shown = self.cloud.volume(&self.volume.cinder.volume).await?;
+        if !shown.is_moving() {
+            return Ok(Look::Done);
+        }
+        Ok(Look::Working(format!("{}{}", shown.status, self.gauge.read().await)))
+    }
+}
+
+/// Cinder is not at a volume that is a clone of one; or it has gone.
+pub(super) struct CloneSettled<'a> {
+    pub(super) cloud: &'a Cloud,
+    pub(super) id: &'a str,
+}
+
+#[async_trait]
+impl Effect for CloneSettled<'_> {
+    fn wanted(&self) -> String {
+        format!("volume {}, a clone, at rest", self.id)
+    }
+
+    async fn look(&self) -> Result<Look, CloudError> {
+        match self.cloud.volume(self.id).await {
+            Ok(shown) if shown.is_moving() => Ok(Look::Working(shown.status)),
+            Ok(_) => Ok(Look::Done),
+            Err(error) if error.fault == Fault::NotFound => Ok(Look::Done),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// The note is with the volume, or not.
+pub(super) struct Noted<'a> {
+    pub(super) cloud: &'a Cloud,
+    pub(super) volume: &'a CloudVolume,
+    pub(super) text: Option<String>,
+}
+
+#[async_trait]
+impl Effect for Noted<'_> {
+    fn wanted(&self) -> String {
+        let what = if self.text.is_some() { "a note" } else { "no note" };
+        format!("{what} of its retype in the metadata of volume {}", self.volume.name)
+    }
+
+    async fn look(&self) -> Result<Look, CloudError> {
+        let shown = self.cloud.volume(&self.volume.cinder.volume).await?;
+        let found = shown.metadata.get(note::KEY);
+        let how = || found.map_or_else(|| "without one".to_owned(), |text| format!("there as {text}"));
+        Ok(if found == self.text.as_ref() { Look::Done } else { Look::NotYet(how()) })
+    }
+
+    async fn ask(&self) -> Result<(), CloudError> {
+        let id = self.volume.cinder.volume.as_str();
+        match &self.text {
+            Some(text) => self.cloud.set_metadata(id, note::KEY, text).await,
+            None => match self.cloud.remove_metadata(id, note::KEY).await {
+                Err(error) if error.fault == Fault::NotFound => Ok(()),
+                done => done,
+            },
+        }
+    }
+}
