@@ -23,6 +23,7 @@ mod fleet_commands;
 mod librbd;
 mod openstack_bed;
 mod openstack_gateway;
+mod openstack_guest;
 mod openstack_proxy;
 mod openstack_rehearse;
 mod openstack_retype;

@@ -9,7 +9,8 @@ use std::process::Command;
 use serde_json::{Value, json};
 
 use crate::cutover_bed::{Fleet, Running, report};
-use crate::openstack_world::{CloudGuest, OpenStackEnv, World, facts_of_volume, unique};
+use crate::openstack_guest::{CloudGuest, facts_of_volume};
+use crate::openstack_world::{OpenStackEnv, World, unique};
 use crate::support::Run;
 
 /// A server of the plan.
