@@ -53,9 +53,12 @@ pub struct Server {
     /// What its hypervisor says: 0 nothing, 1 running, 3 paused, 4 off, 6 crashed, 7 suspended.
     #[serde(default, rename = "OS-EXT-STS:power_state")]
     pub power: u8,
-    /// Whether its owner has locked it.
+    /// Whether it is locked: then an administrator only may do something with it.
     #[serde(default)]
     pub locked: bool,
+    /// Why, in the words of whoever did.
+    #[serde(default)]
+    pub locked_reason: Option<String>,
     /// The project that it belongs to.
     #[serde(default, rename = "tenant_id")]
     pub project: String,
@@ -189,6 +192,10 @@ pub enum ServerAction {
     Unshelve,
     /// It is deleted at once, where its cloud keeps deleted servers for a while.
     ForceDelete,
+    /// Nobody but an administrator may do anything with it. What is shown as the reason says who has locked it.
+    Lock(&'static str),
+    /// Its owner may do with it what he likes.
+    Unlock,
 }
 
 impl ServerAction {
@@ -200,6 +207,8 @@ impl ServerAction {
             Self::ShelveOffload => (json!({"shelveOffload": null}), "offload"),
             Self::Unshelve => (json!({"unshelve": null}), "unshelve"),
             Self::ForceDelete => (json!({"forceDelete": null}), "delete"),
+            Self::Lock(reason) => (json!({"lock": {"locked_reason": reason}}), "lock"),
+            Self::Unlock => (json!({"unlock": null}), "unlock"),
         }
     }
 }

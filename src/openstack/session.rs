@@ -383,25 +383,38 @@ impl Session {
         let end =
             kept.iter().position(|part| part.starts_with('v') && part[1..].starts_with(|c: char| c.is_ascii_digit()));
         root.set_path(&format!("/{}/", end.map_or(String::new(), |end| kept[..=end].join("/"))));
-        let request = self.http.get(root).header("X-Auth-Token", token.text.expose_secret());
-        let body = match attempt(request).await {
-            Attempt::Answer(status, _, body, _) if status.is_success() || status == StatusCode::MULTIPLE_CHOICES => {
-                body
+        let operation = "ask for its versions";
+        let (mut refused_token, mut wait) = (None, Duration::from_millis(200));
+        let mut tried = 0;
+        let body = loop {
+            tried += 1;
+            let token = self.token(refused_token.take()).await?;
+            let request = self.http.get(root.clone()).header("X-Auth-Token", token.text.expose_secret());
+            let (error, again) = match attempt(request).await {
+                Attempt::Answer(status, _, body, _)
+                    if status.is_success() || status == StatusCode::MULTIPLE_CHOICES =>
+                {
+                    break body;
+                }
+                Attempt::Answer(status, after, body, id) => {
+                    wait = after.unwrap_or(wait);
+                    let error =
+                        CloudError::new(fault(status, &body), operation, place.clone(), said(status, &body, &id));
+                    let refused = status == StatusCode::UNAUTHORIZED && tried == 1;
+                    refused_token = refused.then_some(token.text);
+                    (error, refused || status == StatusCode::TOO_MANY_REQUESTS || status.is_server_error())
+                }
+                Attempt::Lost { error, .. } => {
+                    let lost = CloudError::new(Fault::Unavailable, operation, place.clone(), "no answer came");
+                    (lost.caused_by(error.without_url()), true)
+                }
+                Attempt::TooLong => return Err(strange()),
+            };
+            if !again || tried >= TRIES {
+                return Err(error);
             }
-            Attempt::Answer(status, _, body, id) => {
-                return Err(CloudError::new(
-                    fault(status, &body),
-                    "ask for its versions",
-                    place,
-                    said(status, &body, &id),
-                ));
-            }
-            Attempt::Lost { error, .. } => {
-                let error = error.without_url();
-                let lost = CloudError::new(Fault::Unavailable, "ask for its versions", place, "no answer came");
-                return Err(lost.caused_by(error));
-            }
-            Attempt::TooLong => return Err(strange()),
+            tokio::time::sleep(wait).await;
+            wait = (wait * 2).min(RETRY_AFTER_MAX);
         };
         let answer: Value = serde_json::from_slice(&body).map_err(|error| strange().caused_by(error))?;
         let all = answer["versions"].as_array().cloned().unwrap_or_else(|| vec![answer["version"].clone()]);

@@ -194,6 +194,20 @@ async fn a_services_address_is_that_of_the_region_and_interface() {
 }
 
 #[tokio::test]
+async fn versions_are_asked_for_again_where_a_service_fails() {
+    let fake = Fake::start(|seen, before, _| match (seen.line.as_str(), before) {
+        ("GET /volume/v3/", 0) => Some(answer(503, Value::Null)),
+        ("GET /volume/v3/", 1) => Some(answer(429, Value::Null).header("Retry-After", "0")),
+        ("GET /compute/v2.1/", 0) => Some(answer(401, Value::Null)),
+        _ => None,
+    })
+    .await;
+    fake.connect().await.unwrap();
+    let counts = ["GET /volume/v3/", "GET /compute/v2.1/", "/auth/tokens"].map(|line| fake.count(line));
+    assert_eq!(counts, [3, 2, 2]);
+}
+
+#[tokio::test]
 async fn a_cloud_that_is_too_old_is_refused_by_name() {
     for (cinder, nova, said) in [
         (

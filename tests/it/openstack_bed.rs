@@ -11,13 +11,28 @@ use serde_json::{Value, json};
 use crate::cutover_bed::{Fleet, Running, report};
 use crate::openstack_guest::{CloudGuest, facts_of_volume};
 use crate::openstack_world::{OpenStackEnv, World, unique};
-use crate::support::Run;
+use crate::support::{Run, every_step};
 
 /// A server of the plan.
 pub(crate) struct Planned {
     pub(crate) name: String,
     /// The ids of its volumes.
     pub(crate) volumes: Vec<String>,
+}
+
+/// The types that a volume goes from and to.
+#[derive(Clone, Debug)]
+pub(crate) struct Types {
+    pub(crate) from: String,
+    pub(crate) to: String,
+    /// Plain ones on its way, of both pools.
+    pub(crate) by_way_of: Option<[String; 2]>,
+}
+
+impl Types {
+    fn plain() -> Self {
+        Self { from: "sata".into(), to: "sas".into(), by_way_of: None }
+    }
 }
 
 /// Who has the volumes of the plan's servers.
@@ -31,6 +46,16 @@ pub(crate) enum Held {
     Nobody,
 }
 
+/// The places at which a cutover is killed: its phases and all steps of what is done with a volume, with the calls that
+/// stop and start whoever has it.
+pub(crate) fn places(stop: &'static str, start: Option<&'static str>) -> Vec<&'static str> {
+    let before = [": syncing", ": converged", ": quiescing", stop, ": final delta", ": verifying", ": swapping"];
+    let steps = ["step=Hide(Source)", "step=StandIn(Source)", "step=Retype", "retype volume"];
+    let more = ["step=Aside(Target)", "step=Place(Target)", "step=Done", ": resuming"];
+    let all = before.into_iter().chain(steps).chain(more);
+    all.chain(start).chain([": committed"]).collect()
+}
+
 /// Servers or volumes of a cloud, and the plan that has them.
 pub(crate) struct CloudBed<'a> {
     pub(crate) env: &'a OpenStackEnv,
@@ -40,6 +65,8 @@ pub(crate) struct CloudBed<'a> {
     guest: Option<CloudGuest<'a>>,
     /// Those of the plan.
     pub(crate) servers: Vec<Planned>,
+    /// The types of each server's volumes, in their order, over and over.
+    types: Vec<Types>,
     /// What all that stays was in the beginning.
     facts: Value,
     /// What is in the volumes that nobody writes to, by their ids.
@@ -68,15 +95,27 @@ impl<'a> CloudBed<'a> {
     /// A server with a root and a data disk, which writes all the time. `more` is more of `openstack = { … }` in the plan.
     #[track_caller]
     pub(crate) fn server(env: &'a OpenStackEnv, tag: &str, more: &str) -> Self {
+        Self::server_of(env, tag, |_| Types::plain(), more)
+    }
+
+    /// The same, with volumes of other types.
+    #[track_caller]
+    pub(crate) fn server_of_types(env: &'a OpenStackEnv, tag: &str, types: impl Fn(&World<'_>) -> Types) -> Self {
+        Self::server_of(env, tag, types, "")
+    }
+
+    #[track_caller]
+    fn server_of(env: &'a OpenStackEnv, tag: &str, types: impl Fn(&World<'_>) -> Types, more: &str) -> Self {
         let world = World::new(env);
+        let types = types(&world);
         let name = unique(tag);
-        let volumes = world.guest_volumes(&name);
+        let volumes = world.guest_volumes(&types.from, &name);
         let more_of_server = json!({
             "metadata": {"m": "1"}, "tags": ["one", "two"], "key_name": world.key_pair(), "description": "of a test",
         });
         let guest = world.boot(&name, &volumes, &more_of_server);
         let servers = vec![Planned { name: "web".into(), volumes }];
-        Self::of(env, world, Held::Server, Some(guest), servers, more)
+        Self::of(env, world, (Held::Server, Some(guest)), (servers, vec![types]), more)
     }
 
     /// A gateway that has a disk of its own to write to, and two volumes of each of so many servers.
@@ -84,11 +123,11 @@ impl<'a> CloudBed<'a> {
     pub(crate) fn gateway(env: &'a OpenStackEnv, servers: usize, more: &str) -> Self {
         let world = World::new(env);
         let name = unique("gateway");
-        let mut volumes = world.guest_volumes(&name);
+        let mut volumes = world.guest_volumes("sata", &name);
         let servers = Self::plan_servers(&world, servers);
         volumes.extend(servers.iter().flat_map(|server| server.volumes.clone()));
         let guest = world.boot(&name, &volumes, &Value::Null);
-        Self::of(env, world, Held::Gateway, Some(guest), servers, more)
+        Self::of(env, world, (Held::Gateway, Some(guest)), (servers, vec![Types::plain()]), more)
     }
 
     /// The same, with one server more, that has not booted yet: its disks were made, and given to the gateway later.
@@ -96,18 +135,18 @@ impl<'a> CloudBed<'a> {
     pub(crate) fn gateway_of_a_server_to_be(env: &'a OpenStackEnv, servers: usize, more: &str) -> Self {
         let world = World::new(env);
         let name = unique("gateway");
-        let mut volumes = world.guest_volumes(&name);
+        let mut volumes = world.guest_volumes("sata", &name);
         let mut servers = Self::plan_servers(&world, servers);
         volumes.extend(servers.iter().flat_map(|server| server.volumes.clone()));
         let mut guest = world.boot(&name, &volumes, &Value::Null);
         // Its own file systems are known by their labels, which these have as well.
-        let to_be = world.guest_volumes(&unique("to-be"));
+        let to_be = world.guest_volumes("sata", &unique("to-be"));
         for id in &to_be {
             world.attach(&guest.id, id);
             guest.volumes.push(id.clone());
         }
         servers.push(Planned { name: "to-be".into(), volumes: to_be });
-        Self::of(env, world, Held::Gateway, Some(guest), servers, more)
+        Self::of(env, world, (Held::Gateway, Some(guest)), (servers, vec![Types::plain()]), more)
     }
 
     /// Volumes that nobody has, two of each of so many servers.
@@ -115,7 +154,19 @@ impl<'a> CloudBed<'a> {
     pub(crate) fn detached(env: &'a OpenStackEnv, servers: usize, more: &str) -> Self {
         let world = World::new(env);
         let servers = Self::plan_servers(&world, servers);
-        Self::of(env, world, Held::Nobody, None, servers, more)
+        Self::of(env, world, (Held::Nobody, None), (servers, vec![Types::plain()]), more)
+    }
+
+    /// A server to be of volumes that nobody has, one of each of these types.
+    #[track_caller]
+    pub(crate) fn detached_of_types(env: &'a OpenStackEnv, types: impl Fn(&World<'_>) -> Vec<Types>) -> Self {
+        let world = World::new(env);
+        let types = types(&world);
+        let make = |types: &Types| world.volumes_of(&types.from, &[unique("limited")]).remove(0);
+        let volumes: Vec<String> = types.iter().map(make).collect();
+        volumes.iter().for_each(|volume| world.write(volume, 8));
+        let servers = vec![Planned { name: "web1".into(), volumes }];
+        Self::of(env, world, (Held::Nobody, None), (servers, types), "")
     }
 
     /// Servers of the plan, with two volumes each that hold something.
@@ -136,14 +187,13 @@ impl<'a> CloudBed<'a> {
     fn of(
         env: &'a OpenStackEnv,
         world: World<'a>,
-        held: Held,
-        guest: Option<CloudGuest<'a>>,
-        servers: Vec<Planned>,
+        (held, guest): (Held, Option<CloudGuest<'a>>),
+        (servers, types): (Vec<Planned>, Vec<Types>),
         more: &str,
     ) -> Self {
         let fleet = Fleet::new();
         let contents = RefCell::default();
-        let mut bed = Self { env, fleet, held, guest, servers, facts: Value::Null, contents, world };
+        let mut bed = Self { env, fleet, held, guest, servers, types, facts: Value::Null, contents, world };
         bed.facts = bed.look_at_facts();
         let mut plan = Fleet::beginning(&env.ceph);
         let more = more.replace("FOLDER", &bed.fleet.folder().display().to_string());
@@ -159,10 +209,15 @@ impl<'a> CloudBed<'a> {
             );
             for (number, id) in volumes.iter().enumerate() {
                 let (boot, source, idle) = (number == 0, source(id), idle(id));
+                let Types { from, to, by_way_of } = &bed.types[number % bed.types.len()];
+                let helpers = by_way_of.as_ref();
+                let helpers = helpers.map(|[from, to]| format!(", by_way_of = {{ from = \"{from}\", to = \"{to}\" }}"));
+                let helpers = helpers.unwrap_or_default();
                 let _ = write!(
                     plan,
                     "[[server.volume]]\nname = \"{name}-{number}\"\nboot = {boot}\nsource = \"rbd:{source}\"\n\
-                     target = \"rbd:{idle}\"\ncinder = {{ volume = \"{id}\", from_type = \"sata\", to_type = \"sas\" }}\n"
+                     target = \"rbd:{idle}\"\ncinder = {{ volume = \"{id}\", from_type = \"{from}\", to_type = \"{to}\"\
+                     {helpers} }}\n"
                 );
             }
         }
@@ -177,6 +232,11 @@ impl<'a> CloudBed<'a> {
         json!({"server": self.guest.as_ref().map(CloudGuest::facts), "volumes": volumes, "serials": serials})
     }
 
+    /// What stays has changed for good.
+    pub(crate) fn look_anew(&mut self) {
+        self.facts = self.look_at_facts();
+    }
+
     /// The server, or the gateway.
     pub(crate) fn guest(&self) -> &CloudGuest<'a> {
         self.guest.as_ref().expect("somebody has the volumes")
@@ -185,8 +245,15 @@ impl<'a> CloudBed<'a> {
     /// Notes what is in the volumes that nobody writes to: it has to be in them ever after.
     #[track_caller]
     pub(crate) fn note_contents(&self, server: usize) {
+        self.note_contents_on(server, "source");
+    }
+
+    /// The same, where they are on that side.
+    #[track_caller]
+    pub(crate) fn note_contents_on(&self, server: usize, side: &str) {
         for id in &self.servers[server].volumes {
-            self.contents.borrow_mut().insert(id.clone(), self.env.digest(&source(id)));
+            let image = if side == "target" { target(id) } else { source(id) };
+            self.contents.borrow_mut().insert(id.clone(), self.env.digest(&image));
         }
     }
 
@@ -227,10 +294,11 @@ impl<'a> CloudBed<'a> {
     pub(crate) fn expect_well(&self, server: usize, side: &str) {
         let (env, on_target) = (self.env, side == "target");
         let volumes = &self.servers[server].volumes;
-        for id in volumes {
+        for (number, id) in volumes.iter().enumerate() {
             let shown = env.volume(id);
             let (name, status) = (if on_target { "sas" } else { "sata" }, self.usual_status());
-            assert_eq!(shown["volume_type"], name, "{shown:#}");
+            let Types { from, to, .. } = &self.types[number % self.types.len()];
+            assert_eq!(&shown["volume_type"], if on_target { to } else { from }, "{shown:#}");
             assert_eq!(shown["os-vol-host-attr:host"], format!("vm@{name}#{name}"), "{shown:#}");
             assert_eq!(shown["status"], status, "{shown:#}");
             let migration = shown["migration_status"].as_str().unwrap_or("none");
@@ -320,6 +388,43 @@ impl<'a> CloudBed<'a> {
                 "finished"
             }
         }
+    }
+
+    /// Starts a command and kills it once it has told a line with that; says whether it was killed.
+    pub(crate) fn killed_at(&self, server: usize, command: &str, words: &[&str], place: &str) -> bool {
+        let words: Vec<&str> = words.iter().copied().chain(["--yes"]).collect();
+        let mut command = self.command(server, command, &words);
+        command.env("POOLSHIFT_LOG", "poolshift=debug");
+        let mut run = Running::start(command);
+        let told = run.until_line(|line| line.trim_end().ends_with(place) || line.contains(&format!("{place} ")));
+        run.kill() && told
+    }
+
+    /// The first server is killed at each place, finished or undone, and brought back; with every step to be tried, all
+    /// of that, and on its way back as well.
+    #[track_caller]
+    pub(crate) fn killed_at_places(&self, places: &[&str]) {
+        let (mut kills, mut tries, mut ends) = (0, 0, BTreeMap::<&str, usize>::new());
+        for (number, place) in places.iter().enumerate() {
+            for undo in [number % 2 == 0, number % 2 == 1].into_iter().take(if every_step() { 2 } else { 1 }) {
+                let killed = self.killed_at(0, "cutover", &[], place);
+                let ended = self.brought_to_an_end(0, None, undo);
+                println!("killed at {place:?}: {killed}; it is {ended}");
+                (kills, tries) = (kills + usize::from(killed), tries + 1);
+                *ends.entry(ended).or_default() += 1;
+                if every_step() && ended == "finished" {
+                    let place = place.replace("(Source)", "(TARGET)").replace("(Target)", "(Source)");
+                    let place = place.replace("(TARGET)", "(Target)");
+                    let killed = self.killed_at(0, "rollback", &["--with-changes"], &place);
+                    println!("its way back killed at {place:?}: {killed}");
+                    (kills, tries) = (kills + usize::from(killed), tries + 1);
+                }
+                self.bring_back(0);
+            }
+        }
+        println!("{kills} kills of {tries} at {} places: {ends:?}", places.len());
+        assert!(kills >= places.len() / 2, "{kills} kills at {} places", places.len());
+        self.expect_well(0, "source");
     }
 
     /// From wherever it is to its sources, also where its way there was cut.

@@ -7,8 +7,7 @@ use reqwest::Method;
 use serde_json::{Value, json};
 
 use crate::cutover_bed::report;
-use crate::openstack_bed::CloudBed;
-use crate::openstack_server::killed_at;
+use crate::openstack_bed::{CloudBed, places};
 use crate::openstack_world::{Service, openstack};
 use crate::support::every_step;
 
@@ -134,72 +133,6 @@ fn becomes_a_server(bed: &CloudBed<'_>, server: usize) {
     assert_eq!(guest.oracle(), Ok(()));
 }
 
-/// The places at which a cutover is killed, where it matters and where it is another one than that of a server.
-fn places_of_a_gateway() -> &'static [&'static str] {
-    const ALL: &[&str] = &[
-        ": quiescing",
-        "detach volume",
-        ": final delta",
-        ": verifying",
-        ": swapping",
-        "step=Hide(Source)",
-        "step=StandIn(Source)",
-        "step=Retype",
-        "retype volume",
-        "step=Aside(Target)",
-        "step=Place(Target)",
-        "step=Done",
-        ": resuming",
-        "attach volume",
-        ": committed",
-    ];
-    ALL
-}
-
-fn places_of_detached() -> &'static [&'static str] {
-    const ALL: &[&str] = &[
-        ": syncing",
-        ": quiescing",
-        "reset volume",
-        ": final delta",
-        ": verifying",
-        ": swapping",
-        "step=Hide(Source)",
-        "step=StandIn(Source)",
-        "step=Retype",
-        "retype volume",
-        "step=Aside(Target)",
-        "step=Place(Target)",
-        "step=Done",
-        ": resuming",
-        ": committed",
-    ];
-    if every_step() { ALL } else { &[": final delta", "step=Retype", "step=Aside(Target)"] }
-}
-
-/// Killed at each place, finished or undone, and brought back.
-fn killed_at_places(bed: &CloudBed<'_>, places: &[&str]) {
-    let mut kills = 0;
-    for (number, place) in places.iter().enumerate() {
-        for undo in [number % 2 == 0, number % 2 == 1].into_iter().take(if every_step() { 2 } else { 1 }) {
-            let killed = killed_at(bed, 0, "cutover", &[], place);
-            let ended = bed.brought_to_an_end(0, None, undo);
-            println!("killed at {place:?}: {killed}; it is {ended}");
-            kills += u32::from(killed);
-            if every_step() && ended == "finished" {
-                let place = place.replace("(Source)", "(TARGET)").replace("(Target)", "(Source)");
-                let place = place.replace("(TARGET)", "(Target)");
-                let killed = killed_at(bed, 0, "rollback", &["--with-changes"], &place);
-                println!("its way back killed at {place:?}: {killed}");
-                kills += u32::from(killed);
-            }
-            bed.bring_back(0);
-        }
-    }
-    assert!(kills as usize >= places.len() / 2, "{kills} kills at {} places", places.len());
-    bed.expect_well(0, "source");
-}
-
 #[test]
 fn a_switch_below_a_gateway_that_is_killed_is_finished_or_undone() {
     // In the midst of attaching it is killed by the tests of calls that fail, every time.
@@ -210,7 +143,7 @@ fn a_switch_below_a_gateway_that_is_killed_is_finished_or_undone() {
     let mut bed = CloudBed::gateway(&env, 1, "");
     bed.note_contents(0);
     bed.replicate();
-    killed_at_places(&bed, places_of_a_gateway());
+    bed.killed_at_places(&places("detach volume", Some("attach volume")));
 }
 
 #[test]
@@ -219,5 +152,6 @@ fn volumes_that_nobody_has_are_switched_and_killed_on_the_way() {
     let mut bed = CloudBed::detached(&env, 1, "");
     bed.note_contents(0);
     bed.replicate();
-    killed_at_places(&bed, places_of_detached());
+    let all = places("reset volume", None);
+    bed.killed_at_places(if every_step() { &all } else { &[": final delta", "step=Retype", "step=Aside(Target)"] });
 }

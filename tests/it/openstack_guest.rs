@@ -67,6 +67,14 @@ impl CloudGuest<'_> {
         rbd_sources(&self.env.virsh(&["dumpxml", &self.domain]))
     }
 
+    /// The limits (`total_iops_sec`) of its disks, as libvirt keeps to them.
+    #[track_caller]
+    pub(crate) fn limits(&self) -> Vec<String> {
+        let xml = self.env.virsh(&["dumpxml", &self.domain]);
+        let found = xml.split("<total_iops_sec>").skip(1).filter_map(|rest| rest.split_once('<'));
+        found.map(|(limit, _)| limit.to_owned()).collect()
+    }
+
     /// The serial numbers and names of its disks, as libvirt gives them to it.
     #[track_caller]
     pub(crate) fn serials(&self) -> Vec<(String, String)> {
@@ -98,6 +106,7 @@ impl CloudGuest<'_> {
             "flavor",
             "description",
             "hostname",
+            "locked",
             "OS-EXT-SRV-ATTR:root_device_name",
             "OS-EXT-SRV-ATTR:instance_name",
             "os-extended-volumes:volumes_attached",

@@ -1,12 +1,14 @@
 //! A cloud that fails: a proxy in front of its services has one call fail, and the cutover that has made it ends over, or
 //! back, or is brought to an end by the next command.
 //!
-//! All calls of all kinds of holders, with all troubles, take hours. They are tried with `POOLSHIFT_TEST_EVERY_STEP=1`,
-//! and otherwise some of them with a gateway, one on the way back.
+//! All calls of all kinds of holders, with all troubles, take hours. They are tried with `POOLSHIFT_TEST_EVERY_STEP=1`, or
+//! those with some troubles (`POOLSHIFT_TEST_TROUBLES="Lost Refused(500)"`); and otherwise some of them with a gateway, one
+//! on the way back. What is only read is read in vain once, each of it, in one cutover for each trouble.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::process::Command;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full};
@@ -23,8 +25,10 @@ use crate::support::{Run, every_step};
 /// What becomes of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Trouble {
-    /// It is answered with that status, and not passed on.
+    /// It is answered with that status, and not passed on; with 429, it is said for how long to wait.
     Refused(u16),
+    /// The same, and nothing is said of how long to wait.
+    RefusedJustSo(u16),
     /// It is not answered, and not passed on.
     Lost,
     /// It is passed on, and not answered.
@@ -34,22 +38,43 @@ enum Trouble {
     /// The same, with every further call like it.
     AlwaysPretended,
     /// Its token is not accepted any more, there or later.
+    TokenEnded,
+    /// It is passed on, and then its token is revoked.
     TokenRevoked,
+    /// It is not answered, nor is anything else for a while.
+    Outage,
     /// It is passed on, and who has made it is killed.
     Killed,
 }
 
-const ALL: [Trouble; 9] = [
+const ALL: [Trouble; 12] = [
     Trouble::Refused(500),
     Trouble::Refused(409),
     Trouble::Refused(429),
+    Trouble::RefusedJustSo(429),
     Trouble::Lost,
     Trouble::Unanswered,
     Trouble::Pretended,
     Trouble::AlwaysPretended,
+    Trouble::TokenEnded,
     Trouble::TokenRevoked,
+    Trouble::Outage,
     Trouble::Killed,
 ];
+
+/// What may be with a call that only reads.
+const OF_READS: [Trouble; 5] =
+    [Trouble::Refused(500), Trouble::Refused(429), Trouble::Lost, Trouble::Unanswered, Trouble::TokenEnded];
+
+/// How long an outage is: longer than any call is repeated by itself.
+const OUTAGE: Duration = Duration::from_secs(20);
+
+/// Those that are tried.
+fn troubles() -> Vec<Trouble> {
+    let some = std::env::var("POOLSHIFT_TEST_TROUBLES").unwrap_or_default();
+    let is_wanted = |trouble: &Trouble| some.split_whitespace().any(|name| name == format!("{trouble:?}"));
+    ALL.into_iter().filter(|trouble| some.is_empty() || is_wanted(trouble)).collect()
+}
 
 /// What the proxy is to do, and what it has done.
 #[derive(Default)]
@@ -59,9 +84,53 @@ struct Script {
     trouble: Option<Trouble>,
     /// The calls that were to change something, with what they said.
     calls: Vec<String>,
-    revoked: Option<String>,
+    /// The token that is not accepted any more.
+    ended: Option<String>,
+    /// Until when nobody is answered.
+    outage: Option<Instant>,
+    /// What becomes of each call that only reads, the first time.
+    reads: Option<Trouble>,
+    /// Those calls.
+    read: BTreeSet<String>,
     /// The process that is at it.
     caller: Option<u32>,
+}
+
+/// What is to become of a call, or the status that it is answered with at once.
+enum Fate {
+    Trouble(Option<Trouble>),
+    TokenEnded,
+    Cut,
+}
+
+impl Script {
+    /// Notes a call, and decides.
+    fn decide(&mut self, call: &str, changes: bool, token: Option<&str>) -> Fate {
+        if self.outage.is_some_and(|until| Instant::now() < until) {
+            return Fate::Cut;
+        }
+        if !changes {
+            // Whose password is not accepted is not asked for it again.
+            let trouble = self.reads.filter(|trouble| *trouble != Trouble::TokenEnded || token.is_some());
+            return match trouble.filter(|_| self.read.insert(call.to_owned())) {
+                Some(Trouble::TokenEnded) => Fate::TokenEnded,
+                trouble => Fate::Trouble(trouble),
+            };
+        }
+        self.calls.push(call.to_owned());
+        let chosen = self.calls.get(self.call.wrapping_sub(1)).is_some_and(|chosen| chosen == call);
+        let first = chosen && self.calls.len() == self.call;
+        match self.trouble {
+            Some(Trouble::TokenEnded) if first => self.ended = token.map(str::to_owned),
+            Some(Trouble::Outage) if first => {
+                self.outage = Some(Instant::now() + OUTAGE);
+                return Fate::Cut;
+            }
+            _ => {}
+        }
+        let always = chosen && self.trouble == Some(Trouble::AlwaysPretended);
+        Fate::Trouble(self.trouble.filter(|_| first || always))
+    }
 }
 
 /// A way to the cloud's services.
@@ -107,6 +176,11 @@ impl Proxy {
         command.env("OS_COMPUTE_ENDPOINT_OVERRIDE", below("compute/v2.1"));
     }
 
+    /// Has each call that only reads fail once.
+    fn fail_reads(&self, trouble: Trouble) {
+        *lock(&self.script) = Script { reads: Some(trouble), ..Script::default() };
+    }
+
     /// Has a call fail.
     fn fail(&self, call: usize, trouble: Trouble) {
         *lock(&self.script) = Script { call, trouble: Some(trouble), ..Script::default() };
@@ -133,9 +207,25 @@ type Answer = Response<Full<Bytes>>;
 #[error("the connection is cut")]
 struct Cut;
 
-fn plain(status: u16, body: &'static str) -> Answer {
-    let answer = Response::builder().status(status).header("Content-Type", "application/json");
-    answer.header("Retry-After", "1").body(Full::from(body)).expect("an answer")
+fn plain(status: u16, body: &'static str, retry_after: bool) -> Answer {
+    let mut answer = Response::builder().status(status).header("Content-Type", "application/json");
+    if retry_after {
+        answer = answer.header("Retry-After", "1");
+    }
+    answer.body(Full::from(body)).expect("an answer")
+}
+
+fn token_ended() -> Answer {
+    plain(401, r#"{"error": {"code": 401, "message": "this token is not known"}}"#, false)
+}
+
+/// Revokes a token where it comes from.
+async fn revoke(token: &str, http: &reqwest::Client) -> Result<(), Cut> {
+    let url = real("/identity/v3/auth/tokens").ok_or(Cut)?;
+    let revoked = http.delete(url).header("X-Auth-Token", token).header("X-Subject-Token", token).send().await;
+    let status = revoked.map_err(|_| Cut)?.status();
+    println!("its token is revoked: {status}");
+    Ok(())
 }
 
 async fn answer(request: Request<Incoming>, script: &Mutex<Script>, http: &reqwest::Client) -> Result<Answer, Cut> {
@@ -144,29 +234,26 @@ async fn answer(request: Request<Incoming>, script: &Mutex<Script>, http: &reqwe
     let path = head.uri.path_and_query().map(ToString::to_string).unwrap_or_default();
     let token = head.headers.get("X-Auth-Token").and_then(|token| token.to_str().ok()).map(str::to_owned);
     let changes = head.method != "GET" && !path.starts_with("/identity/");
-    let call = format!("{} {path} {}", head.method, String::from_utf8_lossy(&body));
+    let told = if changes { String::from_utf8_lossy(&body).into_owned() } else { String::new() };
+    let call = format!("{} {path} {told}", head.method);
     let trouble = {
         let mut script = lock(script);
-        if changes {
-            script.calls.push(call.clone());
+        let fate = script.decide(&call, changes, token.as_deref());
+        if token.is_some() && token == script.ended {
+            return Ok(token_ended());
         }
-        let chosen = script.calls.get(script.call.wrapping_sub(1)) == Some(&call);
-        let once = script.calls.len() == script.call;
-        if script.trouble == Some(Trouble::TokenRevoked) && changes && once {
-            script.revoked.clone_from(&token);
+        match fate {
+            Fate::Trouble(trouble) => trouble,
+            Fate::TokenEnded => return Ok(token_ended()),
+            Fate::Cut => return Err(Cut),
         }
-        if token.is_some() && token == script.revoked {
-            return Ok(plain(401, r#"{"error": {"code": 401, "message": "this token was revoked"}}"#));
-        }
-        let always = script.trouble == Some(Trouble::AlwaysPretended);
-        script.trouble.filter(|_| changes && chosen && (once || always))
     };
+    let failed = r#"{"computeFault": {"message": "this call was to fail"}}"#;
     match trouble {
-        Some(Trouble::Refused(status)) => {
-            return Ok(plain(status, r#"{"computeFault": {"message": "this call was to fail"}}"#));
-        }
+        Some(Trouble::Refused(status)) => return Ok(plain(status, failed, status == 429)),
+        Some(Trouble::RefusedJustSo(status)) => return Ok(plain(status, failed, false)),
         Some(Trouble::Lost) => return Err(Cut),
-        Some(Trouble::Pretended | Trouble::AlwaysPretended) => return Ok(plain(202, "{}")),
+        Some(Trouble::Pretended | Trouble::AlwaysPretended) => return Ok(plain(202, "{}", false)),
         _ => {}
     }
     let url = real(&path).ok_or(Cut)?;
@@ -184,6 +271,9 @@ async fn answer(request: Request<Incoming>, script: &Mutex<Script>, http: &reqwe
         }
     }
     let body = answered.bytes().await.map_err(|_| Cut)?;
+    if let (Some(Trouble::TokenRevoked), Some(token)) = (trouble, &token) {
+        revoke(token, http).await?;
+    }
     match trouble {
         Some(Trouble::Unanswered) => Err(Cut),
         Some(Trouble::Killed) => {
@@ -240,21 +330,45 @@ fn with_trouble(
 #[track_caller]
 fn expect_end(call: usize, trouble: Trouble, end: &str) {
     let allowed: &[&str] = match trouble {
-        Trouble::AlwaysPretended => &["back", "finished", "undone"],
+        Trouble::AlwaysPretended => &["over", "back", "finished", "undone"],
         Trouble::Killed => &["finished", "undone", "refused"],
+        Trouble::Outage => &["over", "back", "finished", "undone", "refused"],
         _ => &["over"],
     };
     assert!(allowed.contains(&end), "call {call}, {trouble:?}: {end}");
 }
 
 fn every_call_with_every_trouble(bed: &CloudBed<'_>, proxy: &Proxy) {
-    let mut undo = false;
-    for trouble in ALL {
+    let (mut undo, mut ends) = (false, BTreeMap::<(String, &str), usize>::new());
+    for trouble in troubles() {
         for call in 1.. {
             undo = !undo;
             let Some(end) = with_trouble(bed, proxy, (call, trouble), undo) else { break };
+            *ends.entry((format!("{trouble:?}"), end)).or_default() += 1;
             expect_end(call, trouble, end);
         }
+    }
+    println!("of all calls: {ends:#?}");
+}
+
+/// A cutover, or the way back, in which all that is read is read in vain first.
+fn with_reads_that_fail(bed: &CloudBed<'_>, proxy: &Proxy, trouble: Trouble, (command, words): (&str, &[&str])) {
+    proxy.fail_reads(trouble);
+    let words: Vec<&str> = words.iter().copied().chain(["--yes", "--json"]).collect();
+    let mut told = bed.command(0, command, &words);
+    proxy.lead(&mut told);
+    let run = Running::start(told).finish();
+    let failed = lock(&proxy.script).read.len();
+    println!("{command}, {failed} calls that read, {trouble:?}: {run:?}");
+    run.expect_code(0);
+    assert!(failed > 5, "{failed}");
+    bed.expect_well(0, if command == "cutover" { "target" } else { "source" });
+}
+
+fn every_read_with_every_trouble(bed: &CloudBed<'_>, proxy: &Proxy) {
+    for trouble in OF_READS {
+        with_reads_that_fail(bed, proxy, trouble, ("cutover", &[]));
+        with_reads_that_fail(bed, proxy, trouble, ("rollback", &["--with-changes"]));
     }
 }
 
@@ -266,6 +380,7 @@ fn a_call_of_a_cloud_that_fails_anywhere_loses_nothing() {
     bed.note_contents(0);
     bed.replicate();
     if every_step() {
+        every_read_with_every_trouble(&bed, &proxy);
         every_call_with_every_trouble(&bed, &proxy);
         return;
     }
@@ -281,25 +396,36 @@ fn a_call_of_a_cloud_that_fails_anywhere_loses_nothing() {
         bed.expect_well(0, "source");
     };
     assert_eq!(over(2, Trouble::Unanswered), "over");
-    back(4, Trouble::TokenRevoked);
+    back(4, Trouble::TokenEnded);
     assert_eq!(over(3, Trouble::AlwaysPretended), "back");
     assert_eq!(over(5, Trouble::Killed), "undone");
+    with_reads_that_fail(&bed, &proxy, Trouble::Lost, ("cutover", &[]));
+    with_reads_that_fail(&bed, &proxy, Trouble::TokenEnded, ("rollback", &["--with-changes"]));
 }
 
 #[test]
-fn a_call_for_a_server_or_for_volumes_that_fails_anywhere_loses_nothing() {
+fn a_call_for_volumes_that_fails_anywhere_loses_nothing() {
     if !every_step() {
         return;
     }
     let Some(env) = openstack() else { return };
     let proxy = Proxy::start(&env);
-    {
-        let mut bed = CloudBed::detached(&env, 1, "");
-        bed.note_contents(0);
-        bed.replicate();
-        every_call_with_every_trouble(&bed, &proxy);
+    let mut bed = CloudBed::detached(&env, 1, "");
+    bed.note_contents(0);
+    bed.replicate();
+    every_read_with_every_trouble(&bed, &proxy);
+    every_call_with_every_trouble(&bed, &proxy);
+}
+
+#[test]
+fn a_call_for_a_server_that_fails_anywhere_loses_nothing() {
+    if !every_step() {
+        return;
     }
+    let Some(env) = openstack() else { return };
+    let proxy = Proxy::start(&env);
     let mut bed = CloudBed::server(&env, "calls", "");
     bed.replicate();
+    every_read_with_every_trouble(&bed, &proxy);
     every_call_with_every_trouble(&bed, &proxy);
 }

@@ -5,8 +5,7 @@ use std::time::Instant;
 
 use serde_json::json;
 
-use crate::cutover_bed::Running;
-use crate::openstack_bed::CloudBed;
+use crate::openstack_bed::{CloudBed, places};
 use crate::openstack_world::openstack;
 use crate::support::every_step;
 
@@ -98,31 +97,6 @@ fn stopped_before(bed: &CloudBed<'_>) {
     bed.guest().wait_for_ack(acked + 2);
 }
 
-/// The places at which a cutover is killed: some of its phases, and steps of what is done with a volume.
-fn places() -> &'static [&'static str] {
-    const ALL: &[&str] = &[
-        ": syncing",
-        ": converged",
-        ": quiescing",
-        "shelve server",
-        ": final delta",
-        ": verifying",
-        ": swapping",
-        "step=Hide(Source)",
-        "step=StandIn(Source)",
-        "step=Retype",
-        "retype volume",
-        "step=Aside(Target)",
-        "step=Place(Target)",
-        "step=Done",
-        ": resuming",
-        "unshelve server",
-        ": committed",
-    ];
-    // All of a volume's steps are killed at with volumes that nobody has, which takes less.
-    if every_step() { ALL } else { &["retype volume", "unshelve server"] }
-}
-
 #[test]
 fn a_cutover_of_a_cloud_s_server_that_is_killed_is_finished_or_undone() {
     let Some(env) = openstack() else { return };
@@ -132,35 +106,9 @@ fn a_cutover_of_a_cloud_s_server_that_is_killed_is_finished_or_undone() {
         stopped_on_the_way(&bed);
     }
     stopped_before(&bed);
-    let mut undo = false;
-    for place in places() {
-        for back in [false, true] {
-            if back && !every_step() {
-                continue;
-            }
-            undo = !undo;
-            let killed = killed_at(&bed, 0, "cutover", &[], place);
-            println!("killed at {place:?}: {killed}; undone: {undo}");
-            let ended = bed.brought_to_an_end(0, None, undo);
-            println!("it is {ended}");
-            if back && ended == "finished" {
-                let killed = killed_at(&bed, 0, "rollback", &["--with-changes"], place);
-                println!("its way back killed at {place:?}: {killed}");
-            }
-            bed.bring_back(0);
-        }
-    }
-    bed.expect_well(0, "source");
-}
-
-/// Starts a command and kills it once it has told a line with that; says whether it was killed.
-pub(crate) fn killed_at(bed: &CloudBed<'_>, server: usize, command: &str, words: &[&str], place: &str) -> bool {
-    let words: Vec<&str> = words.iter().copied().chain(["--yes"]).collect();
-    let mut command = bed.command(server, command, &words);
-    command.env("POOLSHIFT_LOG", "poolshift=debug");
-    let mut run = Running::start(command);
-    let told = run.until_line(|line| line.trim_end().ends_with(place) || line.contains(&format!("{place} ")));
-    run.kill() && told
+    // All of a volume's steps are killed at with volumes that nobody has, which takes less.
+    let all = places("shelve server", Some("unshelve server"));
+    bed.killed_at_places(if every_step() { &all } else { &["unshelve server", "retype volume"] });
 }
 
 #[test]

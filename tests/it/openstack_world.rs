@@ -43,7 +43,8 @@ pub(crate) fn openstack() -> Option<OpenStackEnv> {
         return None;
     };
     let alone = CLOUD.take();
-    Some(OpenStackEnv { ceph: ceph()?, folder: folder.into(), api: Api::of_the_environment(), _alone: alone })
+    let api = Api::of_the_environment(variable("OS_USERNAME"));
+    Some(OpenStackEnv { ceph: ceph()?, folder: folder.into(), api, _alone: alone })
 }
 
 /// A service of the cloud.
@@ -51,14 +52,16 @@ pub(crate) fn openstack() -> Option<OpenStackEnv> {
 pub(crate) enum Service {
     Cinder,
     Nova,
+    Keystone,
 }
 
-/// The cloud's services, as its administrator reaches them. What a test looks at, it does not see through poolshift's
+/// The cloud's services, as somebody reaches them. What a test looks at, it does not see through poolshift's
 /// own client.
 struct Api {
     runtime: tokio::runtime::Runtime,
     http: reqwest::Client,
     auth_url: String,
+    user: String,
     token: RefCell<Token>,
 }
 
@@ -73,18 +76,18 @@ fn variable(name: &str) -> String {
 }
 
 impl Api {
-    fn of_the_environment() -> Self {
+    fn of_the_environment(user: String) -> Self {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
         let http = reqwest::Client::builder().timeout(Duration::from_secs(120)).build().expect("a client");
-        Self { runtime, http, auth_url: variable("OS_AUTH_URL"), token: RefCell::default() }
+        Self { runtime, http, auth_url: variable("OS_AUTH_URL"), user, token: RefCell::default() }
     }
 
     fn authenticate(&self) -> Result<(), String> {
         let domain = json!({"id": "default"});
         let body = json!({"auth": {
             "identity": {"methods": ["password"], "password": {"user": {
-                "name": variable("OS_USERNAME"), "password": variable("OS_PASSWORD"), "domain": domain,
+                "name": self.user, "password": variable("OS_PASSWORD"), "domain": domain,
             }}},
             "scope": {"project": {"name": variable("OS_PROJECT_NAME"), "domain": domain}},
         }});
@@ -117,6 +120,7 @@ impl Api {
             let version = match service {
                 Service::Cinder => "volume 3.27",
                 Service::Nova => "compute 2.79",
+                Service::Keystone => "identity 3.0",
             };
             // It makes key pairs up to there only.
             let version = if path.starts_with("os-keypairs") { "compute 2.1" } else { version };
@@ -150,6 +154,7 @@ fn address(auth_url: &str, service: Service, project: &str) -> String {
     match service {
         Service::Cinder => format!("{host}:8776/v3/{project}"),
         Service::Nova => format!("{host}:8774/v2.1"),
+        Service::Keystone => auth_url.to_owned(),
     }
 }
 
@@ -163,8 +168,32 @@ impl OpenStackEnv {
     }
 
     /// Asks a service, and gives back what it says, whatever that is.
-    fn ask(&self, service: Service, method: &Method, path: &str, body: Option<&Value>) -> Result<(u16, Value), String> {
+    pub(crate) fn ask(
+        &self,
+        service: Service,
+        method: &Method,
+        path: &str,
+        body: Option<&Value>,
+    ) -> Result<(u16, Value), String> {
         self.api.call(service, method, path, body)
+    }
+
+    /// The same as a user of the project who is no administrator, as the owners of servers are.
+    #[track_caller]
+    pub(crate) fn ask_as_owner(
+        &self,
+        method: &Method,
+        path: &str,
+        body: Option<&Value>,
+    ) -> Result<(u16, Value), String> {
+        let id = |what: &str, name: &str| {
+            let found = self.get(Service::Keystone, &format!("{what}?name={name}"))[what][0]["id"].take();
+            found.as_str().unwrap_or_else(|| panic!("{what}: there is no {name}")).to_owned()
+        };
+        let (user, role) = (id("users", "tenant"), id("roles", "member"));
+        let path_of_role = format!("projects/{}/users/{user}/roles/{role}", self.project());
+        self.tell(Service::Keystone, &Method::PUT, &path_of_role, &Value::Null);
+        Api::of_the_environment("tenant".into()).call(Service::Nova, method, path, body)
     }
 
     /// Asks, and is not refused.
@@ -339,6 +368,14 @@ struct Made {
     snapshots: Vec<String>,
     key_pairs: Vec<String>,
     volume_types: Vec<String>,
+    limits: Vec<String>,
+}
+
+/// The limits of a volume type.
+pub(crate) struct Qos {
+    /// Who sees to it: `front-end` is the hypervisor, `back-end` the storage, `both`.
+    pub(crate) consumer: String,
+    pub(crate) iops: u32,
 }
 
 /// A name that no other test has.
@@ -355,9 +392,15 @@ impl<'a> World<'a> {
     /// Volumes of 1 GiB and the type `sata`, with nothing in them.
     #[track_caller]
     pub(crate) fn volumes(&self, names: &[String]) -> Vec<String> {
+        self.volumes_of("sata", names)
+    }
+
+    /// The same, of another type.
+    #[track_caller]
+    pub(crate) fn volumes_of(&self, volume_type: &str, names: &[String]) -> Vec<String> {
         let make = |name: &String| {
             let body = json!({"volume": {
-                "name": name, "size": 1, "volume_type": "sata", "metadata": {"owner": "it", "of": name},
+                "name": name, "size": 1, "volume_type": volume_type, "metadata": {"owner": "it", "of": name},
             }});
             let answer = self.env.tell(Service::Cinder, &Method::POST, "volumes", &body);
             let id = answer["volume"]["id"].as_str().expect("it has an id").to_owned();
@@ -381,10 +424,10 @@ impl<'a> World<'a> {
         id
     }
 
-    /// The two disks of the guest of `scripts/vm-dev`, as volumes of 1 GiB and the type `sata`.
+    /// The two disks of the guest of `scripts/vm-dev`, as volumes of 1 GiB and a type.
     #[track_caller]
-    pub(crate) fn guest_volumes(&self, name: &str) -> Vec<String> {
-        let volumes = self.volumes(&["root", "data"].map(|role| format!("{name}-{role}")));
+    pub(crate) fn guest_volumes(&self, volume_type: &str, name: &str) -> Vec<String> {
+        let volumes = self.volumes_of(volume_type, &["root", "data"].map(|role| format!("{name}-{role}")));
         let images: Vec<String> = volumes.iter().map(|id| format!("sata/volume-{id}")).collect();
         for image in &images {
             self.env.rbd(&["rm", "--no-progress", image]);
@@ -426,13 +469,25 @@ impl<'a> World<'a> {
     /// A type of volumes of a backend, by its name.
     #[track_caller]
     pub(crate) fn volume_type(&self, backend: &str) -> String {
+        self.volume_type_with(backend, &[], None)
+    }
+
+    /// The same, with more extra specs, and limits.
+    #[track_caller]
+    pub(crate) fn volume_type_with(&self, backend: &str, specs: &[(&str, &str)], limits: Option<Qos>) -> String {
         let name = unique("type");
-        let body = json!({"volume_type": {"name": name, "extra_specs": {"volume_backend_name": backend}}});
-        let answer = self.env.tell(Service::Cinder, &Method::POST, "types", &body);
-        self.made
-            .borrow_mut()
-            .volume_types
-            .push(answer["volume_type"]["id"].as_str().expect("it has an id").to_owned());
+        let mut all = json!({"volume_backend_name": backend});
+        specs.iter().for_each(|(key, value)| all[*key] = (*value).into());
+        let body = json!({"volume_type": {"name": name, "extra_specs": all}});
+        let id_of = |answer: &Value| answer["id"].as_str().expect("it has an id").to_owned();
+        let made = id_of(&self.env.tell(Service::Cinder, &Method::POST, "types", &body)["volume_type"]);
+        self.made.borrow_mut().volume_types.push(made.clone());
+        if let Some(Qos { consumer, iops }) = limits {
+            let body = json!({"qos_specs": {"name": name, "consumer": consumer, "total_iops_sec": iops.to_string()}});
+            let limits = id_of(&self.env.tell(Service::Cinder, &Method::POST, "qos-specs", &body)["qos_specs"]);
+            self.made.borrow_mut().limits.push(limits.clone());
+            self.env.get(Service::Cinder, &format!("qos-specs/{limits}/associate?vol_type_id={made}"));
+        }
         name
     }
 
@@ -594,6 +649,9 @@ impl<'a> World<'a> {
         made.volumes.iter().for_each(|id| note(self.try_remove_volume(id)));
         for id in &made.volume_types {
             note(self.env.ask(Service::Cinder, &Method::DELETE, &format!("types/{id}"), None).map(drop));
+        }
+        for id in &made.limits {
+            note(self.env.ask(Service::Cinder, &Method::DELETE, &format!("qos-specs/{id}?force=true"), None).map(drop));
         }
         for name in &made.key_pairs {
             note(self.env.ask(Service::Nova, &Method::DELETE, &format!("os-keypairs/{name}"), None).map(drop));

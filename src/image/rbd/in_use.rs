@@ -3,7 +3,8 @@
 //!
 //! Cinder knows the image of a volume by its name only, `volume-ID`, in the pool of the volume's backend. What it moves
 //! to another pool is an empty image of 4 MiB of that name, so that it takes an instant; the real images have other
-//! names then. A placeholder carries a mark in its metadata, which librbd copies with it.
+//! names then. A placeholder carries a mark in its metadata, which librbd copies with it, and the limits (QoS) of the image
+//! that it stands in for: what Cinder writes to it, that image is given when it has its name again.
 
 use super::target::STATE_KEY;
 use super::{Connector, CreateOptions, RbdImage};
@@ -11,6 +12,24 @@ use crate::image::{Disk as _, ErrorKind, ImageError, ImageSpec, Result, SourceIm
 
 /// The metadata key of the mark.
 const MARK_KEY: &str = "poolshift.placeholder";
+/// The metadata keys of the limits that a volume type may have with it: those that Cinder's driver for RBD writes to the
+/// image of a volume's name (`QOS_KEY_MAP` of its `rbd.py`), for which a placeholder may stand in then.
+const LIMIT_KEYS: [&str; 12] = [
+    "conf_rbd_qos_iops_limit",
+    "conf_rbd_qos_iops_burst",
+    "conf_rbd_qos_read_iops_limit",
+    "conf_rbd_qos_read_iops_burst",
+    "conf_rbd_qos_write_iops_limit",
+    "conf_rbd_qos_write_iops_burst",
+    "conf_rbd_qos_bps_limit",
+    "conf_rbd_qos_bps_burst",
+    "conf_rbd_qos_read_bps_limit",
+    "conf_rbd_qos_read_bps_burst",
+    "conf_rbd_qos_write_bps_limit",
+    "conf_rbd_qos_write_bps_burst",
+];
+/// No limit.
+const UNLIMITED: &str = "0";
 /// The size of a placeholder, in bytes: one object.
 const PLACEHOLDER_SIZE: u64 = 4 << 20;
 
@@ -18,6 +37,9 @@ const PLACEHOLDER_SIZE: u64 = 4 << 20;
 fn aside(name: &str) -> String {
     format!("{name}.poolshift-placeholder")
 }
+
+/// An image's limits, in the order of [`LIMIT_KEYS`].
+type Limits = Vec<Option<String>>;
 
 /// What has a name in a pool.
 #[derive(Debug)]
@@ -138,6 +160,38 @@ impl RbdImage {
     /// Gives a placeholder another name than that which it stands in for, so that the image can have that.
     pub async fn put_aside(&self, name: &str) -> Result<()> {
         self.rename(&aside(name)).await
+    }
+
+    async fn limits(&self) -> Result<Limits> {
+        let read = |image: &crate::ceph::Image| {
+            LIMIT_KEYS.iter().map(|key| image.metadata(key)).collect::<std::result::Result<Limits, _>>()
+        };
+        self.inner.look("look for limits", read).await
+    }
+
+    /// Gives a placeholder the limits of the image that it is to stand in for. Every limit is written, as none where there
+    /// is none: Cinder's driver takes away what it has never written when a type's QoS is for the hypervisor only, and
+    /// gives up where there is nothing to take away.
+    pub async fn stand_in_for(&self, image: &Self) -> Result<()> {
+        let (has, wanted) = futures::try_join!(self.limits(), image.limits())?;
+        let wanted = wanted.iter().map(|limit| Some(limit.as_deref().unwrap_or(UNLIMITED)));
+        self.store_limits(&has, wanted).await
+    }
+
+    /// Gives an image the limits that a placeholder was given while it stood in for it.
+    pub async fn take_over_from(&self, placeholder: &Self) -> Result<()> {
+        let (has, wanted) = futures::try_join!(self.limits(), placeholder.limits())?;
+        let wanted = wanted.iter().map(|limit| limit.as_deref().filter(|limit| *limit != UNLIMITED));
+        self.store_limits(&has, wanted).await
+    }
+
+    async fn store_limits<'a>(&self, has: &Limits, wanted: impl Iterator<Item = Option<&'a str>>) -> Result<()> {
+        for ((key, has), wanted) in LIMIT_KEYS.into_iter().zip(has).zip(wanted) {
+            if has.as_deref() != wanted {
+                self.store_bounded(key, wanted, 64, "write a limit").await?;
+            }
+        }
+        Ok(())
     }
 
     async fn mark_as_placeholder(&self, name: &str) -> Result<()> {

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `switch` | one volume: what is to be done next, as a pure function, and doing it |
 //! | `server` | a server that runs from the volumes: it is shelved, and unshelved |
+//! | `lock` | that server is locked meanwhile, so that its owner does not start it |
 //! | `gateway` | a server that has them as data disks: it gives them away, and gets them back |
 //! | `detached` | volumes that nobody has |
 //! | `effect` | asking a cloud for something, and looking until it is so |
@@ -39,6 +40,7 @@ mod detached;
 pub mod drift;
 mod effect;
 mod gateway;
+mod lock;
 mod preconditions;
 mod rehearse;
 pub mod retype;
@@ -130,6 +132,20 @@ impl OpenStack {
         let looks = self.volumes.iter().zip(&volumes).map(|(volume, shown)| volume.look(shown));
         let seen = try_join_all(looks).await.map_err(|error| self.image_error(operation, &error))?;
         Ok(volumes.into_iter().zip(seen).collect())
+    }
+
+    /// All volumes have the types that they leave, also after what was looked at before the first cycle.
+    async fn as_planned(&self, operation: &str, from: Side) -> Result<(), ProviderError> {
+        let volumes = self.cinder_volumes(operation).await?;
+        for (volume, shown) in self.volumes.iter().zip(&volumes) {
+            let (now, wanted) = (shown.volume_type.as_deref().unwrap_or_default(), volume.final_type(from));
+            if now != wanted || shown.is_moving() {
+                let id = &shown.id;
+                let problem = format!("volume {id} is {} of type {now:?}, and no longer of {wanted:?}", shown.status);
+                return Err(self.error(operation, problem, Some("somebody has retyped it: make the plan anew")));
+            }
+        }
+        Ok(())
     }
 
     /// The side that all volumes are on.
@@ -349,7 +365,12 @@ impl Provider for OpenStack {
                 Holder::Server(_) | Holder::Nobody => Ok(()),
             }
         };
-        try_join3(placeholders, no_snapshots, remember).await.map(drop)
+        try_join3(placeholders, no_snapshots, remember).await?;
+        self.as_planned(operation, from).await?;
+        match &self.config.holder {
+            Holder::Server(id) => self.lock_server(id).await,
+            Holder::Gateway { .. } | Holder::Nobody => Ok(()),
+        }
     }
 
     async fn quiesce(&self, _notes: &mut Notes) -> Result<(), ProviderError> {
@@ -406,6 +427,9 @@ impl Provider for OpenStack {
 
     async fn settle(&self, on: Side, notes: &mut Notes) -> Result<Vec<String>, ProviderError> {
         let operation = "cleaning up";
+        if let Holder::Server(id) = &self.config.holder {
+            self.unlock_server(id).await?;
+        }
         if let Holder::Gateway { server, resume, .. } = &self.config.holder {
             // A process that is gone may have given it some of them back, or none, and told nobody to go on.
             self.attach_all(operation, (server, on), notes).await?;

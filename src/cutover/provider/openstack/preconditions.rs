@@ -4,7 +4,7 @@ use futures::future::join_all;
 
 use super::super::{Precondition, Side, Verdict};
 use super::switch::{self, CloudVolume, Step};
-use super::{OpenStack, name};
+use super::{OpenStack, lock, name};
 use crate::openstack::cinder::{Status, Volume, VolumeType};
 use crate::openstack::{Cloud, CloudError};
 use crate::plan::Holder;
@@ -74,10 +74,10 @@ async fn server(provider: &OpenStack, cloud: &Cloud, id: &str) -> Precondition {
             let volume = missing.map(|volume| volume.cinder.volume.clone()).unwrap_or_default();
             wrong(format!("it has not the volume {volume}: make the plan anew, with poolshift plan --openstack"))
         }
-        () if server.locked => Precondition::new(
+        () if server.locked && !lock::is_ours(&server) => Precondition::new(
             what.clone(),
             Verdict::Warning,
-            "it is locked by its owner: only an administrator can stop it",
+            "it is locked by somebody: only an administrator can stop it, and it stays locked",
         ),
         () if more > 0 => {
             let found = format!("it runs; it has {more} volumes more than the plan, which stay as they are");

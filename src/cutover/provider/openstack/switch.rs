@@ -332,7 +332,11 @@ impl CloudVolume {
     /// Makes the placeholder that the volume leaves a side with.
     pub(super) async fn prepare(&self, from: Side) -> Result<(), ImageError> {
         let (connector, place) = self.at(from);
-        connector.prepare_placeholder(&place.pool, place.namespace.as_deref(), &place.in_use).await.map(drop)
+        let placeholder = connector.prepare_placeholder(&place.pool, place.namespace.as_deref(), &place.in_use).await?;
+        match self.named(from, true).await? {
+            Named::Image(image) => placeholder.stand_in_for(&image).await,
+            Named::Nothing | Named::Placeholder(_) => Ok(()),
+        }
     }
 
     /// Removes what is left of placeholders.
@@ -353,10 +357,18 @@ impl CloudVolume {
                 let (connector, place) = self.at(side);
                 let (pool, namespace) = (place.pool.as_str(), place.namespace.as_deref());
                 let placeholder = connector.prepare_placeholder(pool, namespace, &place.in_use).await?;
+                if let Named::Image(image) = self.named(side, false).await? {
+                    placeholder.stand_in_for(&image).await?;
+                }
                 placeholder.rename(&place.in_use).await
             }
             Step::Aside(side) => match self.named(side, true).await? {
-                Named::Placeholder(placeholder) => placeholder.put_aside(&self.at(side).1.in_use).await,
+                Named::Placeholder(placeholder) => {
+                    if let Named::Image(image) = self.named(side, false).await? {
+                        image.take_over_from(&placeholder).await?;
+                    }
+                    placeholder.put_aside(&self.at(side).1.in_use).await
+                }
                 Named::Nothing | Named::Image(_) => Ok(()),
             },
             Step::Wait | Step::Retype | Step::Done | Step::Refuse(_) => Ok(()),
