@@ -4,17 +4,33 @@ use super::super::{Observed, Power, ProviderError};
 use super::OpenStack;
 use crate::openstack::cinder::Status;
 
+/// Whether a volume of that status is kept from nobody.
+fn is_free(status: &str) -> bool {
+    [Status::Available, Status::InUse].iter().any(|free| free.name() == status)
+}
+
 impl OpenStack {
-    /// Running: anybody may have them, on one side. Off: nobody may.
+    /// Running: anybody may have them, or has them by now, on one side. Off: nobody may.
     pub(super) async fn observe_detached(&self) -> Result<Observed, ProviderError> {
         for volume in &self.volumes {
             self.until_still("state", volume).await?;
         }
         let volumes = self.look("state").await?;
-        let free = volumes.iter().all(|(volume, _)| volume.status == Status::Available.name());
+        let free = volumes.iter().all(|(volume, _)| is_free(&volume.status));
         let side = self.side_of(&volumes);
         // Cinder gives another type to what is available only: in the midst of that they are, and no good to anybody.
         let power = if free && side.is_some() { Power::Running } else { Power::Off };
         Ok(Observed { power, side })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_free;
+
+    #[test]
+    fn what_somebody_has_is_kept_from_nobody() {
+        let found = ["available", "in-use", "maintenance", "reserved", "error", "retyping"].map(is_free);
+        assert_eq!(found, [true, true, false, false, false, false]);
     }
 }

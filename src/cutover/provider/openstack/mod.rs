@@ -54,7 +54,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use futures::future::{join_all, try_join, try_join_all, try_join3};
+use futures::future::{join_all, join3, try_join, try_join_all};
 use tokio::sync::OnceCell;
 
 use super::{Notes, Observed, Precondition, Provider, ProviderError, Side, name};
@@ -340,8 +340,8 @@ impl Provider for OpenStack {
     async fn prepare(&self, from: Side, notes: &mut Notes) -> Result<(), ProviderError> {
         let operation = "preparation";
         let placeholders = async {
-            let prepare = self.volumes.iter().map(|volume| volume.prepare(from));
-            try_join_all(prepare).await.map_err(|error| self.image_error(operation, &error))
+            let prepared = join_all(self.volumes.iter().map(|volume| volume.prepare(from))).await;
+            prepared.into_iter().collect::<Result<Vec<()>, _>>().map_err(|error| self.image_error(operation, &error))
         };
         let no_snapshots = async {
             let cloud = self.cloud(operation).await?;
@@ -365,7 +365,9 @@ impl Provider for OpenStack {
                 Holder::Server(_) | Holder::Nobody => Ok(()),
             }
         };
-        try_join3(placeholders, no_snapshots, remember).await?;
+        // All to their ends: a placeholder that is made by a call that was dropped comes after it was tidied up.
+        let (placeholders, no_snapshots, remember) = join3(placeholders, no_snapshots, remember).await;
+        placeholders.and(no_snapshots).and(remember)?;
         self.as_planned(operation, from).await?;
         match &self.config.holder {
             Holder::Server(id) => self.lock_server(id).await,

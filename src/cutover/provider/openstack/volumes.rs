@@ -119,6 +119,8 @@ impl Effect for OfStatus<'_> {
         let shown = self.cloud.volume(&self.volume.cinder.volume).await?;
         Ok(match () {
             () if shown.status == self.status.name() => Look::Done,
+            // It is to be kept from nobody, and somebody has it.
+            () if self.status == Status::Available && shown.status == Status::InUse.name() => Look::Done,
             () if shown.is_moving() => Look::Working(shown.status),
             () if is_taken(&shown, self.ours) => taken(&shown),
             () => Look::NotYet(shown.status),
