@@ -54,7 +54,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use futures::future::{join_all, join3, try_join, try_join_all};
+use futures::future::{join, join_all, join3, try_join, try_join_all};
 use tokio::sync::OnceCell;
 
 use super::{Notes, Observed, Precondition, Provider, ProviderError, Side, name};
@@ -199,8 +199,9 @@ impl OpenStack {
                 }
                 // A server that was shelved expects it to be kept for it.
                 Step::Aside(_) if self.ours().is_some() && !shut => {
-                    let aside = async { volume.rename(&step).await.map_err(image_error) };
-                    try_join(aside, self.shut(operation, cloud, volume)).await?;
+                    let (aside, kept) = join(volume.rename(&step), self.shut(operation, cloud, volume)).await;
+                    aside.map_err(image_error)?;
+                    kept?;
                     known.after(&step);
                     (seen, shut) = (Some((shown, known)), true);
                 }
