@@ -118,8 +118,9 @@ pub(super) async fn target_of_plan(context: &Context<'_>, volume: &Volume) -> Re
     match volume.target_in_use() {
         None => existing_target(context, &volume.target, None).await,
         Some(in_use) => {
-            let connector = connect(context, &context.config.target_ceph).await?;
-            Ok(Arc::new(connector.open_target(&volume.target, Some(&in_use)).await?))
+            let sources = connect(context, &context.config.source_ceph).await?;
+            let targets = connect(context, &context.config.target_ceph).await?;
+            Ok(Arc::new(targets.open_target_of(&volume.target, Some(&in_use), (&sources, &volume.source)).await?))
         }
     }
 }

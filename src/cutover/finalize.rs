@@ -5,7 +5,8 @@
 //! 1. The leases of the sources, so that no way back begins meanwhile; then the journal is read again, and says from
 //!    now on that the server is being finalized: a way back is refused.
 //! 2. The clones of the sources are flattened.
-//! 3. The snapshots of the sources are removed, and the sources.
+//! 3. The snapshots of the sources are removed, and the sources: by the provider, where somebody else keeps books of them
+//!    ([`Provider::remove_source`]), which is told only when no snapshot and no client of poolshift's is left.
 //! 4. On the targets poolshift's snapshots are removed, by their ids, and then the state that knows them; the note.
 //! 5. The journal.
 //!
@@ -122,7 +123,7 @@ impl Kept {
         (sources, targets): (&Connector, &Connector),
     ) -> Result<Self> {
         let Some(first) = disks.first() else { return Err(other_plan(name, "a volume")) };
-        let first = targets.open_target(&first.target, first.target_in_use.as_ref()).await?;
+        let first = open_first(name, first, (sources, targets)).await?;
         let journal = cut_over(name, journal_of(&first).await?)?;
         let (mut volumes, mut first) = (Vec::new(), Some(first));
         for disk in disks {
@@ -151,14 +152,18 @@ impl Kept {
     pub async fn look(&self) -> Result<Farewell> {
         let begun = self.journal.finalizing;
         let observed = self.provider.observe(&self.journal.notes).await?;
+        let wrong_side = match farewell::wrong_side(&observed, self.provider.by_hand(), begun) {
+            None => self.provider.keeps_sources().await?,
+            wrong => wrong,
+        };
         let since = self.journal.ended.clone().unwrap_or_else(|| self.journal.begun.clone());
         Ok(Farewell {
             server: self.name.clone(),
             by: self.provider.describe(),
             since,
             begun,
-            wrong_side: farewell::wrong_side(&observed, self.provider.by_hand(), begun),
-            volumes: try_join_all(self.volumes.iter().map(KeptVolume::look)).await?,
+            wrong_side,
+            volumes: try_join_all(self.volumes.iter().map(|volume| volume.look(self.provider.as_ref()))).await?,
         })
     }
 
@@ -232,7 +237,8 @@ impl Kept {
             if cancel.is_cancelled() {
                 return Ok(done);
             }
-            volume.remove_source(&self.connector, going.source.as_ref(), observer, &mut done).await?;
+            let by = (&self.connector, self.provider.as_ref());
+            volume.remove_source(by, going.source.as_ref(), observer, &mut done).await?;
         }
         for (volume, going) in self.volumes.iter().zip(&now.volumes) {
             if cancel.is_cancelled() {
@@ -249,6 +255,28 @@ impl Kept {
     }
 }
 
+/// The first target, which keeps the journal. Where its name is not to be known beforehand, its source leads to it; where
+/// that is gone, by a run that was cut, the journal itself does.
+async fn open_first(name: &str, disk: &ServerDisk, clusters: (&Connector, &Connector)) -> Result<RbdImage> {
+    let (sources, targets) = clusters;
+    let missing = match targets.open_target_of(&disk.target, disk.target_in_use.as_ref(), (sources, &disk.source)).await
+    {
+        Err(error) if error.kind == ErrorKind::NotFound && disk.target_in_use.is_some() => error,
+        opened => return Ok(opened?),
+    };
+    let (pool, namespace, _) = place(&disk.target)?;
+    let (_, _, source_name) = place(&disk.source)?;
+    for (image, text) in targets.journals(pool, namespace).await? {
+        let Ok(journal) = Journal::parse(&text) else { continue };
+        let first = journal.volumes.first();
+        let is_of = first.is_some_and(|volume| volume.source_name == source_name && volume.target == *image.identity());
+        if journal.server == name && journal.finalizing && is_of {
+            return Ok(image);
+        }
+    }
+    Err(missing.into())
+}
+
 fn other_plan(server: &str, volume: &str) -> CutoverError {
     let problem = format!("was cut over with other images than the plan has for {volume}");
     wrong_state(server, &problem, "the plan has to be as it was at the cutover")
@@ -259,7 +287,7 @@ fn snapshot_of(going: &Going) -> Snapshot {
 }
 
 impl KeptVolume {
-    async fn look(&self) -> Result<VolumeFarewell> {
+    async fn look(&self, provider: &dyn Provider) -> Result<VolumeFarewell> {
         let state = load_state(&self.target).await?;
         let follows_another = state.as_ref().filter(|state| state.source != self.journal.source);
         let follows_another = follows_another.map(|state| state.source_location.clone());
@@ -272,19 +300,27 @@ impl KeptVolume {
             }
         };
         let source = match &self.source {
-            Some(source) => Some(self.look_at_source(source, state.as_ref()).await?),
+            Some(source) => Some(self.look_at_source((source, provider), state.as_ref()).await?),
             None => None,
         };
         let target = TargetFarewell { location: self.target.location().to_owned(), snapshots, follows_another };
         Ok(VolumeFarewell { volume: self.disk.volume.clone(), source, target })
     }
 
-    async fn look_at_source(&self, source: &RbdImage, state: Option<&TargetState>) -> Result<SourceFarewell> {
+    async fn look_at_source(
+        &self,
+        (source, provider): (&RbdImage, &dyn Provider),
+        state: Option<&TargetState>,
+    ) -> Result<SourceFarewell> {
         let (tree, users, name) = futures::try_join!(source.tree(), source.users(), source.name())?;
         let whose = |snapshot: &RbdSnapshot| Going::of(snapshot, farewell::on_source(snapshot, state));
+        let left = match provider.keeps_source_names() {
+            true => self.journal.source_name.clone(),
+            false => kept_name(&self.journal.source_name),
+        };
         Ok(SourceFarewell {
             location: source.location().to_owned(),
-            named_as_kept: name == kept_name(&self.journal.source_name),
+            named_as_kept: name == left,
             size: tree.relations.size,
             own_bytes: tree.relations.own_bytes,
             snapshots: tree.relations.snapshots.iter().map(whose).collect(),
@@ -321,12 +357,14 @@ impl KeptVolume {
 
     async fn remove_source(
         &mut self,
-        connector: &Connector,
+        (connector, provider): (&Connector, &dyn Provider),
         going: Option<&SourceFarewell>,
         observer: &dyn Observer,
         done: &mut Finalized,
     ) -> Result<()> {
         let (Some(source), Some(going)) = (self.source.take(), going) else {
+            // Gone, but perhaps not for whoever keeps books of it.
+            provider.remove_source(&self.disk.volume).await?;
             let (pool, namespace, _) = place(&self.disk.source)?;
             return Ok(connector.remove_remains(pool, namespace, &self.journal.source.image).await?);
         };
@@ -336,7 +374,12 @@ impl KeptVolume {
             self.source = Some(source);
             return Err(error);
         }
-        source.remove().await?;
+        if provider.keeps_source_names() {
+            source.release_lease().await?;
+        }
+        if !provider.remove_source(&self.disk.volume).await? {
+            source.remove().await?;
+        }
         done.removed_images.push(going.location.clone());
         Ok(())
     }

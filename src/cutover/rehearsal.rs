@@ -154,7 +154,11 @@ impl Stage {
     ) -> Result<Self> {
         let (sources, connector) = clusters;
         let open = |disk: ServerDisk| async move {
-            let target = connector.open_target(&disk.target, disk.target_in_use.as_ref()).await?;
+            let in_use = disk.target_in_use.as_ref();
+            let target = match sources {
+                Some(sources) => connector.open_target_of(&disk.target, in_use, (sources, &disk.source)).await?,
+                None => connector.open_target(&disk.target, in_use).await?,
+            };
             Ok::<_, ImageError>((disk, target))
         };
         let targets = try_join_all(disks.into_iter().map(open)).await?;

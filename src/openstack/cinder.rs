@@ -23,6 +23,9 @@ pub struct Volume {
     /// Its name, which may be empty.
     #[serde(default, deserialize_with = "text")]
     pub name: String,
+    /// What it is for, in its owner's words.
+    #[serde(default)]
+    pub description: Option<String>,
     /// Its size, in GiB.
     pub size: u64,
     /// `available`, `in-use`, `reserved`, `retyping`, `error` and others.

@@ -23,6 +23,8 @@ pub struct Managed<'a> {
     pub image: &'a str,
     /// The volume's name.
     pub name: &'a str,
+    /// What it is for, in its owner's words.
+    pub description: Option<&'a str>,
     /// The name of its type, which has to be one of that backend.
     pub volume_type: &'a str,
     /// Whether a server may boot from it.
@@ -31,13 +33,24 @@ pub struct Managed<'a> {
     pub metadata: BTreeMap<String, String>,
 }
 
-/// Where Cinder keeps volumes.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Where Cinder keeps volumes, by what its backends tell its scheduler.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Backend {
     /// The host, backend and pool: `vm@sas#sas`.
     pub host: String,
     /// What types name it by.
     pub backend_name: String,
+    /// Of RBD's driver: `ceph:CONF:FSID:USER:POOL`.
+    pub location_info: String,
+}
+
+impl Backend {
+    /// The cluster and the pool of RBD that it puts images in; `None` where it does not tell.
+    pub fn place(&self) -> Option<(&str, &str)> {
+        let mut parts = self.location_info.rsplit(':');
+        let (pool, _user, fsid) = (parts.next()?, parts.next()?, parts.next()?);
+        Some((fsid, pool))
+    }
 }
 
 impl Cloud {
@@ -47,6 +60,8 @@ impl Cloud {
         struct Capabilities {
             #[serde(default)]
             volume_backend_name: String,
+            #[serde(default)]
+            location_info: String,
         }
         #[derive(Deserialize)]
         struct Pool {
@@ -60,7 +75,10 @@ impl Cloud {
         }
         let (path, query) = ("scheduler-stats/get_pools", [("detail", "true")]);
         let answer: Answer = self.ask(Service::Cinder, path, &query, "list the backends").await?;
-        let of = |pool: Pool| Backend { host: pool.name, backend_name: pool.capabilities.volume_backend_name };
+        let of = |Pool { name: host, capabilities }: Pool| {
+            let Capabilities { volume_backend_name: backend_name, location_info } = capabilities;
+            Backend { host, backend_name, location_info }
+        };
         let mut all: Vec<Backend> = answer.pools.into_iter().map(of).collect();
         all.sort_by(|one, other| one.host.cmp(&other.host));
         Ok(all)
@@ -73,11 +91,11 @@ impl Cloud {
         struct Answer {
             volume: Volume,
         }
-        let Managed { host, image, name, volume_type, bootable, metadata } = wanted;
+        let Managed { host, image, name, description, volume_type, bootable, metadata } = wanted;
         let operation = format!("manage image {image} of {host}");
         let body = json!({"volume": {
             "host": host, "ref": {"source-name": image}, "name": name, "volume_type": volume_type, "bootable": bootable,
-            "metadata": metadata,
+            "description": description, "metadata": metadata,
         }});
         let (service, path) = (Service::Cinder, "manageable_volumes");
         let ask = Ask { service, method: Method::POST, path, query: &[], body: Some(&body), operation: &operation };
@@ -104,6 +122,22 @@ impl Cloud {
         let path = format!("volumes/{}/action", checked(volume, "volume", &operation)?);
         let body = json!({"os-set_image_metadata": {"metadata": metadata}});
         self.tell(Service::Cinder, Method::POST, &path, Some(&body), &operation).await
+    }
+
+    /// Keeps a volume that nobody has from being attached: it is `attaching` until [`Self::unreserve`].
+    pub async fn reserve(&self, volume: &str) -> Result<()> {
+        self.act(volume, "reserve", &json!({"os-reserve": {}})).await
+    }
+
+    /// Gives it free again.
+    pub async fn unreserve(&self, volume: &str) -> Result<()> {
+        self.act(volume, "free", &json!({"os-unreserve": {}})).await
+    }
+
+    async fn act(&self, volume: &str, word: &str, body: &Value) -> Result<()> {
+        let operation = format!("{word} volume {volume}");
+        let path = format!("volumes/{}/action", checked(volume, "volume", &operation)?);
+        self.tell(Service::Cinder, Method::POST, &path, Some(body), &operation).await
     }
 
     /// Begins to make a snapshot a mere snapshot of its volume's image, which keeps its name.
@@ -138,4 +172,12 @@ impl Cloud {
         let ask = Ask { service, method: Method::POST, path, query: &[], body: Some(&body), operation: &operation };
         Ok(self.session.get::<Answer>(ask).await?.snapshot.id)
     }
+}
+
+#[test]
+fn a_backend_says_where_its_images_are() {
+    let backend = |info: &str| Backend { location_info: info.into(), ..Backend::default() };
+    let sas = backend("ceph:/etc/ceph/ceph.conf:7e88d898-73ea:cinder:sas");
+    assert_eq!(sas.place(), Some(("7e88d898-73ea", "sas")));
+    assert_eq!(backend("").place(), None);
 }

@@ -7,6 +7,7 @@
 //! | [`cinder`] | volumes, types, snapshots |
 //! | [`manage`] | what Cinder is given as a volume, and what is taken from it |
 //! | [`nova`] | servers and their attachments |
+//! | [`definition`] | all that a server is made again from |
 //! | `keystone` | projects by their names |
 //! | [`discovery`] | which servers and volumes there are, and what keeps them from being moved |
 //! | [`error`] | what can go wrong |
@@ -19,7 +20,8 @@
 //! # Versions
 //!
 //! Every call has one exact microversion, [`CINDER`] and [`NOVA`]: what a cloud answers is what was tried. An older
-//! cloud is refused by name when it is connected to.
+//! cloud is refused by name when it is connected to. What came later has a version of its own, as
+//! [`definition::NOVA_ATTACHMENTS`], and is asked for before it is needed ([`Cloud::speaks`]).
 //!
 //! # Secrets
 //!
@@ -28,6 +30,7 @@
 
 pub mod access;
 pub mod cinder;
+pub mod definition;
 pub mod discovery;
 pub mod error;
 mod keystone;
@@ -82,6 +85,12 @@ impl Cloud {
             }
         }
         Ok(Self { session })
+    }
+
+    /// Whether its Nova speaks that version.
+    pub async fn speaks(&self, nova: Microversion) -> Result<bool> {
+        let (lowest, highest) = self.session.versions(Service::Nova).await?;
+        Ok((lowest..=highest).contains(&nova))
     }
 
     /// What the cloud is called, for people.

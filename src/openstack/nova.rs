@@ -151,8 +151,8 @@ pub struct NewServer<'a> {
     pub name: &'a str,
     /// Its flavor, by its id.
     pub flavor: &'a str,
-    /// Its volumes, with whether each ends with it. It boots from the first one.
-    pub volumes: Vec<(&'a str, bool)>,
+    /// Its volumes, in the order of its disks, with whether each ends with it and its tag. It boots from the first one.
+    pub volumes: Vec<(&'a str, bool, Option<&'a str>)>,
     /// What is written to it.
     pub metadata: BTreeMap<String, String>,
     /// More of it, by Nova's own keys: `key_name`, `tags`, `user_data`.
@@ -160,12 +160,17 @@ pub struct NewServer<'a> {
 }
 
 impl NewServer<'_> {
-    fn body(&self) -> Value {
-        let disks = self.volumes.iter().enumerate().map(|(index, (volume, delete))| {
-            json!({
+    /// What Nova is told.
+    pub fn body(&self) -> Value {
+        let disks = self.volumes.iter().enumerate().map(|(index, (volume, delete, tag))| {
+            let mut disk = json!({
                 "boot_index": if index == 0 { 0 } else { -1 }, "uuid": volume, "source_type": "volume",
                 "destination_type": "volume", "delete_on_termination": delete,
-            })
+            });
+            if let Some(tag) = tag {
+                disk["tag"] = (*tag).into();
+            }
+            disk
         });
         let mut body = self.more.clone();
         body.insert("name".into(), self.name.into());

@@ -186,12 +186,21 @@ impl Session {
         self.send(ask).await.map(drop)
     }
 
+    /// The same in a microversion of the call's own, which the caller has made sure of.
+    pub(super) async fn tell_in(&self, version: Microversion, ask: Ask<'_>) -> Result<()> {
+        self.send_in(Some(version), ask).await.map(drop)
+    }
+
     async fn place(&self, service: Service) -> Result<String> {
         let token = self.token(None).await?;
         Ok(place(service.name(), &self.endpoint(&token, service)?))
     }
 
     async fn send(&self, ask: Ask<'_>) -> Result<Vec<u8>> {
+        self.send_in(None, ask).await
+    }
+
+    async fn send_in(&self, own: Option<Microversion>, ask: Ask<'_>) -> Result<Vec<u8>> {
         let reads = ask.method == Method::GET;
         let (mut refused_token, mut renewed) = (None, false);
         let mut wait = Duration::from_millis(200);
@@ -206,7 +215,8 @@ impl Session {
             }
             let mut request = self.http.request(ask.method.clone(), url);
             request = request.header("X-Auth-Token", token.text.expose_secret()).header("Accept", "application/json");
-            if let Some((service, version)) = ask.service.version() {
+            if let Some((service, usual)) = ask.service.version() {
+                let version = own.unwrap_or(usual);
                 request = request.header("OpenStack-API-Version", format!("{service} {version}"));
             }
             if let Some(body) = ask.body {

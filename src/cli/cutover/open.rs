@@ -58,7 +58,7 @@ pub(in crate::cli) async fn open_server(
     let mut volumes = Vec::new();
     for disk in provider::disks_of(server) {
         let source = source(context, &disk).await?;
-        let target = match open_target(context, &disk.target, disk.target_in_use.as_ref()).await {
+        let target = match open_target(context, (&disk.source, &disk.target), disk.target_in_use.as_ref()).await {
             Ok(target) => target,
             Err(error) if error.kind == ErrorKind::NotFound && images::place_exists(context, &disk.target).await? => {
                 let plan = plan.path.display();
@@ -141,12 +141,16 @@ async fn open(context: &Context<'_>, access: &CephAccess, spec: &ImageSpec) -> R
 /// Opens a target, under the name that it has now.
 async fn open_target(
     context: &Context<'_>,
-    spec: &ImageSpec,
+    (source, spec): (&ImageSpec, &ImageSpec),
     in_use: Option<&ImageSpec>,
 ) -> Result<Arc<RbdImage>, ImageError> {
     refuse_file(spec)?;
-    let connector = images::connect(context, &context.config.target_ceph).await?;
-    Ok(Arc::new(connector.open_target(spec, in_use).await?))
+    let targets = images::connect(context, &context.config.target_ceph).await?;
+    if in_use.is_none() {
+        return Ok(Arc::new(targets.open_target(spec, None).await?));
+    }
+    let sources = images::connect(context, &context.config.source_ceph).await?;
+    Ok(Arc::new(targets.open_target_of(spec, in_use, (&sources, source)).await?))
 }
 
 /// Refuses a server that is being finalized: its sources are going, or have gone, and it can't be opened as a whole.
@@ -193,7 +197,10 @@ pub(in crate::cli) async fn open_stage(context: &Context<'_>, server: &plan::Ser
 /// Opens a target that keeps a journal; `None` where it is a file, which keeps none.
 pub(super) async fn target(context: &Context<'_>, volume: &plan::Volume) -> Result<Option<Arc<RbdImage>>, ImageError> {
     match volume.target {
-        ImageSpec::Rbd { .. } => open_target(context, &volume.target, volume.target_in_use().as_ref()).await.map(Some),
+        ImageSpec::Rbd { .. } => {
+            let specs = (&volume.source, &volume.target);
+            open_target(context, specs, volume.target_in_use().as_ref()).await.map(Some)
+        }
         ImageSpec::File { .. } => Ok(None),
     }
 }

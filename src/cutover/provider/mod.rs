@@ -186,6 +186,12 @@ pub trait Provider: Rehearse + Debug {
         false
     }
 
+    /// Whether what a server has left keeps its name, because somebody else goes on keeping books of it: then that is
+    /// removed by [`Self::remove_source`].
+    fn keeps_source_names(&self) -> bool {
+        false
+    }
+
     /// Whether both sides have to be in one cluster, because the server's configuration can name one only.
     fn needs_one_cluster(&self) -> bool {
         false
@@ -236,6 +242,17 @@ pub trait Provider: Rehearse + Debug {
         self.start(from, fresh, notes).await
     }
 
+    /// What keeps what the server has left from being removed, beside what the images tell; a sentence.
+    async fn keeps_sources(&self) -> Result<Option<String>, ProviderError> {
+        Ok(None)
+    }
+
+    /// Removes what the server has left of a volume, with its image, of which no snapshot is left and which nobody has
+    /// open. `false`: it is poolshift that removes the image.
+    async fn remove_source(&self, _volume: &str) -> Result<bool, ProviderError> {
+        Ok(false)
+    }
+
     /// Cleans up, after the server was seen running on `on`. Gives back what a person has to know or to do.
     async fn settle(&self, on: Side, notes: &mut Notes) -> Result<Vec<String>, ProviderError>;
 }
@@ -277,6 +294,9 @@ pub fn of(
         Cutover::Libvirt(config) => Arc::new(Libvirt::new(disks, config.clone(), method)),
         Cutover::Command(config) => Arc::new(Commands::new(&server.name, disks, config.clone())),
         Cutover::OpenStack(config) => match connectors {
+            Some(connectors) if config.strategy == plan::Strategy::Recreate => {
+                Arc::new(openstack::Recreate::new(server, config.clone(), connectors)?)
+            }
             Some(connectors) => Arc::new(OpenStack::new(server, config.clone(), connectors)),
             None => Arc::new(ByHand::new(&server.name, disks)),
         },

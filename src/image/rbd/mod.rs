@@ -39,6 +39,7 @@ mod disk;
 mod errors;
 mod in_use;
 mod lease;
+mod noted;
 mod object_map;
 mod pool_list;
 mod rehearsal;

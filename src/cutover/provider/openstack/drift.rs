@@ -2,11 +2,12 @@
 
 use futures::future::try_join_all;
 
+use super::recreate::find_marked;
 use crate::fleet::Drift;
 use crate::openstack::cinder::Volume;
 use crate::openstack::nova::ServerAttachment;
 use crate::openstack::{Cloud, CloudError, Fault};
-use crate::plan::{CinderVolume, Cutover, Holder, Server};
+use crate::plan::{CinderVolume, Cutover, Holder, Server, Strategy};
 
 /// Asks.
 ///
@@ -28,8 +29,14 @@ pub async fn look(cloud: &Cloud, server: &Server) -> Result<Vec<Drift>, CloudErr
     };
     match holder {
         Some((id, what)) => {
-            let attached = or_gone(cloud.server_attachments(id).await)?;
+            let mut attached = or_gone(cloud.server_attachments(id).await)?;
             let is_server = what == "server";
+            if attached.is_none()
+                && config.strategy == Strategy::Recreate
+                && let Some(now) = find_marked(cloud, id).await?
+            {
+                attached = or_gone(cloud.server_attachments(&now.id).await)?;
+            }
             drift.extend(of_holder(server, (id, what), attached.as_deref(), is_server));
         }
         None => drift.extend(shown.iter().filter_map(|(name, _, shown)| of_detached(name, shown.as_ref()))),

@@ -13,6 +13,7 @@
 //! | `rehearse` | whether a stand-in can be made, and has booted |
 //! | `stand_in` | making a stand-in from clones, and removing it |
 //! | [`retype`] | volumes that Cinder copies itself, without replication: another strategy |
+//! | [`Recreate`] | another strategy: the server is deleted and made again, from volumes with other ids |
 //! | [`drift`] | what has become of it while it was replicated |
 //!
 //! # The order
@@ -42,6 +43,7 @@ mod effect;
 mod gateway;
 mod lock;
 mod preconditions;
+mod recreate;
 mod rehearse;
 pub mod retype;
 mod server;
@@ -62,6 +64,7 @@ use crate::image::ImageError;
 use crate::openstack::cinder::{MigrationPolicy, Status, Volume};
 use crate::openstack::{Cloud, CloudAccess, CloudError};
 use crate::plan::{self, Holder, OpenStackCutover};
+pub use recreate::Recreate;
 pub use switch::Connectors;
 use switch::{CloudVolume, Seen, Step};
 

@@ -384,7 +384,8 @@ mod tests {
         let of = |specs: serde_json::Value| {
             serde_json::from_value::<VolumeType>(json!({"id": "1", "name": "sas", "extra_specs": specs})).unwrap()
         };
-        let backend = |host: &str, name: &str| Backend { host: host.into(), backend_name: name.into() };
+        let backend =
+            |host: &str, name: &str| Backend { host: host.into(), backend_name: name.into(), ..Backend::default() };
         let backends = [backend("vm@sata#sata", "sata"), backend("vm@sas#fast", "fast")];
         let named = |types: &[VolumeType]| host_of("sas", types, &backends);
         assert_eq!(named(&[of(json!({"volume_backend_name": "fast"}))]), Ok("vm@sas#fast".into()));

@@ -11,7 +11,7 @@ use crate::openstack::nova::{Server, ServerAction};
 use crate::openstack::{Cloud, CloudError, Fault};
 
 pub(super) const ACTIVE: &str = "ACTIVE";
-const OFF: &str = "SHUTOFF";
+pub(super) const OFF: &str = "SHUTOFF";
 const SHELVED: &str = "SHELVED";
 const OFFLOADED: &str = "SHELVED_OFFLOADED";
 
@@ -24,7 +24,7 @@ pub(super) fn told(server: &Server) -> String {
 }
 
 /// What a server is doing. One that failed runs if its hypervisor says so.
-fn power(server: &Server) -> Power {
+pub(super) fn power(server: &Server) -> Power {
     match (server.status.as_str(), server.power) {
         ("PAUSED", _) => Power::Suspended,
         ("SUSPENDED", _) => Power::Saved,
@@ -67,9 +67,9 @@ impl Effect for Becomes<'_> {
 }
 
 /// Nothing is under way with a server.
-struct AtRest<'a> {
-    cloud: &'a Cloud,
-    id: &'a str,
+pub(super) struct AtRest<'a> {
+    pub(super) cloud: &'a Cloud,
+    pub(super) id: &'a str,
 }
 
 #[async_trait]
@@ -136,7 +136,7 @@ impl OpenStack {
         Ok(Observed { power, side })
     }
 
-    async fn act(
+    pub(super) async fn act(
         &self,
         operation: &str,
         id: &str,

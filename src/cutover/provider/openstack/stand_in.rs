@@ -280,7 +280,7 @@ impl OpenStack {
                 let (image, mut metadata) = (clone_of(disk), metadata(stand_in));
                 metadata.insert(CLONE.to_owned(), image.to_owned());
                 let (volume_type, bootable) = (volume.cinder.to_type.as_str(), root == Some(index));
-                let managed = Managed { host, image, name: image, volume_type, bootable, metadata };
+                let managed = Managed { host, image, name: image, description: None, volume_type, bootable, metadata };
                 Taken { cloud, stand_in, managed }
             })
             .collect();
@@ -309,7 +309,7 @@ impl OpenStack {
         let server = NewServer {
             name: &stand_in.name,
             flavor: &parts.flavor,
-            volumes: ids.into_iter().map(|id| (id, false)).collect(),
+            volumes: ids.into_iter().map(|id| (id, false, None)).collect(),
             metadata: metadata(stand_in),
             more: serde_json::Map::new(),
         };

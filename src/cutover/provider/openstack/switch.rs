@@ -254,6 +254,7 @@ impl CloudVolume {
         })
     }
 
+    /// Where its image is on that side.
     pub(super) fn at(&self, side: Side) -> (&Connector, &Place) {
         match side {
             Side::Source => (&self.connectors.source, &self.source),
