@@ -202,7 +202,9 @@ fn other_commands_leave_such_volumes_alone_and_say_so() {
     // And they are planned so, where they are asked for.
     let name = env.volume(&batch.volumes[0])["name"].as_str().expect("it has a name").to_owned();
     let words = ["plan", "--openstack", "--data-type", "sas", "--strategy", "retype", "--match", &name];
-    let run = poolshift(words).expect_code(0);
+    let conf = env.ceph.conf.display().to_string();
+    let cluster = ["--ceph-conf", &conf, "--ceph-user", &env.ceph.user];
+    let run = poolshift(words.iter().chain(&cluster)).expect_code(0);
     assert!(run.stdout.contains("cutover = { openstack = { strategy = \"retype\" } }"), "{}", run.stdout);
     batch.expect_in(0, "sata");
 }
