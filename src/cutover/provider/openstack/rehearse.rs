@@ -11,7 +11,7 @@ use super::super::rehearse::{Boots, Judgement, Rehearse, Staged, StandIn, check,
 use super::super::{Precondition, ProviderError, ServerDisk, Verdict};
 use super::OpenStack;
 use super::server::{ACTIVE, told};
-use super::stand_in::{Parts, REHEARSAL, clone_of};
+use super::stand_in::{CLONE, Parts, REHEARSAL, clone_of};
 use crate::openstack::cinder::{Quota, Volume, VolumeType};
 use crate::openstack::manage::Backend;
 use crate::openstack::nova::{Server, ServerAttachment};
@@ -180,8 +180,10 @@ impl OpenStack {
         stand_in: &StandIn,
         wrong: &mut (dyn FnMut(&str, String) + Send),
     ) -> Result<(), CloudError> {
+        let first = stand_in.disks.first().map(clone_of);
         for server in cloud.servers_named(&stand_in.name).await? {
-            if let Some(id) = server.metadata.get(REHEARSAL) {
+            let is_of_these = server.metadata.get(CLONE).map(String::as_str) == first;
+            if let Some(id) = server.metadata.get(REHEARSAL).filter(|_| is_of_these) {
                 let text =
                     format!("it is of rehearsal {id}, whose clones are gone: openstack server delete {}", server.id);
                 wrong(&format!("server {}", server.name), text);

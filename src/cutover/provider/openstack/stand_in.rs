@@ -26,8 +26,8 @@ use crate::openstack::{Cloud, CloudError, Fault};
 pub(super) const REHEARSAL: &str = "poolshift-rehearsal";
 /// What carries the server's name in the plan.
 const SERVER: &str = "poolshift-server";
-/// What carries the clone's name.
-const CLONE: &str = "poolshift-clone";
+/// What carries the clone's name; of a server that of its first one in the plan, as another plan's may have its name.
+pub(super) const CLONE: &str = "poolshift-clone";
 /// How often all that is there is removed at most.
 const ROUNDS: usize = 5;
 /// How long it is looked for more where not all of a stand-in was there: what a process that was killed asked for last may
@@ -306,11 +306,13 @@ impl OpenStack {
             let image_metadata = &image_metadata;
             self.bring_about(operation, &Described { cloud, volume, image_metadata }).await?;
         }
+        let mut metadata = metadata(stand_in);
+        metadata.extend(stand_in.disks.first().map(|disk| (CLONE.to_owned(), clone_of(disk).to_owned())));
         let server = NewServer {
             name: &stand_in.name,
             flavor: &parts.flavor,
             volumes: ids.into_iter().map(|id| (id, false, None)).collect(),
-            metadata: metadata(stand_in),
+            metadata,
             more: serde_json::Map::new(),
         };
         self.bring_about(operation, &Runs { cloud, stand_in, server }).await?;
