@@ -445,6 +445,11 @@ impl Provider for OpenStack {
         }
         let tidy = join_all(self.volumes.iter().map(CloudVolume::tidy_up)).await;
         tidy.into_iter().collect::<Result<Vec<()>, _>>().map_err(|error| self.image_error(operation, &error))?;
+        // One of the placeholder's that came to nothing says nothing about the volume.
+        let cloud = self.cloud(operation).await?;
+        let effects: Vec<_> = self.volumes.iter().map(|volume| volumes::NoFailure { cloud, volume }).collect();
+        let forgotten = join_all(effects.iter().map(|effect| self.bring_about(operation, effect))).await;
+        forgotten.into_iter().collect::<Result<Vec<()>, _>>()?;
         Ok(Vec::new())
     }
 }

@@ -131,3 +131,26 @@ impl Effect for OfStatus<'_> {
         self.cloud.reset_status(&self.volume.cinder.volume, self.status).await
     }
 }
+
+/// No migration that failed is told of it.
+pub(super) struct NoFailure<'a> {
+    pub(super) cloud: &'a Cloud,
+    pub(super) volume: &'a CloudVolume,
+}
+
+#[async_trait]
+impl Effect for NoFailure<'_> {
+    fn wanted(&self) -> String {
+        format!("volume {} without a migration that failed", self.volume.name)
+    }
+
+    async fn look(&self) -> Result<Look, CloudError> {
+        let shown = self.cloud.volume(&self.volume.cinder.volume).await?;
+        let failed = shown.migration_status.as_deref() == Some("error");
+        Ok(if failed { Look::NotYet("of a migration that failed".into()) } else { Look::Done })
+    }
+
+    async fn ask(&self) -> Result<(), CloudError> {
+        self.cloud.forget_migration(&self.volume.cinder.volume).await
+    }
+}
