@@ -17,7 +17,7 @@
 
 use crate::cutover::journal::kept_name;
 use crate::image::rbd::{Connector, Named, RbdImage};
-use crate::image::{Disk as _, ImageError, ImageSpec, SourceImage as _};
+use crate::image::{Disk as _, ErrorKind, ImageError, ImageSpec, SourceImage as _};
 use crate::openstack::cinder;
 use crate::plan::{self, CinderVolume};
 
@@ -368,7 +368,16 @@ impl CloudVolume {
                     if let Named::Image(image) = self.named(side, false).await? {
                         image.take_over_from(&placeholder).await?;
                     }
-                    placeholder.put_aside(&self.at(side).1.in_use).await
+                    let (connector, place) = self.at(side);
+                    match placeholder.put_aside(&place.in_use).await {
+                        // A walk that was cut has left one of its own there.
+                        Err(error) if error.kind == ErrorKind::AlreadyExists => {
+                            let (pool, namespace) = (place.pool.as_str(), place.namespace.as_deref());
+                            connector.remove_placeholder(pool, namespace, &place.in_use).await?;
+                            placeholder.put_aside(&place.in_use).await
+                        }
+                        done => done,
+                    }
                 }
                 Named::Nothing | Named::Image(_) => Ok(()),
             },
