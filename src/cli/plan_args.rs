@@ -115,7 +115,6 @@ pub struct CloudPlan {
     pub cloud: Option<String>,
     pub projects: Projects,
     pub rules: Rules,
-    pub strategy: Strategy,
     /// By type.
     pub pools: BTreeMap<String, PoolName>,
 }
@@ -175,6 +174,11 @@ impl CloudArgs {
         if strategy == Strategy::Retype && !self.gateway.is_empty() {
             return Err(UsageError("--strategy retype is for volumes that nobody has, and a gateway has them".into()));
         }
+        if strategy == Strategy::Recreate && (self.detached || !self.gateway.is_empty()) {
+            let text =
+                "--strategy recreate is for servers that boot from their volumes: leave out --gateway and --detached";
+            return Err(UsageError(text.into()));
+        }
         let filter = Filter {
             name: pattern,
             metadata: self.metadata,
@@ -189,20 +193,21 @@ impl CloudArgs {
             gateways: self.gateway,
             group_by: self.group_by,
             detached: self.detached || strategy == Strategy::Retype,
+            strategy,
         };
-        Ok(CloudPlan { cloud: self.os_cloud, projects, rules, strategy, pools })
+        Ok(CloudPlan { cloud: self.os_cloud, projects, rules, pools })
     }
 }
 
 impl ValueEnum for Strategy {
     fn value_variants<'a>() -> &'a [Self] {
-        &[Self::KeepIds, Self::Retype]
+        &Self::ALL
     }
 
     fn to_possible_value(&self) -> Option<PossibleValue> {
         let help = match self {
             Self::KeepIds => "They are replicated, and keep their ids, as their servers do",
-            Self::Recreate => return None,
+            Self::Recreate => "Servers are made again, with other ids, from volumes with other ids",
             Self::Retype => "Cinder copies them itself: only volumes that nobody has, which are planned with it",
         };
         Some(PossibleValue::new(self.name()).help(help))

@@ -7,6 +7,7 @@ use super::config::{CephAccess, Command, Config, PlanOf, Projects, StartOver, St
 use crate::fleet::control::Scope;
 use crate::observe::client::Action;
 use crate::openstack::discovery::{Filter, Rules};
+use crate::plan::Strategy;
 
 fn parse(line: &str) -> Result<Config, String> {
     let args = std::iter::once("poolshift").chain(line.split_whitespace()).map(OsString::from);
@@ -115,7 +116,10 @@ fn a_plan_is_of_a_pool_or_of_a_cloud() {
     };
     let (boot_type, data_type) = (Some("b".into()), Some("d".into()));
     let (gateways, group_by) = (vec!["g".into()], Some("k".into()));
-    assert_eq!(all.rules, Rules { boot_type, data_type, filter, gateways, group_by, detached: true });
+    let strategy = Strategy::KeepIds;
+    assert_eq!(all.rules, Rules { boot_type, data_type, filter, gateways, group_by, detached: true, strategy });
+    let again = cloud("plan --openstack --data-type sas --strategy recreate");
+    assert_eq!(again.rules.strategy, Strategy::Recreate);
     assert_eq!(cloud("plan --openstack --data-type sas --all-projects").projects, Projects::All);
 }
 

@@ -42,7 +42,7 @@ pub enum Strategy {
     /// Servers and volumes keep their ids: Cinder moves a placeholder, and the image that was replicated takes its place.
     #[default]
     KeepIds,
-    /// Servers and volumes are made anew, of the images that were replicated.
+    /// The server is deleted and made again, from volumes with other ids.
     Recreate,
     /// Cinder copies the volumes itself, which nobody has meanwhile: nothing is replicated.
     Retype,
@@ -145,7 +145,7 @@ pub(super) fn cutover(
     });
     let strategy = match section.value("strategy") {
         None => Some(Strategy::default()),
-        Some(value) => strategy(&value, server.is_some() || gateway.is_some(), report),
+        Some(value) => strategy(&value, (server.is_some(), server.is_some() || gateway.is_some()), report),
     };
     let holder = match (&server, &gateway) {
         (Some(_), Some(gateway)) => {
@@ -197,11 +197,12 @@ fn rehearsal(mut section: Section<'_>, report: &mut Report<'_>) -> OpenStackRehe
     read
 }
 
-fn strategy(value: &Value<'_>, held: bool, report: &mut Report<'_>) -> Option<Strategy> {
+fn strategy(value: &Value<'_>, (boots, held): (bool, bool), report: &mut Report<'_>) -> Option<Strategy> {
     let text = value.text("keep-ids", report)?;
     match Strategy::ALL.into_iter().find(|strategy| strategy.name() == text) {
-        Some(Strategy::Recreate) => {
-            value.wrong("\"recreate\" is not there yet", "write \"keep-ids\" or \"retype\"", report);
+        Some(Strategy::Recreate) if !boots => {
+            let problem = "only a server that boots from its volumes is made again";
+            value.wrong(problem, "name the server that boots from the volumes, or leave the strategy out", report);
             None
         }
         Some(Strategy::Retype) if held => {
@@ -212,7 +213,7 @@ fn strategy(value: &Value<'_>, held: bool, report: &mut Report<'_>) -> Option<St
         Some(strategy) => Some(strategy),
         None => {
             let problem = format!("{:?} is no strategy", shown(text));
-            value.wrong(problem, "write \"keep-ids\" or \"retype\"", report);
+            value.wrong(problem, "write \"keep-ids\", which is the default, \"recreate\" or \"retype\"", report);
             None
         }
     }

@@ -26,6 +26,7 @@ mod openstack_gateway;
 mod openstack_guest;
 mod openstack_others;
 mod openstack_proxy;
+mod openstack_recreate;
 mod openstack_rehearse;
 mod openstack_retype;
 mod openstack_server;

@@ -153,8 +153,8 @@ pub(crate) struct Recorder {
 }
 
 impl Recorder {
-    pub(crate) fn start(path: PathBuf) -> Self {
-        let (text, over) = (Arc::<Mutex<Vec<u8>>>::default(), Arc::<AtomicBool>::default());
+    pub(crate) fn start(path: PathBuf, before: Vec<u8>) -> Self {
+        let (text, over) = (Arc::new(Mutex::new(before)), Arc::<AtomicBool>::default());
         let (shared, told) = (Arc::clone(&text), Arc::clone(&over));
         let thread = std::thread::spawn(move || {
             let mut open: Option<File> = None;

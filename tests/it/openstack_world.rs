@@ -535,11 +535,38 @@ impl<'a> World<'a> {
         let answer = env.tell(Service::Nova, &Method::POST, "servers", &json!({"server": server}));
         let id = answer["server"]["id"].as_str().expect("it has an id").to_owned();
         self.made.borrow_mut().servers.push(id.clone());
-        let recorder = Recorder::start(env.folder.join("nova/instances").join(&id).join("console.log"));
-        let shown = env.wait_for_server(&id, "ACTIVE");
-        let guest = CloudGuest::new((env, env.folder.join("chroot")), name, &shown, volumes, recorder);
+        let recorder = self.recorder(&id, Vec::new());
+        let guest = self.guest(name, (&id, volumes), recorder);
         guest.wait_for("the guest to boot", |console| console.all("READY").next().map(drop));
         guest
+    }
+
+    fn recorder(&self, id: &str, before: Vec<u8>) -> Recorder {
+        Recorder::start(self.env.folder.join("nova/instances").join(id).join("console.log"), before)
+    }
+
+    fn guest(&self, name: &str, (id, volumes): (&str, &[String]), recorder: Recorder) -> CloudGuest<'a> {
+        let env = self.env;
+        let shown = env.wait_for_server(id, "ACTIVE");
+        CloudGuest::new((env, env.folder.join("chroot")), name, &shown, volumes, recorder)
+    }
+
+    /// A server that somebody else has made from these volumes, with the guest that was another server's: what that has
+    /// printed it has printed. It goes with the rest.
+    #[track_caller]
+    pub(crate) fn follow(&self, old: &CloudGuest<'_>, id: &str, volumes: &[String]) -> CloudGuest<'a> {
+        let recorder = self.recorder(id, old.printed());
+        self.guest("again", (id, volumes), recorder)
+    }
+
+    /// What others have made, by the test's doing: it goes with the rest.
+    pub(crate) fn adopt(&self, servers: &[String], volumes: &[String]) {
+        let mut made = self.made.borrow_mut();
+        let Made { servers: had_servers, volumes: had_volumes, .. } = &mut *made;
+        for (had, more) in [(had_servers, servers), (had_volumes, volumes)] {
+            let new: Vec<String> = more.iter().filter(|id| !had.contains(id)).cloned().collect();
+            had.extend(new);
+        }
     }
 
     /// Gives a volume to a server that runs.

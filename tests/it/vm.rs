@@ -338,6 +338,11 @@ impl Terminal {
         Console::parse(&String::from_utf8_lossy(&self.line.printed()))
     }
 
+    /// The same as it came.
+    pub(crate) fn printed(&self) -> Vec<u8> {
+        self.line.printed()
+    }
+
     /// Waits until what is on the console satisfies `found`.
     #[track_caller]
     pub(crate) fn wait_for<T>(&self, what: &str, found: impl Fn(&Console) -> Option<T>) -> T {

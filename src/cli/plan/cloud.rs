@@ -33,7 +33,7 @@ pub(super) async fn plan(
     let types: Vec<&str> = [&rules.boot_type, &rules.data_type].into_iter().flatten().map(String::as_str).collect();
     let world = discovery::look(&cloud, &whose, &types).await?;
     let mut found = discovery::sort(&world, rules, cloud.name())?;
-    if settings.strategy == Strategy::Retype {
+    if rules.strategy == Strategy::Retype {
         keep_detached(context, &mut found);
     }
     let count: usize = found.groups.iter().map(|group| group.moves.len()).sum();
@@ -64,7 +64,7 @@ pub(super) async fn plan(
     let clusters = (&config.source_ceph, &config.target_ceph);
     let mut text = format!("# From {}: {}.\n", shown(cloud.name()), cloud_text::summary(&found));
     super::head(&mut text, output, clusters, &pool)?;
-    let keys = (named.as_deref(), settings.strategy);
+    let keys = (named.as_deref(), rules.strategy);
     let planned = cloud_text::write(&mut text, keys, &found.groups, &seen, &targets)?;
     cloud_text::comment(&mut text, &left_out);
     Ok((text, planned))
@@ -231,7 +231,7 @@ mod tests {
     fn settings(pools: &[(&str, &str)]) -> CloudPlan {
         let pools = pools.iter().map(|(name, pool)| ((*name).to_owned(), pool.parse().unwrap())).collect();
         let (projects, rules) = (Projects::Own, Rules::default());
-        CloudPlan { cloud: None, projects, rules, strategy: Strategy::default(), pools }
+        CloudPlan { cloud: None, projects, rules, pools }
     }
 
     fn volume(host: &str) -> Volume {

@@ -322,6 +322,13 @@ mod tests {
     }
 
     #[test]
+    fn a_server_that_is_made_again_says_so() {
+        let server = Holder::Server(id(1));
+        let expected = format!(" server = \"{}\", strategy = \"recreate\" ", id(1));
+        assert_eq!(keys(None, Strategy::Recreate, &server), expected);
+    }
+
+    #[test]
     fn without_a_cloud_the_environment_has_it() {
         let plan = Plan::parse(&text(None), Path::new("plan.toml")).unwrap();
         for server in &plan.servers {

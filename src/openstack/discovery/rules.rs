@@ -2,6 +2,7 @@
 
 use super::super::cinder::Volume;
 use super::super::nova::Server;
+use crate::plan::Strategy;
 use crate::plan::values::matches_glob;
 
 /// Which volumes are to get which type.
@@ -19,6 +20,8 @@ pub struct Rules {
     pub group_by: Option<String>,
     /// Whether volumes that nobody has are meant as well.
     pub detached: bool,
+    /// How the volumes get their type.
+    pub strategy: Strategy,
 }
 
 impl Rules {

@@ -6,7 +6,7 @@ use super::super::cinder::{Volume, VolumeType};
 use super::super::error::{CloudError, Fault, Result};
 use super::super::nova::Server;
 use super::{Obstacle, Rules, World};
-use crate::plan::{CinderVolume, HelperTypes, Holder};
+use crate::plan::{CinderVolume, HelperTypes, Holder, Strategy};
 
 /// What was found.
 #[derive(Clone, Debug, Default)]
@@ -225,7 +225,9 @@ impl<'a> Sorter<'a> {
     /// What keeps a volume, whatever its new type.
     fn obstacles(&self, volume: &Volume) -> Vec<Obstacle> {
         let mut obstacles = Vec::new();
-        if let Some(names) = self.snapshots.get(volume.id.as_str()) {
+        // They stay with the volume where that stays behind.
+        let names = self.snapshots.get(volume.id.as_str()).filter(|_| self.rules.strategy != Strategy::Recreate);
+        if let Some(names) = names {
             obstacles.push(Obstacle::Snapshots(names.clone()));
         }
         if volume.encrypted {
@@ -278,7 +280,8 @@ impl<'a> Sorter<'a> {
         if let Some(spec) = to.extra_specs.keys().find(special) {
             return (None, vec![Obstacle::SpecialType { name: to.name.clone(), spec: spec.clone() }]);
         }
-        if from.is_plain() && to.is_plain() {
+        // What is made again has its new type from the beginning.
+        if from.is_plain() && to.is_plain() || self.rules.strategy == Strategy::Recreate {
             return (None, Vec::new());
         }
         let from_backend = backend_of(from).or_else(|| backend_of_host(volume.host.as_deref()?));

@@ -102,14 +102,17 @@ fn cutover() -> impl Strategy<Value = Cutover> {
     prop_oneof![
         Just(Cutover::None),
         (some(), holder, limit(), [some(), some(), some()], any::<bool>()).prop_map(
-            |(cloud, holder, limit, [console, check, flavor], by_cinder)| {
+            |(cloud, holder, limit, [console, check, flavor], other)| {
                 // Without a server they have none, or name a flavor.
                 let rehearsal = match (&holder, &flavor) {
                     (Holder::Server(_), _) | (_, Some(_)) => OpenStackRehearsal { console, check, flavor },
                     _ => OpenStackRehearsal::default(),
                 };
-                let retyped = by_cinder && holder == Holder::Nobody;
-                let strategy = if retyped { crate::plan::Strategy::Retype } else { crate::plan::Strategy::KeepIds };
+                let strategy = match &holder {
+                    Holder::Nobody if other => crate::plan::Strategy::Retype,
+                    Holder::Server(_) if other => crate::plan::Strategy::Recreate,
+                    _ => crate::plan::Strategy::KeepIds,
+                };
                 Cutover::OpenStack(OpenStackCutover { cloud, strategy, holder, limit, rehearsal })
             }
         ),

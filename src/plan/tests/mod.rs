@@ -281,6 +281,8 @@ fn volumes_of_a_cloud_have_somebody_or_nobody_who_has_them() {
     let (check, flavor) = (Some("/c".into()), Some("m1.small".into()));
     let rehearsal = OpenStackRehearsal { console: None, check, flavor };
     assert_eq!(nobodys, OpenStackCutover { rehearsal, ..plain.clone() });
+    assert_eq!(openstack(&format!("server = \"{ID}\", strategy = \"keep-ids\"")).strategy, Strategy::KeepIds);
+    assert_eq!(openstack(&format!("server = \"{ID}\", strategy = \"recreate\"")).strategy, Strategy::Recreate);
     let gateway = openstack(&format!("gateway = \"{ID}\", pause = \"/p $x\", resume = \"/r\""));
     let holder = Holder::Gateway { server: ID.into(), pause: Some("/p $x".into()), resume: Some("/r".into()) };
     assert_eq!(gateway, OpenStackCutover { holder, ..plain.clone() });
@@ -333,6 +335,10 @@ fn each_mistake_about_a_cloud_has_its_line() {
         held_by("resume = \"/r\""),
         held_by("rehearsal = { console = \"login:\", network = \"lab\" }"),
         held_by(&format!("gateway = \"{ID}\", rehearsal = {{ check = 7 }}")),
+        held_by(&format!("server = \"{ID}\", strategy = \"retype\"")),
+        held_by(&format!("server = \"{ID}\", strategy = \"S2\"")),
+        held_by(&format!("gateway = \"{ID}\", strategy = \"recreate\"")),
+        held_by("strategy = \"recreate\""),
         held_by("cloud = \"\", limit = \"2h\", srever = \"x\""),
         cinder(""),
         cinder(&format!("volume = \"{ID}\", from_type = \"sas\", to_type = \"sas\"")),

@@ -1,0 +1,393 @@
+//! Servers of a real cloud that are made again, with other ids, and write all the time: over, back with what they wrote,
+//! over again, and rid of their old volumes; killed at every step; and what is refused.
+
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+
+use serde_json::{Value, json};
+
+use crate::cutover_bed::{Fleet, Running, report};
+use crate::openstack_guest::CloudGuest;
+use crate::openstack_world::{OpenStackEnv, Service, World, openstack, unique};
+use crate::support::{Run, every_step};
+
+/// A server with a root and a data disk that writes all the time, and the plan that makes it again.
+struct Again<'a> {
+    env: &'a OpenStackEnv,
+    fleet: Fleet,
+    guest: RefCell<CloudGuest<'a>>,
+    /// The server's id in the plan.
+    planned: String,
+    /// The volumes' ids in the plan.
+    volumes: Vec<String>,
+    facts: Value,
+    world: World<'a>,
+}
+
+impl<'a> Again<'a> {
+    #[track_caller]
+    fn new(env: &'a OpenStackEnv, tag: &str) -> Self {
+        let world = World::new(env);
+        let name = unique(tag);
+        let volumes = world.guest_volumes("sata", &name);
+        let more = json!({
+            "metadata": {"m": "1"}, "tags": ["one", "two"], "key_name": world.key_pair(), "description": "of a test",
+            "user_data": "IyEvYmluL3RydWUK", "availability_zone": "nova",
+        });
+        let guest = world.boot(&name, &volumes, &more);
+        let (fleet, planned) = (Fleet::new(), guest.id.clone());
+        let mut plan = Fleet::beginning(&env.ceph);
+        let _ = write!(
+            plan,
+            "[[server]]\nname = \"web\"\ncutover = {{ openstack = {{ server = \"{planned}\", strategy = \"recreate\", limit \
+             = \"90s\" }} }}\n"
+        );
+        for (number, id) in volumes.iter().enumerate() {
+            let boot = number == 0;
+            let _ = write!(
+                plan,
+                "[[server.volume]]\nname = \"web-{number}\"\nboot = {boot}\nsource = \"rbd:sata/volume-{id}\"\ntarget = \
+                 \"rbd:sas/poolshift-{id}\"\ncinder = {{ volume = \"{id}\", from_type = \"sata\", to_type = \"sas\" }}\n"
+            );
+        }
+        fleet.write_plan(&plan);
+        let mut it = Self { env, fleet, guest: RefCell::new(guest), planned, volumes, facts: Value::Null, world };
+        it.facts = it.look_at_facts();
+        it
+    }
+
+    /// The server as it is: with the plan's id, or marked with it.
+    fn server(&self) -> Option<Value> {
+        let servers = self.env.get(Service::Nova, "servers/detail")["servers"].take();
+        let ours = |server: &&Value| {
+            server["id"] == self.planned.as_str() || server["metadata"]["poolshift-server"] == self.planned.as_str()
+        };
+        let all: Vec<Value> = servers.as_array().into_iter().flatten().filter(ours).cloned().collect();
+        assert!(all.len() <= 1, "there are two of it: {all:#?}");
+        all.into_iter().next()
+    }
+
+    /// The volumes of Cinder's that the targets are, by their marks.
+    fn managed(&self) -> Vec<Value> {
+        let volumes = self.env.get(Service::Cinder, "volumes/detail")["volumes"].take();
+        let mark = |volume: &Value| volume["metadata"]["poolshift-volume"].as_str().map(str::to_owned);
+        let all: Vec<Value> = volumes.as_array().into_iter().flatten().cloned().collect();
+        let of =
+            |id: &String| all.iter().filter(|volume| mark(volume).as_ref() == Some(id)).cloned().collect::<Vec<_>>();
+        self.volumes.iter().flat_map(of).collect()
+    }
+
+    /// Takes on whatever was made meanwhile, and listens to the server that there is.
+    fn follow(&self) {
+        let managed: Vec<String> = self.managed().iter().map(|volume| text(&volume["id"])).collect();
+        self.world.adopt(&[], &managed);
+        let Some(server) = self.server() else { return };
+        let id = text(&server["id"]);
+        self.world.adopt(std::slice::from_ref(&id), &[]);
+        if id != self.guest.borrow().id && ["ACTIVE", "BUILD"].contains(&server["status"].as_str().unwrap_or_default())
+        {
+            let next = self.world.follow(&self.guest.borrow(), &id, &self.volumes);
+            self.guest.replace(next);
+        }
+    }
+
+    fn run(&self, command: &str, words: &[&str]) -> Run {
+        let run = self.fleet.run("web", command, words);
+        println!("{command} {words:?}: {:?}\n{}{}", run.code, run.stderr, run.stdout);
+        self.follow();
+        run
+    }
+
+    #[track_caller]
+    fn switch(&self, command: &str, words: &[&str], side: &str) {
+        let words: Vec<&str> = words.iter().copied().chain(["--yes", "--json"]).collect();
+        let report = report(&self.run(command, &words).expect_code(0));
+        assert_eq!(report["runs_from"], side, "{report:#}");
+        self.expect_well(side);
+    }
+
+    /// What is as it was, on whatever side.
+    #[track_caller]
+    fn look_at_facts(&self) -> Value {
+        let server = self.server().expect("it is there");
+        let own = |metadata: &Value| {
+            let mut metadata = metadata.clone();
+            let keys = ["poolshift-server", "poolshift-volume", "attached_mode", "readonly"];
+            metadata.as_object_mut().expect("an object").retain(|key, _| !keys.contains(&key.as_str()));
+            metadata
+        };
+        let keys = [
+            "name",
+            "tenant_id",
+            "user_id",
+            "key_name",
+            "tags",
+            "flavor",
+            "description",
+            "config_drive",
+            "OS-DCF:diskConfig",
+            "OS-EXT-AZ:availability_zone",
+            "OS-EXT-SRV-ATTR:user_data",
+            "OS-EXT-SRV-ATTR:hostname",
+            "OS-EXT-SRV-ATTR:root_device_name",
+        ];
+        let mut facts: Value = keys.iter().map(|key| ((*key).to_owned(), server[*key].clone())).collect();
+        facts["metadata"] = own(&server["metadata"]);
+        let path = format!("servers/{}/os-volume_attachments", text(&server["id"]));
+        let mut attached = self.env.get(Service::Nova, &path)["volumeAttachments"].take();
+        let attached = attached.as_array_mut().expect("a list");
+        attached.sort_by_key(|found| found["device"].to_string());
+        facts["disks"] = attached
+            .iter()
+            .map(|found| {
+                let volume = self.env.volume(&text(&found["volumeId"]));
+                let keys = ["name", "description", "size", "volume_image_metadata", "bootable"];
+                let mut disk: Value = keys.iter().map(|key| ((*key).to_owned(), volume[*key].clone())).collect();
+                disk["metadata"] = own(&volume["metadata"]);
+                for key in ["device", "delete_on_termination", "tag"] {
+                    disk[key] = found[key].clone();
+                }
+                disk
+            })
+            .collect();
+        facts
+    }
+
+    /// It runs from one side, and nothing of it is anywhere else; all that is to stay is as it was; nothing is lost.
+    #[track_caller]
+    fn expect_well(&self, side: &str) {
+        self.follow();
+        let env = self.env;
+        let server = self.server().expect("it is there");
+        assert_eq!(
+            (&server["status"], &server["OS-EXT-STS:task_state"]),
+            (&json!("ACTIVE"), &Value::Null),
+            "{server:#}"
+        );
+        let managed = self.managed();
+        let (used, expected): (Vec<String>, Vec<String>) = if side == "target" {
+            assert_ne!(text(&server["id"]), self.planned);
+            for volume in &managed {
+                assert_eq!(
+                    (&volume["status"], &volume["volume_type"]),
+                    (&json!("in-use"), &json!("sas")),
+                    "{volume:#}"
+                );
+                assert_eq!(volume["os-vol-host-attr:host"], "vm@sas#sas");
+            }
+            for id in &self.volumes {
+                let old = env.volume(id);
+                assert_eq!(
+                    (&old["status"], &old["attachments"]),
+                    (&json!("attaching"), &json!([])),
+                    "it is held: {old:#}"
+                );
+            }
+            let ids: Vec<String> = managed.iter().map(|volume| text(&volume["id"])).collect();
+            (
+                ids.iter().map(|id| format!("sas/volume-{id}")).collect(),
+                ids.iter().map(|id| format!("volume-{id}")).collect(),
+            )
+        } else {
+            assert_eq!(managed, Vec::<Value>::new());
+            let used = self.volumes.iter().map(|id| format!("sata/volume-{id}")).collect();
+            (used, self.volumes.iter().map(|id| format!("poolshift-{id}")).collect())
+        };
+        assert_eq!(managed.len(), if side == "target" { self.volumes.len() } else { 0 });
+        let guest = self.guest.borrow();
+        assert_eq!(text(&server["id"]), guest.id);
+        assert_eq!(guest.images(), used);
+        for id in &self.volumes {
+            assert_eq!(env.images("sata", id), [format!("volume-{id}")], "the old image keeps its name");
+        }
+        let there: BTreeSet<String> = expected.iter().flat_map(|name| env.images("sas", name)).collect();
+        assert_eq!(there, expected.iter().cloned().collect());
+        assert_eq!(self.look_at_facts(), self.facts);
+        guest.wait_for_ack(guest.console().last_ack() + 2);
+        assert_eq!(guest.oracle(), Ok(()));
+    }
+
+    /// Runs a command and kills it once it has told a line with that; says whether it was killed.
+    #[track_caller]
+    fn killed_at(&self, command: &str, words: &[&str], place: &str) -> bool {
+        let words: Vec<&str> = words.iter().copied().chain(["--yes"]).collect();
+        let mut command = self.fleet.command("web", command, &words);
+        command.env("POOLSHIFT_LOG", "poolshift=debug");
+        let mut run = Running::start(command);
+        let told = run.until_line(|line| line.trim_end().ends_with(place) || line.contains(&format!("{place} ")));
+        let killed = run.kill() && told;
+        println!("killed at {place:?}: {killed}");
+        killed
+    }
+
+    /// Whatever was cut is ended: where it was, or where it was to go.
+    #[track_caller]
+    fn end(&self, undo: bool) -> &'static str {
+        self.follow();
+        if undo {
+            let run = self.run("rollback", &["--with-changes", "--yes", "--json"]);
+            // It may not even have begun.
+            let nothing = run.code == Some(1) && run.stderr.contains("nothing to go back from");
+            assert!(run.code == Some(0) || nothing, "{run:?}");
+            self.expect_well("source");
+            return "source";
+        }
+        let run = self.run("cutover", &["--yes", "--json"]);
+        let was_over = run.code == Some(1) && run.stderr.contains("runs from its targets already");
+        assert!(run.code == Some(0) || was_over, "{run:?}");
+        self.expect_well("target");
+        "target"
+    }
+}
+
+impl Drop for Again<'_> {
+    fn drop(&mut self) {
+        // Of a test that failed, too.
+        let managed: Vec<String> = self.managed().iter().map(|volume| text(&volume["id"])).collect();
+        let servers: Vec<String> = self.server().iter().map(|server| text(&server["id"])).collect();
+        self.world.adopt(&servers, &managed);
+    }
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().unwrap_or_else(|| panic!("a text: {value}")).to_owned()
+}
+
+#[test]
+fn a_server_of_a_cloud_is_made_again_and_back_and_is_finalized() {
+    let Some(env) = openstack() else { return };
+    let mut bed = Again::new(&env, "again");
+    bed.guest.borrow().wait_for_ack(5);
+    bed.fleet.replicate(1);
+    bed.switch("cutover", &[], "target");
+    bed.switch("rollback", &["--with-changes"], "source");
+    bed.switch("cutover", &[], "target");
+    assert_eq!(bed.guest.borrow().console().boot_ids().len(), 4);
+
+    // Cinder would not delete a volume with a snapshot of its own.
+    let snapshot = bed.world.snapshot(&bed.volumes[0]);
+    let run = bed.run("finalize", &["--yes"]);
+    assert!(run.code != Some(0) && format!("{run:?}").contains(&snapshot), "{run:?}");
+    bed.world.remove_snapshot(&snapshot);
+    bed.run("finalize", &["--yes"]).expect_code(0);
+    for id in &bed.volumes {
+        assert_eq!(env.images("sata", id), Vec::<String>::new());
+        assert!(!env.rbd(&["trash", "ls", "sata"]).contains(id.as_str()), "it was put into the trash");
+        let path = format!("volumes?all_tenants=1&id={id}");
+        assert!(!env.get(Service::Cinder, &path).to_string().contains(id.as_str()), "Cinder has it no more");
+    }
+    for volume in bed.managed() {
+        let image = format!("sas/volume-{}", text(&volume["id"]));
+        assert_eq!(env.rbd(&["snap", "ls", "--all", &image]).trim(), "", "Cinder would not delete it for good");
+        let listed = env.rbd(&["image-meta", "list", &image]);
+        assert_eq!(listed.lines().filter(|line| line.contains("poolshift")).count(), 0, "{listed}");
+    }
+    let guest = bed.guest.borrow();
+    guest.wait_for_ack(guest.console().last_ack() + 3);
+    assert_eq!(guest.oracle(), Ok(()));
+    assert_eq!(bed.look_at_facts(), bed.facts);
+}
+
+/// The places at which it is killed, there and back.
+fn places() -> &'static [&'static str] {
+    const ALL: &[&str] = &[
+        ": syncing",
+        ": converged",
+        ": quiescing",
+        "stop server",
+        ": final delta",
+        ": verifying",
+        ": swapping",
+        "step=Manage",
+        "manage image",
+        "write the image metadata",
+        "say whether volume",
+        "delete server",
+        "reserve volume",
+        ": resuming",
+        "free volume",
+        "create server",
+        ": committed",
+    ];
+    if every_step() { ALL } else { &["manage image", "delete server", "create server"] }
+}
+
+#[test]
+fn a_server_that_is_made_again_by_a_process_that_is_killed_is_brought_to_an_end() {
+    let Some(env) = openstack() else { return };
+    let mut bed = Again::new(&env, "kill");
+    bed.fleet.replicate(1);
+    let mut undo = false;
+    for place in places() {
+        undo = !undo;
+        let both = if every_step() { vec![undo, !undo] } else { vec![undo] };
+        for undo in both {
+            bed.killed_at("cutover", &[], place);
+            if bed.end(undo) == "target" {
+                // And on the way back.
+                bed.killed_at("rollback", &["--with-changes"], place);
+                bed.run("rollback", &["--with-changes", "--yes"]);
+                bed.expect_well("source");
+            }
+        }
+    }
+    if every_step() {
+        for place in ["step=Unmanage", "unmanage volume", "step=Rename"] {
+            bed.switch("cutover", &[], "target");
+            bed.killed_at("rollback", &["--with-changes"], place);
+            bed.run("rollback", &["--with-changes", "--yes"]);
+            bed.expect_well("source");
+        }
+        finalizing_is_killed(&bed);
+    }
+}
+
+/// Whatever of the old volumes is gone, the rest goes.
+#[track_caller]
+fn finalizing_is_killed(bed: &Again<'_>) {
+    bed.switch("cutover", &[], "target");
+    for _ in 0..2 {
+        bed.killed_at("finalize", &[], "delete volume");
+    }
+    let run = bed.run("finalize", &["--yes"]);
+    assert!(run.code == Some(0) || run.stderr.contains("is finalized already"), "{run:?}");
+    for id in &bed.volumes {
+        assert_eq!(bed.env.images("sata", id), Vec::<String>::new());
+    }
+}
+
+#[test]
+fn a_server_that_can_t_be_made_again_is_refused_and_left_alone() {
+    let Some(env) = openstack() else { return };
+    let mut bed = Again::new(&env, "refuse");
+    bed.fleet.replicate(1);
+    let refused = |because: &str| {
+        let run = bed.run("cutover", &["--yes"]).expect_code(14);
+        assert!(run.stdout.contains(because) || run.stderr.contains(because), "{because}: {run:?}");
+        assert_eq!(text(&bed.server().expect("it is there")["id"]), bed.planned);
+    };
+    env.server_action(&bed.planned, &json!({"lock": null}));
+    refused("server unlock");
+    env.server_action(&bed.planned, &json!({"unlock": null}));
+
+    // Cinder can't take what is not there: the server goes on as it was, with its id.
+    let plan = std::fs::read_to_string(bed.fleet.plan()).expect("there is a plan");
+    let other = bed.world.volume_type("sata");
+    bed.fleet.write_plan(&plan.replace("to_type = \"sas\"", &format!("to_type = {other:?}")));
+    refused("has the pool sata, and the target is in sas");
+    bed.fleet.write_plan(&plan);
+
+    // One volume more stays with it, as it is.
+    let more = bed.world.volumes(&[unique("more")]);
+    bed.world.attach(&bed.planned, &more[0]);
+    let before = env.volume(&more[0]);
+    bed.run("cutover", &["--yes", "--json"]).expect_code(0);
+    let server = bed.server().expect("it is there");
+    assert!(server["os-extended-volumes:volumes_attached"].to_string().contains(&more[0]), "{server:#}");
+    assert_eq!(env.volume(&more[0])["metadata"]["owner"], before["metadata"]["owner"]);
+    bed.run("rollback", &["--with-changes", "--yes"]).expect_code(0);
+    let guest = bed.guest.borrow();
+    guest.wait_for_ack(guest.console().last_ack() + 2);
+    assert_eq!(guest.oracle(), Ok(()));
+}
