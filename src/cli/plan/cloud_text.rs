@@ -324,7 +324,7 @@ mod tests {
     #[test]
     fn a_server_that_is_made_again_says_so() {
         let server = Holder::Server(id(1));
-        let expected = format!(" server = \"{}\", strategy = \"recreate\" ", id(1));
+        let expected = format!(" strategy = \"recreate\", server = \"{}\" ", id(1));
         assert_eq!(keys(None, Strategy::Recreate, &server), expected);
     }
 

@@ -292,7 +292,7 @@ fn volumes_of_a_cloud_have_somebody_or_nobody_who_has_them() {
     assert_eq!(openstack("strategy = \"retype\""), OpenStackCutover { strategy: Strategy::Retype, ..plain });
     for (keys, problem) in [
         (format!("strategy = \"retype\", server = \"{ID}\""), "only volumes that nobody has"),
-        ("strategy = \"recreate\"".into(), "not there yet"),
+        ("strategy = \"recreate\"".into(), "only a server that boots"),
         ("strategy = \"copy\"".into(), "is no strategy"),
     ] {
         let error = parse(&held_by(&keys)).unwrap_err().to_string();
