@@ -8,7 +8,7 @@ use futures::future::try_join_all;
 use super::driver::Walk;
 use super::journal::{Changes, moment};
 use super::phase::Phase;
-use super::provider::{Observed, Power, Side};
+use super::provider::{Observed, Power, ProviderError, Side};
 use super::server::{CutoverError, Report, Result};
 use super::sides::store_journal;
 use crate::fleet::{CUTOVER_NOTE, chain_text};
@@ -18,6 +18,12 @@ use crate::replicate;
 
 /// For how long the journal may keep a server from going back: the image that it is with may be what has failed.
 const JOURNAL_PATIENCE: Duration = Duration::from_secs(5);
+
+/// What a person is told of a provider that could not clean up.
+pub(super) fn untidy(error: &ProviderError) -> String {
+    let hint = error.hint.as_ref().map(|hint| format!("; {hint}")).unwrap_or_default();
+    format!("not all was tidied up: {error}{hint}")
+}
 
 impl Walk<'_> {
     /// The server runs on the other side: what is left to be done is off its way. May be repeated.
@@ -144,7 +150,7 @@ impl Walk<'_> {
             }
             match server.provider.settle(from, &mut self.journal.notes).await {
                 Ok(remarks) => self.remarks.extend(remarks),
-                Err(error) => self.remarks.push(format!("not all was tidied up: {error}")),
+                Err(error) => self.remarks.push(untidy(&error)),
             }
         }
         if let Err(error) = self.tidy_up_where_it_was().await {

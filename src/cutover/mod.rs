@@ -220,6 +220,8 @@ impl Walk<'_> {
                 if let Err(untidy) = self.end_before_the_stop().await {
                     tracing::warn!(error = chain_text(&untidy), "what was begun was not tidied up");
                 }
+                // There is no report to have them.
+                self.remarks.iter().for_each(|remark| self.observer.note(remark));
                 Err(error)
             }
         }
@@ -284,7 +286,7 @@ impl Walk<'_> {
         if provider.names_images() {
             // What it has prepared in the pools is in nobody's way; the next walk needs it again.
             if let Err(error) = provider.settle(self.sides.to.other(), &mut self.journal.notes).await {
-                tracing::warn!(error = chain_text(&error), "what was prepared was not tidied up");
+                self.remarks.push(finish::untidy(&error));
             }
         }
         self.end_where_it_was().await

@@ -154,6 +154,16 @@ impl Cloud {
     pub async fn roles(&self) -> Result<Vec<String>> {
         self.session.roles().await
     }
+
+    /// Whether one of them is that of an administrator.
+    pub async fn is_admin(&self) -> Result<bool> {
+        Ok(is_admin(&self.roles().await?))
+    }
+}
+
+/// Whether one of these roles is that of an administrator. Their names are the same in capitals.
+pub fn is_admin(roles: &[String]) -> bool {
+    roles.iter().any(|role| role.eq_ignore_ascii_case("admin"))
 }
 
 /// Ids are put into paths: whatever is none is refused.

@@ -50,6 +50,9 @@ pub struct Server {
     /// What is under way with it.
     #[serde(default, rename = "OS-EXT-STS:task_state")]
     pub task: Option<String>,
+    /// When it first ran; `None` where it never did.
+    #[serde(default, rename = "OS-SRV-USG:launched_at")]
+    pub launched_at: Option<String>,
     /// What its hypervisor says: 0 nothing, 1 running, 3 paused, 4 off, 6 crashed, 7 suspended.
     #[serde(default, rename = "OS-EXT-STS:power_state")]
     pub power: u8,

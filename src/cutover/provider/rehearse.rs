@@ -9,7 +9,7 @@
 //! | `POOLSHIFT_SERVER` | the server's name in the plan |
 //! | `POOLSHIFT_STEP` | `check` |
 //! | `POOLSHIFT_CONSOLE` | the file with what the stand-in has printed: all of it, or in a cloud the end that Nova keeps |
-//! | `POOLSHIFT_DISKS` | as in [`super::command`], with the clones as targets |
+//! | `POOLSHIFT_DISKS` | as in [`super::command`], with the clones as targets, by the names that they have then |
 //! | `POOLSHIFT_DOMAIN` | for libvirt: the stand-in's domain; and `LIBVIRT_DEFAULT_URI`, where the plan names one |
 //! | `POOLSHIFT_STAND_IN` | for OpenStack: the stand-in's id |
 

@@ -142,9 +142,13 @@ impl OpenStack {
         let volumes = self.cinder_volumes(operation).await?;
         for (volume, shown) in self.volumes.iter().zip(&volumes) {
             let (now, wanted) = (shown.volume_type.as_deref().unwrap_or_default(), volume.final_type(from));
-            if now != wanted || shown.is_moving() {
-                let id = &shown.id;
-                let problem = format!("volume {id} is {} of type {now:?}, and no longer of {wanted:?}", shown.status);
+            let id = &shown.id;
+            if shown.is_moving() {
+                let problem = format!("volume {id} is {} just now", shown.status);
+                return Err(self.error(operation, problem, Some("let that end, and begin once more")));
+            }
+            if now != wanted {
+                let problem = format!("volume {id} is of type {now:?}, and no longer of {wanted:?}");
                 return Err(self.error(operation, problem, Some("somebody has retyped it: make the plan anew")));
             }
         }

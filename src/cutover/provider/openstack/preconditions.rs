@@ -6,7 +6,7 @@ use super::super::{Precondition, Side, Verdict};
 use super::switch::{self, CloudVolume, Step};
 use super::{OpenStack, lock, name};
 use crate::openstack::cinder::{Status, Volume, VolumeType};
-use crate::openstack::{Cloud, CloudError};
+use crate::openstack::{Cloud, CloudError, is_admin};
 use crate::plan::Holder;
 
 /// Looks; changes nothing.
@@ -37,7 +37,7 @@ pub(super) async fn of(provider: &OpenStack, from: Side) -> Vec<Precondition> {
 async fn roles(provider: &OpenStack, cloud: &Cloud) -> Precondition {
     let what = format!("cloud of {}", provider.server);
     match cloud.roles().await {
-        Ok(roles) if roles.iter().any(|role| role == "admin") => Precondition::new(what, Verdict::Ok, cloud.name()),
+        Ok(roles) if is_admin(&roles) => Precondition::new(what, Verdict::Ok, cloud.name()),
         Ok(roles) => {
             let found = format!(
                 "the credentials have the roles {}, and not admin: a volume's status can be reset by an administrator only",
@@ -78,6 +78,11 @@ async fn server(provider: &OpenStack, cloud: &Cloud, id: &str) -> Precondition {
             what.clone(),
             Verdict::Warning,
             "it is locked by somebody: only an administrator can stop it, and it stays locked",
+        ),
+        () if lock::is_ours(&server) => Precondition::new(
+            what.clone(),
+            Verdict::Warning,
+            "it is still locked by poolshift: that a run before this one has left, and this one takes away at its end",
         ),
         () if more > 0 => {
             let found = format!("it runs; it has {more} volumes more than the plan, which stay as they are");

@@ -263,7 +263,8 @@ impl OpenStack {
             self.error("rehearsal", problem, None)
         })?;
         let more = [("POOLSHIFT_STAND_IN", OsStr::new(id))];
-        Ok(check(script, stand_in, (file.path(), &more), self.config.limit).await)
+        let renamed = self.as_renamed("rehearsal", stand_in).await?;
+        Ok(check(script, &renamed, (file.path(), &more), self.config.limit).await)
     }
 }
 

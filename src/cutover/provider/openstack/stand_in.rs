@@ -36,7 +36,7 @@ const LATE: Duration = Duration::from_secs(10);
 /// How often it is looked meanwhile.
 const POLL: Duration = Duration::from_millis(500);
 /// What Cinder writes about images and lets nobody else write.
-const NOT_WRITTEN: &str = "signature_verified";
+pub(super) const NOT_WRITTEN: &str = "signature_verified";
 
 /// The name of a disk's clone.
 pub(super) fn clone_of(disk: &ServerDisk) -> &str {
@@ -318,6 +318,21 @@ impl OpenStack {
         self.bring_about(operation, &Runs { cloud, stand_in, server }).await?;
         self.stand_in_is_complete.store(true, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// The same stand-in, with its clones by the names that Cinder has given them.
+    pub(super) async fn as_renamed(&self, operation: &str, stand_in: &StandIn) -> Result<StandIn, ProviderError> {
+        let cloud = self.cloud(operation).await?;
+        let made = volumes_of(cloud, stand_in).await.map_err(|error| self.cloud_error(operation, &error))?;
+        let mut renamed = stand_in.clone();
+        for disk in &mut renamed.disks {
+            let clone = clone_of(disk).to_owned();
+            let now = made.iter().find(|volume| volume.metadata.get(CLONE) == Some(&clone)).map(Volume::image);
+            if let (Some(now), ImageSpec::Rbd { image, .. }) = (now, &mut disk.target) {
+                *image = now;
+            }
+        }
+        Ok(renamed)
     }
 
     /// Removes a stand-in, and has Cinder give up its volumes.

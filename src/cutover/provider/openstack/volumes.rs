@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use super::effect::{Effect, Look};
 use super::switch::CloudVolume;
 use crate::openstack::cinder::{MigrationPolicy, Status, Volume};
-use crate::openstack::{Cloud, CloudError};
+use crate::openstack::{Cloud, CloudError, Fault};
 
 /// Cinder is not at it.
 pub(super) struct AtRest<'a> {
@@ -145,7 +145,11 @@ impl Effect for NoFailure<'_> {
     }
 
     async fn look(&self) -> Result<Look, CloudError> {
-        let shown = self.cloud.volume(&self.volume.cinder.volume).await?;
+        let shown = match self.cloud.volume(&self.volume.cinder.volume).await {
+            // Whoever has deleted it has deleted that, too.
+            Err(error) if error.fault == Fault::NotFound => return Ok(Look::Done),
+            shown => shown?,
+        };
         let failed = shown.migration_status.as_deref() == Some("error");
         Ok(if failed { Look::NotYet("of a migration that failed".into()) } else { Look::Done })
     }

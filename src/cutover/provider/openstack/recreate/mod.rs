@@ -93,6 +93,20 @@ impl Recreate {
         join_all(bring).await.into_iter().try_for_each(|done| done.map(drop))
     }
 
+    /// No server is deleted that could not be made again, because somebody has one of its new volumes.
+    async fn refuse_taken(&self, operation: &str) -> Result<(), ProviderError> {
+        for volume in &self.base.volumes {
+            let seen = self.base.look_at_target(operation, volume).await?;
+            if !matches!(seen.volume, Some((_, volumes::State::Free))) {
+                let new = seen.id().unwrap_or("that its target is to be");
+                let problem =
+                    format!("the new volume {new} of {} is not available: somebody has taken it", volume.name);
+                return Err(self.base.error(operation, problem, Some("see with `openstack volume show` who has it")));
+            }
+        }
+        Ok(())
+    }
+
     /// Holds the old volumes, and the others of the server, while it is not there.
     async fn hold(&self, operation: &str, remembered: &Remembered) -> Result<(), ProviderError> {
         let cloud = self.base.cloud(operation).await?;
@@ -185,13 +199,19 @@ impl Provider for Recreate {
             return Err(self.base.error(
                 &operation,
                 problem,
-                Some("give them back to it: openstack server add volume"),
+                Some(
+                    "give them back to it (openstack server add volume); or delete it, and its volumes stay: then run the same \
+                     command again",
+                ),
             ));
         }
         if to == Side::Target {
             self.bring_targets(&operation, to).await?;
         }
         if let Some(found) = found {
+            if to == Side::Target {
+                self.refuse_taken(&operation).await?;
+            }
             self.delete(&operation, &found, &remembered).await?;
         }
         if to == Side::Source {
@@ -209,7 +229,12 @@ impl Provider for Recreate {
             }
             Some(found) if power(&found.server) == Power::Running => Ok(()),
             Some(found) => {
-                self.base.act(&operation, &found.server.id, ServerAction::Start, (ACTIVE, &[OFF, "ERROR"])).await
+                let id = found.server.id.as_str();
+                if found.server.status == "ERROR" {
+                    // Nova starts nothing that failed; it stops it.
+                    self.base.act(&operation, id, ServerAction::Stop, (OFF, &["ERROR"])).await?;
+                }
+                self.base.act(&operation, id, ServerAction::Start, (ACTIVE, &[OFF])).await
             }
             None => {
                 let remembered = self.remembered(&operation, notes)?;
@@ -257,8 +282,7 @@ impl Provider for Recreate {
         let operation = "remove an old volume";
         let cloud = self.base.cloud(operation).await?;
         let Some(volume) = self.base.volumes.iter().find(|found| found.name == volume) else { return Ok(false) };
-        let id = volume.cinder.volume.as_str();
-        self.base.bring_about(operation, &volumes::Deleted { cloud, id }).await?;
+        self.base.bring_about(operation, &volumes::Deleted { cloud, volume }).await?;
         Ok(true)
     }
 }

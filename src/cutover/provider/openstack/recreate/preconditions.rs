@@ -12,7 +12,7 @@ use super::{Recreate, volumes};
 use crate::openstack::cinder::{Status, Volume};
 use crate::openstack::definition::{Definition, NOVA_ATTACHMENTS};
 use crate::openstack::nova::Server;
-use crate::openstack::{Cloud, CloudError};
+use crate::openstack::{Cloud, CloudError, is_admin};
 
 /// Looks; changes nothing.
 pub(super) async fn of(provider: &Recreate, from: Side) -> Vec<Precondition> {
@@ -41,7 +41,7 @@ async fn cloud_itself(provider: &Recreate, cloud: &Cloud, what: String) -> Preco
             );
             Precondition::new(what, Verdict::Error, found)
         }
-        Ok((roles, true)) if !roles.iter().any(|role| role == "admin") => {
+        Ok((roles, true)) if !is_admin(&roles) => {
             let found = format!(
                 "the credentials have the roles {}, and not admin: by most clouds' rules only an administrator gives Cinder \
                  an image as a volume",

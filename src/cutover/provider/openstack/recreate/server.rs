@@ -9,9 +9,11 @@ use super::super::super::{Notes, Power, ProviderError, Side};
 use super::super::effect::{Effect, Look};
 use super::super::server::{ACTIVE, AtRest, power, told};
 use super::remembered::{BYTES_MAX, Remembered, SERVER_MARK};
+use super::volumes::State;
 use super::{Recreate, volumes};
 use crate::image::{Disk as _, ErrorKind};
-use crate::openstack::nova::{Server, Whose};
+use crate::openstack::cinder::Volume;
+use crate::openstack::nova::{Server, ServerAction, Whose};
 use crate::openstack::{Cloud, CloudError, Fault};
 
 /// The server as it is found.
@@ -25,7 +27,8 @@ pub(super) struct Found {
 impl Found {
     /// Whether it was made again, and never ran.
     pub(super) fn has_failed(&self) -> bool {
-        self.server.status == "ERROR" && power(&self.server) != Power::Running && self.is_marked()
+        let never_ran = self.server.launched_at.is_none() && power(&self.server) != Power::Running;
+        self.server.status == "ERROR" && never_ran && self.is_marked()
     }
 
     pub(super) fn is_marked(&self) -> bool {
@@ -75,9 +78,6 @@ impl Effect for Gone<'_> {
             server => server?,
         };
         Ok(match () {
-            () if server.status == "SOFT_DELETED" => Look::Hopeless(
-                "its cloud keeps what is deleted for a while, with its volumes: delete it for good".into(),
-            ),
             () if server.task.is_some() || server.status == "DELETED" => Look::Working(told(&server)),
             () if power(&server) == Power::Running => Look::Hopeless(format!("it is {}: it runs", told(&server))),
             () => Look::NotYet(told(&server)),
@@ -85,7 +85,14 @@ impl Effect for Gone<'_> {
     }
 
     async fn ask(&self) -> Result<(), CloudError> {
-        self.cloud.delete_server(self.id).await
+        let asked = async {
+            // Its cloud keeps what is deleted for a while, and its volumes with it.
+            match self.cloud.server(self.id).await?.status.as_str() {
+                "SOFT_DELETED" => self.cloud.act_on_server(self.id, ServerAction::ForceDelete).await,
+                _ => self.cloud.delete_server(self.id).await,
+            }
+        };
+        asked.await.or_else(|error| if error.fault == Fault::NotFound { Ok(()) } else { Err(error) })
     }
 }
 
@@ -225,7 +232,8 @@ impl Recreate {
                 Err(error) if error.kind == ErrorKind::NotFound => {
                     let marked = volumes::marked(cloud, &volume.cinder.volume).await;
                     let marked = marked.map_err(|error| self.base.cloud_error(operation, &error))?;
-                    return Ok(marked.into_iter().next().map(|found| found.id));
+                    let has_it = |found: &Volume| matches!(State::of(found), State::Free | State::Taken);
+                    return Ok(marked.into_iter().find(has_it).map(|found| found.id));
                 }
                 name => name.map_err(|error| self.base.image_error(operation, &error))?,
             };

@@ -1,10 +1,13 @@
 //! One volume: its image becomes a volume of Cinder's, or a mere image again; what is to be done next, as a pure function
 //! of what is there, and doing it.
 
+use std::collections::BTreeMap;
+
 use async_trait::async_trait;
 
 use super::super::super::{ProviderError, Side};
 use super::super::effect::{Effect, Look};
+use super::super::stand_in::NOT_WRITTEN;
 use super::super::switch::CloudVolume;
 use super::super::{OpenStack, STEPS_MAX};
 use super::remembered::VOLUME_MARK;
@@ -153,7 +156,13 @@ impl Effect for Unmanaged<'_> {
     }
 
     async fn ask(&self) -> Result<(), CloudError> {
-        self.cloud.unmanage(self.id).await
+        let asked = async {
+            if self.cloud.volume(self.id).await?.status == "error_unmanaging" {
+                self.cloud.reset_status(self.id, Status::Available).await?;
+            }
+            self.cloud.unmanage(self.id).await
+        };
+        asked.await.or_else(|error| if error.fault == Fault::NotFound { Ok(()) } else { Err(error) })
     }
 }
 
@@ -210,6 +219,15 @@ struct OfImage<'a> {
     old: &'a Volume,
 }
 
+impl OfImage<'_> {
+    /// Without what Cinder writes, and lets nobody else write.
+    fn wanted_metadata(&self) -> BTreeMap<String, serde_json::Value> {
+        let mut wanted = self.old.image_metadata.clone();
+        wanted.remove(NOT_WRITTEN);
+        wanted
+    }
+}
+
 #[async_trait]
 impl Effect for OfImage<'_> {
     fn wanted(&self) -> String {
@@ -218,12 +236,12 @@ impl Effect for OfImage<'_> {
 
     async fn look(&self) -> Result<Look, CloudError> {
         let has = self.cloud.volume(self.id).await?.image_metadata;
-        let missing = self.old.image_metadata.iter().find(|(key, value)| has.get(*key) != Some(value));
+        let missing = self.wanted_metadata().into_iter().find(|(key, value)| has.get(key) != Some(value));
         Ok(missing.map_or(Look::Done, |(key, _)| Look::NotYet(format!("without {key}"))))
     }
 
     async fn ask(&self) -> Result<(), CloudError> {
-        self.cloud.set_image_metadata(self.id, &self.old.image_metadata).await
+        self.cloud.set_image_metadata(self.id, &self.wanted_metadata()).await
     }
 }
 
@@ -235,7 +253,7 @@ pub(super) async fn marked(cloud: &Cloud, of: &str) -> Result<Vec<Volume>, Cloud
 }
 
 /// What is written to a volume, without what Cinder itself adds while a server has it.
-fn metadata_of(old: &Volume) -> std::collections::BTreeMap<String, String> {
+fn metadata_of(old: &Volume) -> BTreeMap<String, String> {
     let mut metadata = old.metadata.clone();
     metadata.retain(|key, _| !matches!(key.as_str(), "attached_mode" | "readonly"));
     metadata.insert(VOLUME_MARK.to_owned(), old.id.clone());
@@ -280,12 +298,18 @@ impl OpenStack {
     /// What is there of a target.
     pub(super) async fn look_at_target(&self, operation: &str, volume: &CloudVolume) -> Result<Seen, ProviderError> {
         let cloud = self.cloud(operation).await?;
-        let place = volume.at(Side::Target).1;
-        let named = async { image(volume).await?.name().await };
-        let name = named.await.map_err(|error| self.image_error(operation, &error))?;
+        let (connector, place) = volume.at(Side::Target);
+        let image_error = |error: ImageError| self.image_error(operation, &error);
+        let target = image(volume).await.map_err(image_error)?;
+        let name = target.name().await.map_err(image_error)?;
         let cloud_error = |error: CloudError| self.cloud_error(operation, &error);
         let idle = name == place.idle;
         if let Some(id) = name.strip_prefix("volume-").filter(|_| !idle) {
+            if id == volume.cinder.volume {
+                let problem = format!("the target of volume {id} has that volume's own name");
+                let hint = "it was switched with strategy \"keep-ids\": put that into the plan again";
+                return Err(self.error(operation, problem, Some(hint)));
+            }
             match cloud.volume(id).await {
                 Ok(found) => {
                     let volume = Some((found.id.clone(), State::of(&found)));
@@ -295,8 +319,21 @@ impl OpenStack {
                 Err(error) => return Err(cloud_error(error)),
             }
         }
-        let others = marked(cloud, &volume.cinder.volume).await.map_err(cloud_error)?;
-        let others = others.iter().map(|found| (found.id.clone(), State::of(found))).collect();
+        let mut others = Vec::new();
+        for found in marked(cloud, &volume.cinder.volume).await.map_err(cloud_error)? {
+            let (pool, namespace, image) = (&place.pool, place.namespace.as_deref(), found.image());
+            // One that has an image is somebody else's, who has the mark by a copy of the metadata.
+            let state = State::of(&found);
+            if state == State::Moving
+                || !RbdImage::exists(connector, pool, namespace, &image).await.map_err(image_error)?
+            {
+                others.push((found.id, state));
+            }
+        }
+        // Or Cinder has just made the target that one.
+        if target.name().await.map_err(image_error)? != name {
+            return Box::pin(self.look_at_target(operation, volume)).await;
+        }
         Ok(Seen { idle, volume: None, others })
     }
 
@@ -388,33 +425,48 @@ impl OpenStack {
 /// Cinder has the old volume no more, nor its image.
 pub(super) struct Deleted<'a> {
     pub(super) cloud: &'a Cloud,
-    pub(super) id: &'a str,
+    pub(super) volume: &'a CloudVolume,
+}
+
+impl Deleted<'_> {
+    fn id(&self) -> &str {
+        &self.volume.cinder.volume
+    }
 }
 
 #[async_trait]
 impl Effect for Deleted<'_> {
     fn wanted(&self) -> String {
-        format!("volume {} that is deleted", self.id)
+        format!("volume {} that is deleted", self.id())
     }
 
     async fn look(&self) -> Result<Look, CloudError> {
-        let shown = match self.cloud.volume(self.id).await {
+        let shown = match self.cloud.volume(self.id()).await {
             Err(error) if error.fault == Fault::NotFound => return Ok(Look::Done),
             shown => shown?,
         };
+        let now = shown.volume_type.as_deref().unwrap_or_default();
+        if !self.volume.is_image_of(&shown) || now != self.volume.final_type(Side::Source) {
+            return Ok(Look::Hopeless(format!(
+                "volume {} is {} of type {now:?} now, and not what the plan has: somebody has given it another type since, \
+                 and it is not deleted; take it out of poolshift's hands by deleting it yourself, if it is not needed",
+                shown.id,
+                shown.image()
+            )));
+        }
         Ok(match shown.status.as_str() {
             "available" | "attaching" if shown.attachments.is_empty() => Look::NotYet(shown.status),
             status if status.starts_with("error") => Look::NotYet(shown.status),
             "in-use" | "reserved" | "attaching" => {
-                Look::Hopeless(format!("volume {} is {}: somebody has it", self.id, shown.status))
+                Look::Hopeless(format!("volume {} is {}: somebody has it", self.id(), shown.status))
             }
             _ => Look::Working(shown.status),
         })
     }
 
     async fn ask(&self) -> Result<(), CloudError> {
-        free(self.cloud, self.id).await?;
-        self.cloud.delete_volume(self.id).await
+        free(self.cloud, self.id()).await?;
+        self.cloud.delete_volume(self.id()).await
     }
 }
 

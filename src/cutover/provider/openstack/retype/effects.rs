@@ -2,7 +2,7 @@
 
 use std::sync::Mutex;
 use std::sync::PoisonError;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -14,7 +14,7 @@ use super::images::{self, Copied};
 use super::{Copying, note};
 use crate::cutover::Observer;
 use crate::image::ImageError;
-use crate::openstack::cinder::{MigrationPolicy, Status};
+use crate::openstack::cinder::{MigrationPolicy, Status, Volume};
 use crate::openstack::{Cloud, CloudError, Fault};
 
 /// How often it is looked how much of an image has been copied.
@@ -26,11 +26,12 @@ pub(super) struct Gauge<'a> {
     to: Side,
     copying: &'a Copying,
     measured: Mutex<Option<(Instant, Copied)>>,
+    since: Instant,
 }
 
 impl<'a> Gauge<'a> {
     pub(super) fn new(volume: &'a CloudVolume, to: Side, copying: &'a Copying) -> Self {
-        Self { volume, to, copying, measured: Mutex::new(None) }
+        Self { volume, to, copying, measured: Mutex::new(None), since: Instant::now() }
     }
 
     /// Looked at now and then. What can't be looked at now is no failure of the retype's.
@@ -47,6 +48,12 @@ impl<'a> Gauge<'a> {
                 tracing::debug!(%error, "how much is copied is not known now");
                 known
             }
+        };
+        // Nobody can see whether Cinder comes forward, and it may take as long as it takes: what is told goes on all the
+        // same, as the limit is for what stands still.
+        let copied = match copied.there {
+            None => copied.unseen(self.since.elapsed()),
+            Some(_) => copied,
         };
         self.copying.show(copied.there);
         let now = Some((Instant::now(), copied.clone()));
@@ -66,6 +73,24 @@ pub(super) struct Retyped<'a> {
     pub(super) gauge: &'a Gauge<'a>,
     pub(super) observer: &'a dyn Observer,
     pub(super) asks: AtomicU32,
+    /// Whether Cinder was seen at it with nobody having it: then nobody can have it before Cinder is done.
+    pub(super) free: AtomicBool,
+}
+
+/// A server has taken a volume that Cinder copies, or may have: what it writes may be thrown away.
+fn taken_while_copied(volume: &Volume) -> Option<Look> {
+    let server = &volume.attachments.first()?.server_id;
+    let problem = format!(
+        "server {server} has volume {}, and may have taken it before Cinder had copied it: what it writes may be lost; stop \
+         that server at once, and look at both pools with rbd ls and rbd trash ls",
+        volume.id
+    );
+    Some(Look::Hopeless(problem))
+}
+
+/// Whether Cinder is giving it another type.
+fn is_retyped(volume: &Volume) -> bool {
+    volume.is_moving() && !matches!(volume.status.as_str(), "attaching" | "detaching")
 }
 
 #[async_trait]
@@ -81,12 +106,20 @@ impl Effect for Retyped<'_> {
     async fn look(&self) -> Result<Look, CloudError> {
         let shown = self.cloud.volume(&self.volume.cinder.volume).await?;
         let now = shown.volume_type.as_deref().unwrap_or_default();
+        let asked = self.asks.load(Ordering::Relaxed) > 0;
         if shown.is_moving() {
+            if asked && self.migrates && is_retyped(&shown) {
+                if let Some(taken) = taken_while_copied(&shown) {
+                    return Ok(taken);
+                }
+                self.free.store(true, Ordering::Relaxed);
+            }
             let copied = if self.migrates { self.gauge.read().await.to_string() } else { String::new() };
             return Ok(Look::Working(format!("{}{copied}", shown.status)));
         }
         if now == self.next {
-            return Ok(Look::Done);
+            let doubtful = asked && self.migrates && !self.free.load(Ordering::Relaxed);
+            return Ok(taken_while_copied(&shown).filter(|_| doubtful).unwrap_or(Look::Done));
         }
         if shown.status != Status::Available.name() || !shown.attachments.is_empty() {
             let by = shown.attachments.first().map(|found| format!(" by server {}", found.server_id));
@@ -155,6 +188,11 @@ impl Effect for Settled<'_> {
         let shown = self.cloud.volume(&self.volume.cinder.volume).await?;
         if !shown.is_moving() {
             return Ok(Look::Done);
+        }
+        if is_retyped(&shown)
+            && let Some(taken) = taken_while_copied(&shown)
+        {
+            return Ok(taken);
         }
         Ok(Look::Working(format!("{}{}", shown.status, self.gauge.read().await)))
     }

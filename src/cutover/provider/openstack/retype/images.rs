@@ -2,6 +2,7 @@
 //! Cinder from removing it.
 
 use std::fmt;
+use std::time::Duration;
 
 use bytesize::ByteSize;
 
@@ -60,6 +61,16 @@ pub(super) struct Copied {
     pub(super) there: Option<u64>,
     /// Bytes that are left of what is copied, which goes at the end.
     left: Option<u64>,
+    /// For how long nothing of the copy was to be seen.
+    unseen: Option<Duration>,
+}
+
+impl Copied {
+    /// The same, with nothing of the copy to be seen for so long: there are no object maps, or Cinder copies by way of its
+    /// own host to an image of another name.
+    pub(super) fn unseen(self, since: Duration) -> Self {
+        Self { unseen: Some(since), ..self }
+    }
 }
 
 impl fmt::Display for Copied {
@@ -67,7 +78,11 @@ impl fmt::Display for Copied {
         if let Some(there) = self.there {
             write!(f, ", {} copied", ByteSize::b(there).display().iec())?;
         }
-        self.left.map_or(Ok(()), |left| write!(f, ", {} where it was", ByteSize::b(left).display().iec()))
+        if let Some(left) = self.left {
+            write!(f, ", {} where it was", ByteSize::b(left).display().iec())?;
+        }
+        let Some(since) = self.unseen else { return Ok(()) };
+        write!(f, ", for {} s without a sight of its copy", since.as_secs())
     }
 }
 
@@ -82,5 +97,5 @@ pub(super) async fn copied(volume: &CloudVolume, to: Side) -> Result<Copied, Ima
         found => found,
     };
     let (there, left) = futures::try_join!(bytes(to), bytes(to.other()))?;
-    Ok(Copied { there, left })
+    Ok(Copied { there, left, unseen: None })
 }

@@ -22,7 +22,7 @@
 //! - A copy has no snapshots, and Cinder puts an image that has some, or clones, into the trash, or leaves it behind: such
 //!   volumes are refused by name.
 //! - Cinder would copy a volume that a server writes to, and throw away what is written meanwhile: only what nobody has
-//!   is asked for. A server that takes it in the instant between the look and the request is seen at the next look.
+//!   is asked for. A server that may have taken it in the instant between the look and the request is an error.
 //!
 //! # After a crash
 //!
@@ -36,7 +36,7 @@ mod note;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -48,7 +48,7 @@ use super::switch::{CloudVolume, Connectors};
 use crate::cutover::{CutoverError, Observer};
 use crate::image::rbd::{FlattenProgress, RbdImage, RbdSnapshot};
 use crate::image::{ErrorKind, ImageError, Point, Snapshot, SourceImage as _};
-use crate::openstack::cinder::Volume;
+use crate::openstack::cinder::{Status, Volume};
 use crate::openstack::{Cloud, CloudError};
 use crate::pipeline::Limits;
 use crate::plan::{self, OpenStackCutover};
@@ -332,16 +332,21 @@ impl Retype {
         } else if !known.way.is_empty() {
             refuse(volume, self.judge(volume, &known, options).await?)?;
         }
+        let ended_before = known.way.is_empty();
         for _ in 0..TYPES_MAX {
             let Some((next, migrates)) = known.way.first().cloned() else { break };
-            let (next, asks) = (next.as_str(), AtomicU32::new(0));
-            let effect = Retyped { cloud, volume, next, migrates, to, gauge, observer, asks };
+            let (next, asks, free) = (next.as_str(), AtomicU32::new(0), AtomicBool::new(false));
+            let effect = Retyped { cloud, volume, next, migrates, to, gauge, observer, asks, free };
             self.provider.bring_about(&operation, &effect).await?;
             known = Known { note: known.note, ..self.known(volume, to).await? };
         }
         self.arrived(volume, &known, to, &mut report.remarks).await?;
         let digest = known.note.as_ref().and_then(|note| note.digest.as_ref());
-        if let Some(before) = digest {
+        let in_use = known.shown.status != Status::Available.name() || !known.shown.attachments.is_empty();
+        if digest.is_some() && ended_before && in_use {
+            let text = "it can't be compared with what it held before: somebody has had it since";
+            report.remarks.push(text.to_owned());
+        } else if let Some(before) = digest {
             observer.note(&format!("{}: reading it, to compare it with what it held before", volume.name));
             report.verified = Some(self.digest(volume, to).await? == *before);
         } else if options.verify {
@@ -389,6 +394,13 @@ impl Retype {
                 return Err(CutoverError::Interrupted { server: self.provider.server.clone() });
             }
             report.flattened.push(link.to_string());
+        }
+        for snapshot in &judged.to_remove {
+            // Cinder may be about to clone it.
+            if let Some(id) = snapshot.name.strip_suffix(".clone_snap").and_then(|name| name.strip_prefix("volume-")) {
+                let (cloud, operation) = (self.cloud().await?, operation(options.to));
+                self.provider.bring_about(&operation, &CloneSettled { cloud, id }).await?;
+            }
         }
         self.remove_snapshots(&image, &judged.to_remove, report).await?;
         if !judged.to_flatten.is_empty() || !judged.to_remove.is_empty() {
@@ -463,6 +475,12 @@ impl Retype {
             // Whatever a run that was cut has noted: somebody may have had the volume since.
             observer.note(&format!("{}: reading it, to compare its copy with it", volume.name));
             digest = Some(self.digest(volume, known.pool).await?);
+            // That may have taken hours: a snapshot that was made meanwhile would be lost.
+            *known = self.known(volume, options.to).await?;
+            refuse(volume, self.judge(volume, known, RetypeOptions { flatten: false, ..options }).await?)?;
+            if let Some(image) = images::open(volume, known.pool).await? {
+                self.until_closed(volume, &image, observer).await?;
+            }
         }
         let note = Note::new(options.to, jiff::Timestamp::now(), digest);
         let (cloud, text) = (self.cloud().await?, Some(note.text()));
@@ -492,12 +510,17 @@ impl Retype {
         to: Side,
         remarks: &mut Vec<String>,
     ) -> Result<(), CutoverError> {
+        if !volume.is_image_of(&known.shown) {
+            let problem = format!(
+                "volume {} has its type, and Cinder calls its image {} now, which the plan does not know",
+                volume.name,
+                known.shown.image()
+            );
+            let hint = "it is of use as it is; make the plan anew: poolshift plan --openstack --strategy retype";
+            return Err(self.provider.error("retype", problem, Some(hint)).into());
+        }
         if images::in_the_way(volume, to).await?.is_none() {
             return Err(self.not_there(volume, to).into());
-        }
-        if !volume.is_image_of(&known.shown) {
-            let text = format!("Cinder calls its image {} now: the plan's name is not that of it", known.shown.image());
-            remarks.push(text);
         }
         if let Some(left) = images::in_the_way(volume, to.other()).await? {
             remarks
