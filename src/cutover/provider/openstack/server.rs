@@ -35,6 +35,18 @@ pub(super) fn power(server: &Server) -> Power {
     }
 }
 
+/// Begins to delete a server, which may be gone already, also where its cloud keeps what is deleted for a while, and its
+/// volumes with it.
+pub(super) async fn delete_for_good(cloud: &Cloud, id: &str) -> Result<(), CloudError> {
+    let asked = async {
+        match cloud.server(id).await?.status.as_str() {
+            "SOFT_DELETED" => cloud.act_on_server(id, ServerAction::ForceDelete).await,
+            _ => cloud.delete_server(id).await,
+        }
+    };
+    asked.await.or_else(|error| if error.fault == Fault::NotFound { Ok(()) } else { Err(error) })
+}
+
 /// A server is in that state.
 struct Becomes<'a> {
     cloud: &'a Cloud,

@@ -15,11 +15,12 @@ use super::super::rehearse::StandIn;
 use super::super::{ProviderError, ServerDisk};
 use super::OpenStack;
 use super::effect::{Effect, Look};
-use super::server::{ACTIVE, told};
+use super::server::{ACTIVE, delete_for_good, told};
+use super::volumes::{Described, give_up};
 use crate::image::ImageSpec;
 use crate::openstack::cinder::{Status, Volume};
 use crate::openstack::manage::Managed;
-use crate::openstack::nova::{NewServer, Server, ServerAction};
+use crate::openstack::nova::{NewServer, Server};
 use crate::openstack::{Cloud, CloudError, Fault};
 
 /// What carries the rehearsal's id.
@@ -35,8 +36,6 @@ const ROUNDS: usize = 5;
 const LATE: Duration = Duration::from_secs(10);
 /// How often it is looked meanwhile.
 const POLL: Duration = Duration::from_millis(500);
-/// What Cinder writes about images and lets nobody else write.
-pub(super) const NOT_WRITTEN: &str = "signature_verified";
 
 /// The name of a disk's clone.
 pub(super) fn clone_of(disk: &ServerDisk) -> &str {
@@ -107,30 +106,6 @@ impl Effect for Taken<'_> {
     }
 }
 
-/// A volume has what is known of the image that another was made from.
-struct Described<'a> {
-    cloud: &'a Cloud,
-    volume: &'a str,
-    image_metadata: &'a BTreeMap<String, serde_json::Value>,
-}
-
-#[async_trait]
-impl Effect for Described<'_> {
-    fn wanted(&self) -> String {
-        format!("image metadata of volume {}", self.volume)
-    }
-
-    async fn look(&self) -> Result<Look, CloudError> {
-        let shown = self.cloud.volume(self.volume).await?.image_metadata;
-        let has_all = self.image_metadata.iter().all(|(key, value)| shown.get(key) == Some(value));
-        Ok(if has_all { Look::Done } else { Look::NotYet(format!("only {} of them there", shown.len())) })
-    }
-
-    async fn ask(&self) -> Result<(), CloudError> {
-        self.cloud.set_image_metadata(self.volume, self.image_metadata).await
-    }
-}
-
 /// How it is with a stand-in that is to run.
 fn look_at_servers(servers: &[Server]) -> Look {
     let failed = |server: &&Server| server.status == "ERROR";
@@ -190,15 +165,7 @@ impl Effect for Gone<'_> {
     }
 
     async fn ask(&self) -> Result<(), CloudError> {
-        let server = match self.cloud.server(self.id).await {
-            Err(error) if error.fault == Fault::NotFound => return Ok(()),
-            found => found?,
-        };
-        let asked = match server.status.as_str() {
-            "SOFT_DELETED" => self.cloud.act_on_server(self.id, ServerAction::ForceDelete).await,
-            _ => self.cloud.delete_server(self.id).await,
-        };
-        asked.or_else(|error| if error.fault == Fault::NotFound { Ok(()) } else { Err(error) })
+        delete_for_good(self.cloud, self.id).await
     }
 }
 
@@ -231,13 +198,7 @@ impl Effect for GivenUp<'_> {
     }
 
     async fn ask(&self) -> Result<(), CloudError> {
-        let asked = async {
-            if self.cloud.volume(self.id).await?.status == "error_unmanaging" {
-                self.cloud.reset_status(self.id, Status::Available).await?;
-            }
-            self.cloud.unmanage(self.id).await
-        };
-        asked.await.or_else(|error| if error.fault == Fault::NotFound { Ok(()) } else { Err(error) })
+        give_up(self.cloud, self.id).await
     }
 }
 
@@ -301,10 +262,7 @@ impl OpenStack {
         if let (Some(root), Some(&volume)) = (root, ids.first()) {
             let original = self.volumes[root].cinder.volume.as_str();
             let shown = cloud.volume(original).await.map_err(|error| self.cloud_error(operation, &error))?;
-            let mut image_metadata = shown.image_metadata;
-            image_metadata.remove(NOT_WRITTEN);
-            let image_metadata = &image_metadata;
-            self.bring_about(operation, &Described { cloud, volume, image_metadata }).await?;
+            self.bring_about(operation, &Described { cloud, volume, original: &shown }).await?;
         }
         let mut metadata = metadata(stand_in);
         metadata.extend(stand_in.disks.first().map(|disk| (CLONE.to_owned(), clone_of(disk).to_owned())));

@@ -1,8 +1,10 @@
 //! What Cinder is asked for, about one volume.
 
+use std::collections::BTreeMap;
 use std::sync::OnceLock;
 
 use async_trait::async_trait;
+use serde_json::Value;
 
 use super::effect::{Effect, Look};
 use super::switch::CloudVolume;
@@ -157,4 +159,50 @@ impl Effect for NoFailure<'_> {
     async fn ask(&self) -> Result<(), CloudError> {
         self.cloud.forget_migration(&self.volume.cinder.volume).await
     }
+}
+
+/// What Cinder writes about images and lets nobody else write.
+const NOT_WRITTEN: &str = "signature_verified";
+
+/// A volume has what is known of the image that another was made from.
+pub(super) struct Described<'a> {
+    pub(super) cloud: &'a Cloud,
+    pub(super) volume: &'a str,
+    pub(super) original: &'a Volume,
+}
+
+impl Described<'_> {
+    fn image_metadata(&self) -> BTreeMap<String, Value> {
+        let mut wanted = self.original.image_metadata.clone();
+        wanted.remove(NOT_WRITTEN);
+        wanted
+    }
+}
+
+#[async_trait]
+impl Effect for Described<'_> {
+    fn wanted(&self) -> String {
+        format!("volume {} with the image metadata of {}", self.volume, self.original.id)
+    }
+
+    async fn look(&self) -> Result<Look, CloudError> {
+        let has = self.cloud.volume(self.volume).await?.image_metadata;
+        let missing = self.image_metadata().into_iter().find(|(key, value)| has.get(key) != Some(value));
+        Ok(missing.map_or(Look::Done, |(key, _)| Look::NotYet(format!("without {key}"))))
+    }
+
+    async fn ask(&self) -> Result<(), CloudError> {
+        self.cloud.set_image_metadata(self.volume, &self.image_metadata()).await
+    }
+}
+
+/// Begins to have Cinder give a volume up, which may be gone already; its image stays.
+pub(super) async fn give_up(cloud: &Cloud, id: &str) -> Result<(), CloudError> {
+    let asked = async {
+        if cloud.volume(id).await?.status == "error_unmanaging" {
+            cloud.reset_status(id, Status::Available).await?;
+        }
+        cloud.unmanage(id).await
+    };
+    asked.await.or_else(|error| if error.fault == Fault::NotFound { Ok(()) } else { Err(error) })
 }

@@ -282,6 +282,11 @@ mod tests {
 
     use super::*;
 
+    fn facts<'a>(server: &'a Server, definition: &'a Definition) -> Facts<'a> {
+        let (interfaces, project, missing) = (Some(0), "p", None);
+        Facts { server, definition, interfaces, project, has_flavor: true, has_key: true, missing }
+    }
+
     fn found(server: Value, change: impl FnOnce(&mut Facts<'_>)) -> String {
         let mut shown = json!({
             "id": "s", "name": "web", "tenant_id": "p", "status": "ACTIVE", "OS-EXT-SRV-ATTR:user_data": null,
@@ -290,15 +295,7 @@ mod tests {
         shown.as_object_mut().unwrap().extend(server.as_object().unwrap().clone());
         let definition: Definition = serde_json::from_value(shown.clone()).unwrap();
         let server: Server = serde_json::from_value(shown).unwrap();
-        let mut facts = Facts {
-            server: &server,
-            definition: &definition,
-            interfaces: Some(0),
-            project: "p",
-            has_flavor: true,
-            has_key: true,
-            missing: None,
-        };
+        let mut facts = facts(&server, &definition);
         change(&mut facts);
         judge(&facts).into_iter().map(|(verdict, found)| format!("{verdict:?} {found}\n")).collect()
     }
@@ -340,15 +337,6 @@ mod tests {
         assert!(keyless.starts_with("Warning its key pair \"k\"") && keyless.contains("cloud-init"), "{keyless}");
         let definition: Definition = serde_json::from_value(json!({"name": "web", "tenant_id": "p"})).unwrap();
         let server: Server = serde_json::from_value(json!({"id": "s", "status": "ACTIVE"})).unwrap();
-        let facts = Facts {
-            server: &server,
-            definition: &definition,
-            interfaces: Some(0),
-            project: "p",
-            has_flavor: true,
-            has_key: true,
-            missing: None,
-        };
-        assert!(judge(&facts)[0].1.contains("may not be seen"));
+        assert!(judge(&facts(&server, &definition))[0].1.contains("may not be seen"));
     }
 }

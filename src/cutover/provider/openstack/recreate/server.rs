@@ -7,13 +7,13 @@ use futures::future::{join_all, try_join_all};
 
 use super::super::super::{Notes, Power, ProviderError, Side};
 use super::super::effect::{Effect, Look};
-use super::super::server::{ACTIVE, AtRest, power, told};
+use super::super::server::{ACTIVE, AtRest, delete_for_good, power, told};
 use super::remembered::{BYTES_MAX, Remembered, SERVER_MARK};
 use super::volumes::State;
 use super::{Recreate, volumes};
 use crate::image::{Disk as _, ErrorKind};
 use crate::openstack::cinder::Volume;
-use crate::openstack::nova::{Server, ServerAction, Whose};
+use crate::openstack::nova::{Server, Whose};
 use crate::openstack::{Cloud, CloudError, Fault};
 
 /// The server as it is found.
@@ -85,14 +85,7 @@ impl Effect for Gone<'_> {
     }
 
     async fn ask(&self) -> Result<(), CloudError> {
-        let asked = async {
-            // Its cloud keeps what is deleted for a while, and its volumes with it.
-            match self.cloud.server(self.id).await?.status.as_str() {
-                "SOFT_DELETED" => self.cloud.act_on_server(self.id, ServerAction::ForceDelete).await,
-                _ => self.cloud.delete_server(self.id).await,
-            }
-        };
-        asked.await.or_else(|error| if error.fault == Fault::NotFound { Ok(()) } else { Err(error) })
+        delete_for_good(self.cloud, self.id).await
     }
 }
 

@@ -7,8 +7,8 @@ use async_trait::async_trait;
 
 use super::super::super::{ProviderError, Side};
 use super::super::effect::{Effect, Look};
-use super::super::stand_in::NOT_WRITTEN;
 use super::super::switch::CloudVolume;
+use super::super::volumes::{Described, give_up};
 use super::super::{OpenStack, STEPS_MAX};
 use super::remembered::VOLUME_MARK;
 use crate::image::rbd::RbdImage;
@@ -156,13 +156,7 @@ impl Effect for Unmanaged<'_> {
     }
 
     async fn ask(&self) -> Result<(), CloudError> {
-        let asked = async {
-            if self.cloud.volume(self.id).await?.status == "error_unmanaging" {
-                self.cloud.reset_status(self.id, Status::Available).await?;
-            }
-            self.cloud.unmanage(self.id).await
-        };
-        asked.await.or_else(|error| if error.fault == Fault::NotFound { Ok(()) } else { Err(error) })
+        give_up(self.cloud, self.id).await
     }
 }
 
@@ -209,39 +203,6 @@ impl Effect for Begun<'_> {
         let made = self.cloud.manage(&self.wanted).await?;
         *self.begun.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(made.id);
         Ok(())
-    }
-}
-
-/// It knows what the old one knows of the image that it was made from.
-struct OfImage<'a> {
-    cloud: &'a Cloud,
-    id: &'a str,
-    old: &'a Volume,
-}
-
-impl OfImage<'_> {
-    /// Without what Cinder writes, and lets nobody else write.
-    fn wanted_metadata(&self) -> BTreeMap<String, serde_json::Value> {
-        let mut wanted = self.old.image_metadata.clone();
-        wanted.remove(NOT_WRITTEN);
-        wanted
-    }
-}
-
-#[async_trait]
-impl Effect for OfImage<'_> {
-    fn wanted(&self) -> String {
-        format!("volume {} with the image metadata of {}", self.id, self.old.id)
-    }
-
-    async fn look(&self) -> Result<Look, CloudError> {
-        let has = self.cloud.volume(self.id).await?.image_metadata;
-        let missing = self.wanted_metadata().into_iter().find(|(key, value)| has.get(key) != Some(value));
-        Ok(missing.map_or(Look::Done, |(key, _)| Look::NotYet(format!("without {key}"))))
-    }
-
-    async fn ask(&self) -> Result<(), CloudError> {
-        self.cloud.set_image_metadata(self.id, &self.wanted_metadata()).await
     }
 }
 
@@ -354,7 +315,7 @@ impl OpenStack {
                     if let (Side::Target, Some(id)) = (to, seen.id()) {
                         let old = cloud.volume(&volume.cinder.volume).await;
                         let old = old.map_err(|error| self.cloud_error(operation, &error))?;
-                        self.bring_about(operation, &OfImage { cloud, id, old: &old }).await?;
+                        self.bring_about(operation, &Described { cloud, volume: id, original: &old }).await?;
                     }
                     return Ok(seen.id().map(str::to_owned));
                 }
