@@ -142,12 +142,12 @@ impl Opener for PlanImages {
         Ok(images::target_of_plan(&self.context(), volume).await?)
     }
 
-    async fn drift(&self, server: &Server) -> Vec<Drift> {
-        let Cutover::OpenStack(config) = &server.cutover else { return Vec::new() };
+    async fn drift(&self, server: &Server) -> Option<Vec<Drift>> {
+        let Cutover::OpenStack(config) = &server.cutover else { return Some(Vec::new()) };
         let look = async { drift::look(self.cloud(config.cloud.as_deref()).await?.as_ref(), server).await };
         // It is replicated all the same: a cloud that does not answer keeps nobody waiting.
         match tokio::time::timeout(CLOUD_PATIENCE, look).await {
-            Ok(Ok(drift)) => return drift,
+            Ok(Ok(drift)) => return Some(drift),
             Ok(Err(error)) => {
                 tracing::warn!(
                     server = server.name,
@@ -157,6 +157,6 @@ impl Opener for PlanImages {
             }
             Err(_) => tracing::warn!(server = server.name, "the cloud does not answer"),
         }
-        Vec::new()
+        None
     }
 }

@@ -1,5 +1,5 @@
 //! Drift: what has become of a server where it runs that its plan does not know of. Whoever runs it is asked before its
-//! cycles, not more often than once a minute; what does not answer has not drifted.
+//! cycles, not more often than once a minute; where that does not answer, its last answer counts.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -39,6 +39,14 @@ impl Drifts {
         known.filter(|drift| !drift.iter().any(|drift| drift.holds))
     }
 
+    /// What was answered last: nothing, where nobody ever did. That counts for as long as an answer does.
+    fn last(&self, server: &str) -> Vec<Drift> {
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (at, drift) = known.entry(server.to_owned()).or_insert_with(|| (Instant::now(), Vec::new()));
+        *at = Instant::now();
+        drift.clone()
+    }
+
     /// Keeps an answer; says whether it is another one than the last.
     fn keep(&self, server: &str, drift: &[Drift]) -> bool {
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -57,23 +65,46 @@ impl Shared {
     pub(super) async fn drifted(&self, server: &Server) -> Option<(String, CycleError)> {
         let drift = match self.drifts.known(&server.name) {
             Some(known) => known,
-            None => {
-                let drift = self.opener.drift(server).await;
-                if let Some(track) = self.core().tracks.get_mut(&server.name) {
-                    track.drifted(drift.iter().map(|drift| format!("{}: {}", drift.about, drift.text)).collect());
-                }
-                if self.drifts.keep(&server.name, &drift) {
-                    for Drift { about, text, .. } in &drift {
-                        self.events.tell(EventKind::Drift, Some(&server.name), None, format!("{about}: {text}"));
-                    }
-                }
-                drift
-            }
+            None => self.ask_whether_drifted(server).await,
         };
         let Drift { about, text, .. } = drift.into_iter().find(|drift| drift.holds)?;
         let place = server.volumes.iter().find(|volume| volume.name == about);
         let place = place.map_or_else(|| format!("server {}", server.name), |volume| volume.source.to_string());
         let error = ImageError::new(ErrorKind::Unsupported, place, "replicate it").detail(text);
         Some((about, error.hint("once that is settled: poolshift resume").into()))
+    }
+
+    async fn ask_whether_drifted(&self, server: &Server) -> Vec<Drift> {
+        let Some(drift) = self.opener.drift(server).await else { return self.drifts.last(&server.name) };
+        if let Some(track) = self.core().tracks.get_mut(&server.name) {
+            track.drifted(drift.iter().map(|drift| format!("{}: {}", drift.about, drift.text)).collect());
+        }
+        if self.drifts.keep(&server.name, &drift) {
+            for Drift { about, text, .. } in &drift {
+                self.events.tell(EventKind::Drift, Some(&server.name), None, format!("{about}: {text}"));
+            }
+        }
+        drift
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn what_was_answered_last_counts_until_there_is_another_answer() {
+        let drift = |holds| Drift { about: "root".into(), text: "it has another type".into(), holds };
+        let drifts = Drifts::default();
+        assert_eq!((drifts.known("web"), drifts.last("web")), (None, vec![]));
+        assert_eq!(drifts.known("web"), Some(vec![]), "who does not answer is not asked before every cycle");
+        for holds in [true, false] {
+            assert!(drifts.keep("web", &[drift(holds)]));
+            tokio::time::advance(GOOD_FOR).await;
+            assert_eq!(drifts.known("web"), None);
+            assert_eq!(drifts.last("web"), [drift(holds)], "a server is not let go because nobody answers");
+            assert_eq!(drifts.known("web"), (!holds).then(|| vec![drift(holds)]));
+        }
+        assert!(drifts.keep("web", &[]));
     }
 }

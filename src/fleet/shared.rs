@@ -37,9 +37,10 @@ pub trait Opener: Send + Sync {
     /// Opens the target of a volume alone, to read what is noted with it. Creates nothing.
     async fn open_target(&self, volume: &Volume) -> Result<Arc<dyn TargetImage>, CycleError>;
 
-    /// What has become of a server where it runs that its plan does not know of. Nothing where nobody can be asked.
-    async fn drift(&self, _server: &Server) -> Vec<Drift> {
-        Vec::new()
+    /// What has become of a server where it runs that its plan does not know of: nothing where there is nobody to ask;
+    /// `None` where nobody has answered.
+    async fn drift(&self, _server: &Server) -> Option<Vec<Drift>> {
+        Some(Vec::new())
     }
 }
 

@@ -55,8 +55,8 @@ impl Opener for Disks {
         Ok(Arc::new(self.disk(&volume.name).1.reopen()))
     }
 
-    async fn drift(&self, server: &Server) -> Vec<Drift> {
-        self.drift.lock().unwrap().get(&server.name).cloned().into_iter().collect()
+    async fn drift(&self, server: &Server) -> Option<Vec<Drift>> {
+        Some(self.drift.lock().unwrap().get(&server.name).cloned().into_iter().collect())
     }
 }
 

@@ -327,9 +327,10 @@ impl Cloud {
         struct Answer {
             flavors: Vec<Flavor>,
         }
-        let query = [("is_public", "None")];
-        let answer: Answer = self.ask(Service::Nova, "flavors", &query, "list flavors").await?;
-        Ok(answer.flavors.into_iter().find(|flavor| flavor.name == name).map(|flavor| flavor.id))
+        let what = (Service::Nova, "flavors", "list flavors");
+        let listed = |page: Answer| page.flavors;
+        let all = self.pages(what, &[("is_public", "None")], &Whose::Own, listed, |flavor| &flavor.id).await?;
+        Ok(all.into_iter().find(|flavor| flavor.name == name).map(|flavor| flavor.id))
     }
 
     /// Begins something with a server. The answer says nothing of whether it will come about.

@@ -315,6 +315,7 @@ impl Session {
                 Ok(response) => {
                     let status = response.status();
                     let id = request_id(&response);
+                    wait = retry_after(&response).unwrap_or(wait);
                     let text = header(&response, "X-Subject-Token").map(SecretString::from);
                     let body = bounded(response).await.unwrap_or_default();
                     match (status, text) {
@@ -342,7 +343,7 @@ impl Session {
                 return Err(error);
             }
             tokio::time::sleep(wait).await;
-            wait *= 2;
+            wait = (wait * 2).min(RETRY_AFTER_MAX);
         }
         unreachable!("the loop ends by itself")
     }
@@ -474,8 +475,7 @@ async fn attempt(request: reqwest::RequestBuilder) -> Attempt {
     match request.send().await {
         Ok(response) => {
             let (status, id) = (response.status(), request_id(&response));
-            let after = header(&response, "Retry-After").and_then(|text| text.parse().ok());
-            let after = after.map(|seconds| Duration::from_secs(seconds).min(RETRY_AFTER_MAX));
+            let after = retry_after(&response);
             match bounded(response).await {
                 Ok(body) => Attempt::Answer(status, after, body, id),
                 Err(Some(error)) => Attempt::Lost { error, sent: true },
@@ -503,6 +503,12 @@ async fn bounded(mut response: reqwest::Response) -> std::result::Result<Vec<u8>
 
 fn header(response: &reqwest::Response, name: &str) -> Option<String> {
     response.headers().get(name)?.to_str().ok().map(str::to_owned)
+}
+
+/// For how long a service wants to be left alone, but not for longer than a caller can wait.
+fn retry_after(response: &reqwest::Response) -> Option<Duration> {
+    let seconds = header(response, "Retry-After")?.parse().ok()?;
+    Some(Duration::from_secs(seconds).min(RETRY_AFTER_MAX))
 }
 
 /// By which the service's own log finds it again.

@@ -47,18 +47,21 @@ async fn a_service_that_has_too_much_to_do_is_asked_again() {
         line if line.contains("/action") && before < 2 => {
             Some(answer(429, json!({"overLimit": {"message": "slower"}})).header("Retry-After", "0"))
         }
+        line if line.contains("/auth/tokens") && before < 4 => {
+            Some(answer(429, Value::Null).header("Retry-After", "0"))
+        }
         line if line.contains("/action") => Some(answer(202, Value::Null)),
         line if line.contains("/types") => Some(answer(429, Value::Null).header("Retry-After", "0")),
         _ => None,
     })
     .await;
-    let cloud = fake.connect().await.unwrap();
     let begun = std::time::Instant::now();
+    let cloud = fake.connect().await.unwrap();
     cloud.act_on_server("s1", ServerAction::Start).await.unwrap();
-    assert_eq!(fake.count("/action"), 3);
+    assert_eq!((fake.count("/auth/tokens"), fake.count("/action")), (5, 3));
     let error = cloud.volume_types().await.unwrap_err();
     assert_eq!((error.fault, error.is_passing(), fake.count("/types")), (Fault::Busy, true, 5));
-    // It waits as long as it was told to, which is not at all; left to itself it would wait for 3.6 s.
+    // It waits as long as it was told to, which is not at all; left to itself it would wait for 6.6 s.
     assert!(begun.elapsed() < std::time::Duration::from_secs(2), "{:?}", begun.elapsed());
 }
 
@@ -149,7 +152,15 @@ async fn where_nobody_listens_nothing_was_sent() {
 #[tokio::test]
 async fn long_lists_come_in_pages() {
     let fake = Fake::start(|seen, _, _| {
+        let flavors = |all: Value| Some(answer(200, json!({"flavors": all})));
         let page = match seen.line.as_str() {
+            line if line.contains("/flavors?") => {
+                return match line {
+                    line if line.contains("marker=f2") => flavors(json!([])),
+                    line if line.contains("marker=f1") => flavors(json!([{"id": "f2", "name": "tiny"}])),
+                    _ => flavors(json!([{"id": "f1", "name": "small"}])),
+                };
+            }
             line if !line.contains(VOLUMES) => return None,
             line if line.contains("marker=v2") => json!([volume(3)]),
             line if line.contains("marker=v3") => json!([]),
@@ -170,6 +181,9 @@ async fn long_lists_come_in_pages() {
     assert_eq!(lines.len(), 3, "{lines:?}");
     cloud.volumes(&Whose::All).await.unwrap();
     assert_eq!((fake.count("all_tenants=1"), fake.count("project_id")), (6, 3));
+    // A cloud may have more flavors than a page.
+    assert_eq!(cloud.find_flavor("tiny").await.unwrap().as_deref(), Some("f2"));
+    assert_eq!(cloud.find_flavor("huge").await.unwrap(), None);
 }
 
 #[tokio::test]
