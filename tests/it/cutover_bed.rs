@@ -53,11 +53,16 @@ impl Fleet {
         std::fs::write(self.plan(), text).expect("a plan");
     }
 
+    /// Where its daemon listens: at a port that nobody has.
+    pub(crate) fn api() -> String {
+        let free = std::net::TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
+        format!("[api]\nlisten = \"{}\"\n", free.expect("a free port"))
+    }
+
     /// How a plan begins, for a cluster that has both sides.
     pub(crate) fn beginning(ceph: &CephEnv) -> String {
-        let free = std::net::TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
         let (conf, user) = (ceph.conf.display(), &ceph.user);
-        let mut text = format!("[api]\nlisten = \"{}\"\n[defaults]\ninterval = \"2s\"\n", free.expect("a free port"));
+        let mut text = Self::api() + "[defaults]\ninterval = \"2s\"\n";
         for side in ["source", "target"] {
             text += &format!("[{side}]\nconf = \"{conf}\"\nuser = \"{user}\"\n");
         }

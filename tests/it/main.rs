@@ -30,6 +30,7 @@ mod openstack_recreate;
 mod openstack_rehearse;
 mod openstack_retype;
 mod openstack_server;
+mod openstack_story;
 mod openstack_types;
 mod openstack_world;
 mod rbd_commands;

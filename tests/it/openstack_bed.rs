@@ -2,16 +2,17 @@
 //! true of them when nothing is under way.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::process::Command;
 
+use reqwest::Method;
 use serde_json::{Value, json};
 
 use crate::cutover_bed::{Fleet, Running, report};
 use crate::openstack_guest::{CloudGuest, facts_of_volume};
-use crate::openstack_world::{OpenStackEnv, World, unique};
-use crate::support::{Run, every_step};
+use crate::openstack_world::{OpenStackEnv, Service, World, unique};
+use crate::support::{Run, every_step, poolshift};
 
 /// A server of the plan.
 pub(crate) struct Planned {
@@ -61,14 +62,14 @@ pub(crate) struct CloudBed<'a> {
     pub(crate) env: &'a OpenStackEnv,
     pub(crate) fleet: Fleet,
     held: Held,
-    /// The server that runs from the volumes, or the gateway.
-    guest: Option<CloudGuest<'a>>,
+    /// The servers that run from the volumes, one for each of the plan, or the gateway.
+    guests: Vec<CloudGuest<'a>>,
     /// Those of the plan.
     pub(crate) servers: Vec<Planned>,
     /// The types of each server's volumes, in their order, over and over.
     types: Vec<Types>,
-    /// What all that stays was in the beginning.
-    facts: Value,
+    /// By server of the plan, what all that stays was in the beginning.
+    facts: Vec<Value>,
     /// What is in the volumes that nobody writes to, by their ids.
     pub(crate) contents: RefCell<BTreeMap<String, String>>,
     /// The last, as it has made the others.
@@ -89,6 +90,42 @@ fn target(volume: &str) -> String {
 
 fn idle(volume: &str) -> String {
     format!("sas/poolshift-{volume}")
+}
+
+/// All servers, volumes and images of volumes that there are.
+#[track_caller]
+pub(crate) fn all(env: &OpenStackEnv) -> BTreeSet<String> {
+    let list = |service, path: &str, key: &str| -> Vec<String> {
+        let answer = env.tell(service, &Method::GET, path, &Value::Null);
+        let entries = answer[key].as_array().expect("a list").iter();
+        entries.map(|entry| format!("{key} {} {}", entry["id"], entry["name"])).collect()
+    };
+    let mut all: BTreeSet<String> =
+        list(Service::Nova, "servers/detail?all_tenants=1", "servers").into_iter().collect();
+    all.extend(list(Service::Cinder, "volumes/detail?all_tenants=1", "volumes"));
+    for pool in ["sata", "sas"] {
+        all.extend(
+            env.images(pool, "").iter().filter(|name| is_clouds(name)).map(|name| format!("image {pool}/{name}")),
+        );
+    }
+    all
+}
+
+/// Whether an image is one of a volume's, or its target: other tests have images in these pools meanwhile.
+fn is_clouds(image: &str) -> bool {
+    let id = image.strip_prefix("volume-").or_else(|| image.strip_prefix("poolshift-"));
+    id.is_some_and(|id| id.len() >= 36 && id.bytes().take(36).all(|byte| byte.is_ascii_hexdigit() || byte == b'-'))
+}
+
+/// Removes what a rehearsal in a test that has failed would leave to the next one.
+pub(crate) struct CleanUp<'a, 'e>(pub(crate) &'a CloudBed<'e>);
+
+impl Drop for CleanUp<'_, '_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            println!("{:?}", poolshift(["gc", &self.0.fleet.plan(), "--yes"]));
+        }
+    }
 }
 
 impl<'a> CloudBed<'a> {
@@ -115,7 +152,32 @@ impl<'a> CloudBed<'a> {
         });
         let guest = world.boot(&name, &volumes, &more_of_server);
         let servers = vec![Planned { name: "web".into(), volumes }];
-        Self::of(env, world, (Held::Server, Some(guest)), (servers, vec![types]), more)
+        Self::of(env, world, (Held::Server, vec![guest]), (servers, vec![types]), more)
+    }
+
+    /// So many servers with a root and a data disk each, which write all the time, and no plan yet: in it they will have the
+    /// names that they have in the cloud.
+    #[track_caller]
+    pub(crate) fn unplanned(env: &'a OpenStackEnv, tag: &str, servers: usize) -> Self {
+        let world = World::new(env);
+        let prefix = unique(tag);
+        let plan = |number: usize| {
+            let name = format!("{prefix}-{number}");
+            let volumes = world.guest_volumes("sata", &name);
+            Planned { name, volumes }
+        };
+        let servers: Vec<Planned> = (1..=servers).map(plan).collect();
+        let key = world.key_pair();
+        let make = |server: &Planned| {
+            let more = json!({"metadata": {"m": &server.name}, "tags": ["one", "two"], "key_name": &key});
+            world.make(&server.name, &server.volumes, &more)
+        };
+        // They boot beside each other.
+        let booting: Vec<_> = servers.iter().map(make).collect();
+        let guests = booting.into_iter().map(|made| world.booted(made)).collect();
+        let mut bed = Self::new(env, world, (Held::Server, guests), (servers, vec![Types::plain()]));
+        bed.look_anew();
+        bed
     }
 
     /// A gateway that has a disk of its own to write to, and two volumes of each of so many servers.
@@ -127,7 +189,7 @@ impl<'a> CloudBed<'a> {
         let servers = Self::plan_servers(&world, servers);
         volumes.extend(servers.iter().flat_map(|server| server.volumes.clone()));
         let guest = world.boot(&name, &volumes, &Value::Null);
-        Self::of(env, world, (Held::Gateway, Some(guest)), (servers, vec![Types::plain()]), more)
+        Self::of(env, world, (Held::Gateway, vec![guest]), (servers, vec![Types::plain()]), more)
     }
 
     /// The same, with one server more, that has not booted yet: its disks were made, and given to the gateway later.
@@ -146,7 +208,7 @@ impl<'a> CloudBed<'a> {
             guest.volumes.push(id.clone());
         }
         servers.push(Planned { name: "to-be".into(), volumes: to_be });
-        Self::of(env, world, (Held::Gateway, Some(guest)), (servers, vec![Types::plain()]), more)
+        Self::of(env, world, (Held::Gateway, vec![guest]), (servers, vec![Types::plain()]), more)
     }
 
     /// Volumes that nobody has, two of each of so many servers.
@@ -154,7 +216,7 @@ impl<'a> CloudBed<'a> {
     pub(crate) fn detached(env: &'a OpenStackEnv, servers: usize, more: &str) -> Self {
         let world = World::new(env);
         let servers = Self::plan_servers(&world, servers);
-        Self::of(env, world, (Held::Nobody, None), (servers, vec![Types::plain()]), more)
+        Self::of(env, world, (Held::Nobody, Vec::new()), (servers, vec![Types::plain()]), more)
     }
 
     /// A server to be of volumes that nobody has, one of each of these types.
@@ -166,7 +228,7 @@ impl<'a> CloudBed<'a> {
         let volumes: Vec<String> = types.iter().map(make).collect();
         volumes.iter().for_each(|volume| world.write(volume, 8));
         let servers = vec![Planned { name: "web1".into(), volumes }];
-        Self::of(env, world, (Held::Nobody, None), (servers, types), "")
+        Self::of(env, world, (Held::Nobody, Vec::new()), (servers, types), "")
     }
 
     /// Servers of the plan, with two volumes each that hold something.
@@ -183,26 +245,34 @@ impl<'a> CloudBed<'a> {
         (1..=count).map(server).collect()
     }
 
+    fn new(
+        env: &'a OpenStackEnv,
+        world: World<'a>,
+        (held, guests): (Held, Vec<CloudGuest<'a>>),
+        (servers, types): (Vec<Planned>, Vec<Types>),
+    ) -> Self {
+        let (fleet, facts, contents) = (Fleet::new(), Vec::new(), RefCell::default());
+        Self { env, fleet, held, guests, servers, types, facts, contents, world }
+    }
+
     #[track_caller]
     fn of(
         env: &'a OpenStackEnv,
         world: World<'a>,
-        (held, guest): (Held, Option<CloudGuest<'a>>),
-        (servers, types): (Vec<Planned>, Vec<Types>),
+        held: (Held, Vec<CloudGuest<'a>>),
+        servers: (Vec<Planned>, Vec<Types>),
         more: &str,
     ) -> Self {
-        let fleet = Fleet::new();
-        let contents = RefCell::default();
-        let mut bed = Self { env, fleet, held, guest, servers, types, facts: Value::Null, contents, world };
-        bed.facts = bed.look_at_facts();
+        let mut bed = Self::new(env, world, held, servers);
+        bed.look_anew();
         let mut plan = Fleet::beginning(&env.ceph);
         let more = more.replace("FOLDER", &bed.fleet.folder().display().to_string());
-        let holder = match (held, &bed.guest) {
-            (Held::Server, Some(guest)) => format!("server = \"{}\", ", guest.id),
-            (Held::Gateway, Some(guest)) => format!("gateway = \"{}\", ", guest.id),
-            _ => String::new(),
-        };
-        for Planned { name, volumes } in &bed.servers {
+        for (server, Planned { name, volumes }) in bed.servers.iter().enumerate() {
+            let holder = match (bed.held, bed.guest_of(server)) {
+                (Held::Server, Some(guest)) => format!("server = \"{}\", ", guest.id),
+                (Held::Gateway, Some(guest)) => format!("gateway = \"{}\", ", guest.id),
+                _ => String::new(),
+            };
             let _ = write!(
                 plan,
                 "[[server]]\nname = \"{name}\"\ncutover = {{ openstack = {{ {holder}limit = \"90s\"{more} }} }}\n"
@@ -225,21 +295,49 @@ impl<'a> CloudBed<'a> {
         bed
     }
 
-    fn look_at_facts(&self) -> Value {
-        let planned = self.servers.iter().flat_map(|server| &server.volumes);
-        let volumes: Vec<Value> = planned.map(|volume| facts_of_volume(self.env, volume)).collect();
-        let serials = self.guest.as_ref().map(CloudGuest::serials);
-        json!({"server": self.guest.as_ref().map(CloudGuest::facts), "volumes": volumes, "serials": serials})
+    fn look_at_facts(&self, server: usize) -> Value {
+        let volumes: Vec<Value> =
+            self.servers[server].volumes.iter().map(|volume| facts_of_volume(self.env, volume)).collect();
+        let guest = self.guest_of(server);
+        let serials = guest.map(CloudGuest::serials);
+        json!({"server": guest.map(CloudGuest::facts), "volumes": volumes, "serials": serials})
     }
 
     /// What stays has changed for good.
     pub(crate) fn look_anew(&mut self) {
-        self.facts = self.look_at_facts();
+        self.facts = (0..self.servers.len()).map(|server| self.look_at_facts(server)).collect();
     }
 
-    /// The server, or the gateway.
+    /// The first server, or the gateway.
     pub(crate) fn guest(&self) -> &CloudGuest<'a> {
-        self.guest.as_ref().expect("somebody has the volumes")
+        self.guests.first().expect("somebody has the volumes")
+    }
+
+    /// Who has the volumes of a server of the plan.
+    pub(crate) fn guest_of(&self, server: usize) -> Option<&CloudGuest<'a>> {
+        self.guests.get(if self.held == Held::Gateway { 0 } else { server })
+    }
+
+    /// Gives a server one more volume, which is to stay where it is.
+    #[track_caller]
+    pub(crate) fn give(&mut self, server: usize, volume: &str) {
+        self.world.attach(&self.guests[server].id, volume);
+        self.guests[server].volumes.push(volume.to_owned());
+        self.look_anew();
+    }
+
+    /// Has poolshift make the plan of all that has the names of these servers, as it is told; gives back what it says.
+    #[track_caller]
+    pub(crate) fn discover(&self, words: &[&str]) -> Run {
+        let name = &self.servers[0].name;
+        let pattern = name.trim_end_matches(|end: char| end.is_ascii_digit()).to_owned() + "*";
+        let (conf, plan) = (self.env.ceph.conf.display().to_string(), self.fleet.plan());
+        let cluster = ["--ceph-conf", &conf, "--ceph-user", &self.env.ceph.user];
+        let run = poolshift(
+            ["plan", "--openstack", "--match", &pattern, "--output", &plan].iter().chain(&cluster).chain(words),
+        );
+        println!("plan {words:?}: {run:?}");
+        run
     }
 
     /// Notes what is in the volumes that nobody writes to: it has to be in them ever after.
@@ -255,6 +353,14 @@ impl<'a> CloudBed<'a> {
             let image = if side == "target" { target(id) } else { source(id) };
             self.contents.borrow_mut().insert(id.clone(), self.env.digest(&image));
         }
+    }
+
+    /// Writes the plan anew, with another text in it.
+    #[track_caller]
+    pub(crate) fn change_plan(&self, from: &str, to: &str) {
+        let plan = std::fs::read_to_string(self.fleet.plan()).expect("the plan");
+        assert!(plan.contains(from), "{plan}");
+        self.fleet.write_plan(&plan.replace(from, to));
     }
 
     /// Has every server of the plan a point.
@@ -322,10 +428,16 @@ impl<'a> CloudBed<'a> {
                 assert_eq!(&env.digest(&used), wanted, "{used}");
             }
         }
-        assert_eq!(self.look_at_facts(), self.facts);
-        if let Some(guest) = &self.guest {
+        self.expect_facts(server);
+        if let Some(guest) = self.guest_of(server) {
             self.expect_guest_well(guest, volumes, on_target);
         }
+    }
+
+    /// All that stays of a server is as it was.
+    #[track_caller]
+    pub(crate) fn expect_facts(&self, server: usize) {
+        assert_eq!(self.look_at_facts(server), self.facts[server]);
     }
 
     fn usual_status(&self) -> &'static str {
@@ -346,6 +458,50 @@ impl<'a> CloudBed<'a> {
         assert_eq!(guest.oracle(), Ok(()));
         if self.held == Held::Gateway {
             assert_eq!(guest.console().boot_ids().len(), 1, "it goes on");
+        }
+    }
+
+    /// A server runs from its targets, and goes on when its sources are removed: as Nova and Cinder know it, as before.
+    #[track_caller]
+    pub(crate) fn finalized(&self, server: usize) {
+        let env = self.env;
+        self.run(server, "finalize", &["--yes"]).expect_code(0);
+        let volumes = &self.servers[server].volumes;
+        for id in volumes {
+            assert_eq!(env.images("sata", id), Vec::<String>::new());
+            assert_eq!(env.images("sas", id), [format!("volume-{id}")]);
+            let image = target(id);
+            assert_eq!(env.rbd(&["snap", "ls", "--all", &image]).trim(), "", "Cinder would not delete it for good");
+            let listed = env.rbd(&["image-meta", "list", &image]);
+            assert_eq!(listed.lines().filter(|line| line.contains("poolshift")).count(), 0, "{listed}");
+        }
+        let guest = self.guest_of(server).expect("it is a server's");
+        guest.wait_for_ack(guest.console().last_ack() + 5);
+        assert_eq!(guest.oracle(), Ok(()));
+        let had = guest.images();
+        env.server_action(&guest.id, &json!({"os-stop": null}));
+        env.wait_for_server(&guest.id, "SHUTOFF");
+        let acked = guest.console().last_ack();
+        env.server_action(&guest.id, &json!({"os-start": null}));
+        env.wait_for_server(&guest.id, "ACTIVE");
+        guest.wait_for_ack(acked + 3);
+        assert_eq!(guest.oracle(), Ok(()));
+        assert_eq!(guest.images(), had);
+        assert_eq!(had[..volumes.len()], volumes.iter().map(|id| target(id)).collect::<Vec<_>>());
+    }
+
+    /// It is deleted as any other: one volume with it, as it was told, and the other by itself.
+    #[track_caller]
+    pub(crate) fn ends_as_any_other(&self, server: usize) {
+        let (env, volumes) = (self.env, &self.servers[server].volumes);
+        self.world.delete_server(&self.guest_of(server).expect("it is a server's").id);
+        self.world.delete_volume(&volumes[0]);
+        for id in volumes {
+            env.wait_for("the end of its image", || match env.images("sas", id) {
+                left if left.is_empty() => Ok(()),
+                left => Err(format!("{left:?}")),
+            });
+            assert!(!env.rbd(&["trash", "ls", "sas"]).contains(id.as_str()), "it was put into the trash");
         }
     }
 

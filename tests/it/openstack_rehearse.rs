@@ -1,43 +1,17 @@
 //! Rehearsals of servers of a real cloud: a stand-in boots from clones that Cinder is given for a while, is judged, and
 //! leaves no trace; killed anywhere, and what is somebody else's.
 
-use std::collections::BTreeSet;
 use std::time::Duration;
 
 use reqwest::Method;
 use serde_json::{Value, json};
 
 use crate::cutover_bed::{Running, report};
-use crate::openstack_bed::CloudBed;
+use crate::openstack_bed::{CleanUp, CloudBed, all};
 use crate::openstack_world::{OpenStackEnv, Service, openstack};
 use crate::support::{Run, every_step, poolshift};
 
 const STAND_IN: &str = "web.poolshift-rehearsal";
-
-/// All servers, volumes and images of volumes that there are.
-#[track_caller]
-fn all(env: &OpenStackEnv) -> BTreeSet<String> {
-    let list = |service, path: &str, key: &str| -> Vec<String> {
-        let answer = env.tell(service, &Method::GET, path, &Value::Null);
-        let entries = answer[key].as_array().expect("a list").iter();
-        entries.map(|entry| format!("{key} {} {}", entry["id"], entry["name"])).collect()
-    };
-    let mut all: BTreeSet<String> =
-        list(Service::Nova, "servers/detail?all_tenants=1", "servers").into_iter().collect();
-    all.extend(list(Service::Cinder, "volumes/detail?all_tenants=1", "volumes"));
-    for pool in ["sata", "sas"] {
-        all.extend(
-            env.images(pool, "").iter().filter(|name| is_clouds(name)).map(|name| format!("image {pool}/{name}")),
-        );
-    }
-    all
-}
-
-/// Whether an image is one of a volume's, or its target: other tests have images in these pools meanwhile.
-fn is_clouds(image: &str) -> bool {
-    let id = image.strip_prefix("volume-").or_else(|| image.strip_prefix("poolshift-"));
-    id.is_some_and(|id| id.len() >= 36 && id.bytes().take(36).all(|byte| byte.is_ascii_hexdigit() || byte == b'-'))
-}
 
 fn gc(bed: &CloudBed<'_>, words: &[&str]) -> Value {
     let run = poolshift(["gc", &bed.fleet.plan(), "--json"].iter().chain(words));
@@ -54,25 +28,6 @@ fn stand_in(env: &OpenStackEnv) -> Value {
     let ours = servers.iter().filter(|server| server["metadata"]["poolshift-rehearsal"].is_string());
     let [server] = &ours.collect::<Vec<_>>()[..] else { panic!("{answer:#}") };
     (*server).clone()
-}
-
-/// Removes what a test that has failed would leave to the next one.
-struct CleanUp<'a, 'e>(&'a CloudBed<'e>);
-
-impl Drop for CleanUp<'_, '_> {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            println!("{:?}", poolshift(["gc", &self.0.fleet.plan(), "--yes"]));
-        }
-    }
-}
-
-/// Writes the plan anew, with another text in it.
-#[track_caller]
-fn replace(bed: &CloudBed<'_>, from: &str, to: &str) {
-    let plan = std::fs::read_to_string(bed.fleet.plan()).expect("the plan");
-    assert!(plan.contains(from), "{plan}");
-    bed.fleet.write_plan(&plan.replace(from, to));
 }
 
 #[test]
@@ -135,21 +90,21 @@ fn a_cloud_s_server_is_rehearsed_and_leaves_no_trace() {
     assert_eq!(all(&env), before);
 
     // One that can't boot so far: in time, and for want of anything to see it by.
-    replace(&bed, "GUEST READY", "login as nobody:");
+    bed.change_plan("GUEST READY", "login as nobody:");
     let failed = bed.run(0, "rehearse", &[]).expect_code(15);
     assert!(failed.stdout.contains("is NOT well") && failed.stdout.contains("within 90s"), "{failed:?}");
     assert_eq!(all(&env), before);
-    replace(&bed, "console = \"login as nobody:\", ", "");
+    bed.change_plan("console = \"login as nobody:\", ", "");
     let judged = format!("check = '''{check}'''");
-    replace(&bed, &judged, "check = 'echo no >&2; exit 3'");
+    bed.change_plan(&judged, "check = 'echo no >&2; exit 3'");
     if every_step() {
         let failed = bed.run(0, "rehearse", &[]).expect_code(15);
         assert!(failed.stdout.contains("exit status: 3): no"), "{failed:?}");
     }
-    replace(&bed, "check = 'echo no >&2; exit 3'", "");
+    bed.change_plan("check = 'echo no >&2; exit 3'", "");
     let refused = bed.run(0, "rehearse", &[]);
     assert!(refused.code != Some(0) && told(&refused).contains("nothing would say whether its stand-in has booted"));
-    replace(&bed, "rehearsal = {  }", "rehearsal = { check = 'true', flavor = 'none-such' }");
+    bed.change_plan("rehearsal = {  }", "rehearsal = { check = 'true', flavor = 'none-such' }");
     let refused = bed.run(0, "rehearse", &[]);
     assert!(refused.code != Some(0) && told(&refused).contains("there is no flavor \"none-such\""));
     assert_eq!(all(&env), before);

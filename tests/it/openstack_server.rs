@@ -26,48 +26,8 @@ fn a_server_of_a_cloud_goes_over_and_back_and_is_finalized() {
     let console = bed.guest().console();
     assert_eq!(console.all("SHUTDOWN").count(), 3);
     assert_eq!(console.boot_ids().len(), 4);
-
-    finalized(&bed);
-}
-
-/// It runs from its targets, and goes on when its sources are removed: as Nova and Cinder know it, as before.
-#[track_caller]
-fn finalized(bed: &CloudBed<'_>) {
-    let env = bed.env;
-    bed.run(0, "finalize", &["--yes"]).expect_code(0);
-    let volumes = &bed.servers[0].volumes;
-    for id in volumes {
-        assert_eq!(env.images("sata", id), Vec::<String>::new());
-        assert_eq!(env.images("sas", id), [format!("volume-{id}")]);
-        let image = format!("sas/volume-{id}");
-        assert_eq!(env.rbd(&["snap", "ls", "--all", &image]).trim(), "", "Cinder would not delete it for good");
-        assert_eq!(
-            env.rbd(&["image-meta", "list", &image]).lines().filter(|line| line.contains("poolshift")).count(),
-            0
-        );
-    }
-    let guest = bed.guest();
-    guest.wait_for_ack(guest.console().last_ack() + 5);
-    assert_eq!(guest.oracle(), Ok(()));
-    env.server_action(&guest.id, &json!({"os-stop": null}));
-    env.wait_for_server(&guest.id, "SHUTOFF");
-    let acked = guest.console().last_ack();
-    env.server_action(&guest.id, &json!({"os-start": null}));
-    env.wait_for_server(&guest.id, "ACTIVE");
-    guest.wait_for_ack(acked + 3);
-    assert_eq!(guest.oracle(), Ok(()));
-    assert_eq!(guest.images(), volumes.iter().map(|id| format!("sas/volume-{id}")).collect::<Vec<_>>());
-
-    // And it ends as any other: one volume with it, as it was told, and the other by itself.
-    bed.world.delete_server(&guest.id);
-    bed.world.delete_volume(&volumes[0]);
-    for id in volumes {
-        env.wait_for("the end of its image", || match env.images("sas", id) {
-            left if left.is_empty() => Ok(()),
-            left => Err(format!("{left:?}")),
-        });
-        assert!(!env.rbd(&["trash", "ls", "sas"]).contains(id.as_str()), "it was put into the trash");
-    }
+    bed.finalized(0);
+    bed.ends_as_any_other(0);
 }
 
 /// A server that is stopped by somebody while it is brought over goes over, and runs there.

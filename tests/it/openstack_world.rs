@@ -378,6 +378,14 @@ pub(crate) struct Qos {
     pub(crate) iops: u32,
 }
 
+/// A server that was asked for.
+pub(crate) struct Booting {
+    name: String,
+    id: String,
+    volumes: Vec<String>,
+    recorder: Recorder,
+}
+
 /// A name that no other test has.
 pub(crate) fn unique(tag: &str) -> String {
     static NUMBER: AtomicU32 = AtomicU32::new(0);
@@ -515,6 +523,12 @@ impl<'a> World<'a> {
     /// told.
     #[track_caller]
     pub(crate) fn boot(&self, name: &str, volumes: &[String], more: &Value) -> CloudGuest<'a> {
+        self.booted(self.make(name, volumes, more))
+    }
+
+    /// The same, which may not run yet.
+    #[track_caller]
+    pub(crate) fn make(&self, name: &str, volumes: &[String], more: &Value) -> Booting {
         let env = self.env;
         let flavors = env.get(Service::Nova, "flavors");
         let tiny = flavors["flavors"].as_array().into_iter().flatten().find(|flavor| flavor["name"] == "tiny");
@@ -536,7 +550,14 @@ impl<'a> World<'a> {
         let id = answer["server"]["id"].as_str().expect("it has an id").to_owned();
         self.made.borrow_mut().servers.push(id.clone());
         let recorder = self.recorder(&id, Vec::new());
-        let guest = self.guest(name, (&id, volumes), recorder);
+        Booting { name: name.to_owned(), id, volumes: volumes.to_vec(), recorder }
+    }
+
+    /// Waits until a server runs.
+    #[track_caller]
+    pub(crate) fn booted(&self, made: Booting) -> CloudGuest<'a> {
+        let Booting { name, id, volumes, recorder } = made;
+        let guest = self.guest(&name, (&id, &volumes), recorder);
         guest.wait_for("the guest to boot", |console| console.all("READY").next().map(drop));
         guest
     }
