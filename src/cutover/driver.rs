@@ -183,9 +183,14 @@ impl<'a> Walk<'a> {
     /// From a server that runs, or was stopped by an earlier walk, to one that runs on the other side.
     pub(super) async fn stop_and_go(&mut self) -> Result<()> {
         let before = self.users_before().await?;
+        let runs = self.stopped.is_none();
         self.stopped.get_or_insert_with(Timestamp::now);
         self.journal.stopped = self.stopped.map(|at| at.to_string());
         self.enter(Phase::Quiescing).await?;
+        if runs {
+            // Until now it ran.
+            self.stopped = Some(Timestamp::now());
+        }
         let holder = self.within_limit(async |walk: &mut Self| walk.quiesce().await).await?;
         // Whole or not at all: a lock that comes late would be a broken disk to a server that was brought back.
         self.shut_out(holder, &before).await?;

@@ -54,6 +54,11 @@ impl LeaseOwner {
         text.starts_with("process ")
     }
 
+    /// Whether it has said who it is: what has not is something other than poolshift, or has just begun.
+    pub fn is_known(&self) -> bool {
+        self.pid != 0
+    }
+
     /// Whether the holder is certainly dead: it ran on this host in this boot and in these namespaces, and no such
     /// process is left. Any doubt is `false`.
     pub fn is_known_dead(&self) -> bool {

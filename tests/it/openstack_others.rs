@@ -155,6 +155,44 @@ fn somebody_touches_volumes_that_are_switched() {
     bed.bring_back(0);
 }
 
+/// Nova, which fails to take a server from its host: it has shut it down, and says for ever after that it runs.
+#[test]
+fn a_server_that_its_cloud_fails_to_shelve_is_switched_or_comes_back() {
+    let Some(env) = openstack() else { return };
+    let mut bed = CloudBed::server(&env, "half", "");
+    bed.replicate();
+    let server = bed.guest().id.clone();
+    let fail = || {
+        env.server_action(&server, &json!({"os-resetState": {"state": "active"}}));
+        // What it does with the domain it does all the same, and fails when it would write down that it is done.
+        env.wait_for("the end of its domain", || match std::fs::exists(env.console_file(&server)) {
+            Ok(false) => Ok(()),
+            there => Err(format!("its console is there: {there:?}")),
+        });
+        let shown = env.server(&server);
+        assert_eq!((&shown["status"], &shown["OS-EXT-STS:task_state"]), (&json!("ACTIVE"), &Value::Null), "{shown:#}");
+    };
+    let places = [": final delta", ": verifying", ": swapping", "step=Retype"];
+    for place in places.into_iter().filter(|place| every_step() || [": final delta", "step=Retype"].contains(place)) {
+        let run = touched_at(&bed, place, fail);
+        is_over(&bed, run);
+    }
+    // And poolshift is killed there.
+    for (place, undo) in [("step=Retype", true), ("step=StandIn(Source)", false)] {
+        if undo || every_step() {
+            let mut command = bed.command(0, "cutover", &["--yes"]);
+            command.env("POOLSHIFT_LOG", "poolshift=debug");
+            let mut run = Running::start(command);
+            let there = run.until_line(|line| line.contains(&format!("{place} ")) || line.trim_end().ends_with(place));
+            assert!(there && run.kill(), "{place}");
+            fail();
+            println!("killed at {place}: it is {}", bed.brought_to_an_end(0, None, undo));
+            bed.bring_back(0);
+        }
+    }
+    bed.expect_well(0, "source");
+}
+
 #[test]
 fn somebody_touches_a_server_that_is_switched() {
     if !every_step() {
@@ -175,7 +213,7 @@ fn somebody_touches_a_server_that_is_switched() {
     };
 
     // Its owner can't.
-    let run = touched_at(&bed, "step=Retype", || {
+    let run = touched_at(&bed, "step=Aside(Target)", || {
         let shown = env.server(&server);
         assert_eq!((&shown["status"], &shown["locked"]), (&json!("SHELVED_OFFLOADED"), &json!(true)), "{shown:#}");
         assert_eq!(unshelve(&env, true), 409);
@@ -183,7 +221,7 @@ fn somebody_touches_a_server_that_is_switched() {
     is_over(&bed, run);
 
     // An administrator can.
-    for place in ["step=Retype", "step=Place(Target)"] {
+    for place in ["step=Aside(Target)", "step=Place(Target)"] {
         let run = touched_at(&bed, place, || {
             println!("unshelved: {}", unshelve(&env, false));
             std::thread::sleep(std::time::Duration::from_secs(3));

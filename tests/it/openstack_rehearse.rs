@@ -170,5 +170,15 @@ fn a_server_to_be_is_rehearsed_with_what_a_gateway_has_for_it() {
     let done = report(&bed.run(0, "rehearse", &["--json"]).expect_code(0));
     assert!(done["passed"] == true && done["left"] == json!([]), "{done:#}");
     assert_eq!(all(&env), before);
+
+    // One that was killed is removed as well where its plan has nobody who boots it any more.
+    let mut command = bed.command(0, "rehearse", &[]);
+    command.env("POOLSHIFT_LOG", "poolshift=debug");
+    let mut run = Running::start(command);
+    assert!(run.until_line(|line| line.contains("was started")), "{:?}", run.finish());
+    run.kill();
+    bed.change_plan(judge, "");
+    gc(&bed, &["--yes"]);
+    assert_eq!(all(&env), before);
     bed.expect_well(0, "source");
 }

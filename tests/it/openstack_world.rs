@@ -230,6 +230,11 @@ impl OpenStackEnv {
         self.tell(Service::Nova, &Method::POST, &format!("servers/{id}/action"), action);
     }
 
+    /// Where a server's console is written to, while it is on its host.
+    pub(crate) fn console_file(&self, id: &str) -> PathBuf {
+        self.folder.join("nova/instances").join(id).join("console.log")
+    }
+
     /// Runs Ceph's own `rbd`.
     #[track_caller]
     pub(crate) fn rbd(&self, words: &[&str]) -> String {
@@ -563,7 +568,7 @@ impl<'a> World<'a> {
     }
 
     fn recorder(&self, id: &str, before: Vec<u8>) -> Recorder {
-        Recorder::start(self.env.folder.join("nova/instances").join(id).join("console.log"), before)
+        Recorder::start(self.env.console_file(id), before)
     }
 
     fn guest(&self, name: &str, (id, volumes): (&str, &[String]), recorder: Recorder) -> CloudGuest<'a> {

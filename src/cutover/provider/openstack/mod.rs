@@ -19,8 +19,9 @@
 //! # The order
 //!
 //! A **server** is shelved, which shuts it down and takes it from its host, because only what is built anew asks Cinder how
-//! to reach its volumes: a server that was only stopped would start with the old image. After the last delta its volumes
-//! are switched, and it is unshelved. A **gateway** goes on: the volumes are detached from it, switched, and attached again, as they were. What
+//! to reach its volumes: a server that was only stopped would start with the old image. Its disks are closed long before
+//! Nova is done with that: the last delta is carried over, and the images are given their names, meanwhile; Cinder is asked
+//! for nothing before the host has let go of a volume. Once all are switched, it is unshelved. A **gateway** goes on: the volumes are detached from it, switched, and attached again, as they were. What
 //! nobody has is kept from being attached meanwhile by the status `maintenance`.
 //!
 //! # The stand-in of a rehearsal
@@ -52,7 +53,7 @@ mod switch;
 mod volumes;
 
 use std::sync::OnceLock;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -80,6 +81,8 @@ pub struct OpenStack {
     config: OpenStackCutover,
     volumes: Vec<CloudVolume>,
     cloud: OnceCell<Cloud>,
+    /// Whether this process has seen the server with nothing open while it was leaving its host, which it may not have yet.
+    is_leaving: AtomicBool,
     /// Whether all of a stand-in has come about that this process has asked for: nothing of it comes later.
     stand_in_is_complete: AtomicBool,
 }
@@ -93,6 +96,7 @@ impl OpenStack {
             config,
             volumes,
             cloud: OnceCell::new(),
+            is_leaving: AtomicBool::new(false),
             stand_in_is_complete: AtomicBool::new(false),
         }
     }
@@ -178,13 +182,20 @@ impl OpenStack {
         let cloud = self.cloud(operation).await?;
         let image_error = |error| self.image_error(operation, &error);
         let (mut seen, mut retyped, mut shut) = (Some(looked), false, false);
+        let mut leaving = self.ours().filter(|_| self.is_leaving.load(Ordering::Acquire));
         for _ in 0..STEPS_MAX {
-            let (shown, mut known) = match seen.take() {
+            let (mut shown, mut known) = match seen.take() {
                 Some(seen) => seen,
                 None => self.look_at(operation, volume).await?,
             };
             let step = switch::next(to, &known);
             tracing::debug!(volume = volume.name, ?step, "{operation}");
+            // The image has another name from then on, and nobody has it open. Cinder still has to do with the volume.
+            if !matches!(step, Step::Hide(_) | Step::StandIn(_) | Step::Refuse(_))
+                && let Some(server) = leaving.take()
+            {
+                shown = self.until_let_go(operation, (volume, server)).await?;
+            }
             match &step {
                 Step::Done => return Ok(()),
                 Step::Refuse(why) => {
@@ -206,7 +217,10 @@ impl OpenStack {
                 }
                 // A server that was shelved expects it to be kept for it.
                 Step::Aside(_) if self.ours().is_some() && !shut => {
-                    let (aside, kept) = join(volume.rename(&step), self.shut(operation, cloud, volume)).await;
+                    // Known from its retype, where there was one.
+                    let status = (retyped && shown.status == Status::Available.name()).then(|| shown.status.clone());
+                    let keep = self.shut_from(operation, (cloud, volume), status);
+                    let (aside, kept) = join(volume.rename(&step), keep).await;
                     aside.map_err(image_error)?;
                     kept?;
                     known.after(&step);
@@ -224,8 +238,18 @@ impl OpenStack {
 
     /// Gives a volume a status in which Cinder does nothing with it.
     async fn shut(&self, operation: &str, cloud: &Cloud, volume: &CloudVolume) -> Result<(), ProviderError> {
+        self.shut_from(operation, (cloud, volume), None).await
+    }
+
+    /// The same; `status` is another one, which it was just seen with.
+    async fn shut_from(
+        &self,
+        operation: &str,
+        (cloud, volume): (&Cloud, &CloudVolume),
+        status: Option<String>,
+    ) -> Result<(), ProviderError> {
         let of_status = volumes::OfStatus { cloud, volume, status: self.shut_status(), ours: self.ours() };
-        self.bring_about(operation, &of_status).await
+        self.bring_about_from(operation, &of_status, status).await
     }
 
     /// Waits until Cinder is done with a volume.
@@ -402,6 +426,8 @@ impl Provider for OpenStack {
     async fn swap(&self, to: Side, _notes: &mut Notes) -> Result<(), ProviderError> {
         let operation = format!("switch to the {}", name(to));
         let looked = match &self.config.holder {
+            // It leaves its host while the images are given their names.
+            Holder::Server(_) if self.is_leaving.load(Ordering::Acquire) => self.look(&operation).await?,
             // Whether it has left its host changes nothing of what is looked at.
             Holder::Server(id) => try_join(self.leave_host(&operation, id), self.look(&operation)).await?.1,
             // It may have been given some of them already.
@@ -428,6 +454,7 @@ impl Provider for OpenStack {
     }
 
     async fn undo(&self, from: Side, fresh: bool, notes: &mut Notes) -> Result<(), ProviderError> {
+        self.is_leaving.store(false, Ordering::Release);
         // One that was only stopped need not leave its host.
         if self.side_of(&self.look("way back").await?) != Some(from) {
             self.swap(from, notes).await?;

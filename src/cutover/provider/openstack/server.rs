@@ -1,11 +1,19 @@
 //! A server that runs from the volumes: shelved, so that it stops and leaves its host, and unshelved.
 
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
 use async_trait::async_trait;
 use futures::future::{try_join, try_join_all};
+use tokio::sync::OnceCell;
 
 use super::super::{Observed, Power, ProviderError, Side};
 use super::effect::{Effect, Look};
+use super::switch::{CloudVolume, is_open};
 use super::{OpenStack, name};
+use crate::image::ImageError;
+use crate::image::rbd::RbdImage;
 use crate::openstack::cinder::{Status, Volume};
 use crate::openstack::nova::{Server, ServerAction};
 use crate::openstack::{Cloud, CloudError, Fault};
@@ -14,6 +22,9 @@ pub(super) const ACTIVE: &str = "ACTIVE";
 pub(super) const OFF: &str = "SHUTOFF";
 const SHELVED: &str = "SHELVED";
 const OFFLOADED: &str = "SHELVED_OFFLOADED";
+
+/// How long Nova may take to forget the host of a server that has left it.
+const HOST_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What it is doing, in the cloud's own words.
 pub(super) fn told(server: &Server) -> String {
@@ -33,6 +44,11 @@ pub(super) fn power(server: &Server) -> Power {
         (ACTIVE, _) | (_, 1) => Power::Running,
         _ => Power::Off,
     }
+}
+
+/// What a server is doing that does not run.
+fn power_of_idle(server: &Server) -> Power {
+    Some(power(server)).filter(|power| *power != Power::Running).unwrap_or(Power::Off)
 }
 
 /// Begins to delete a server, which may be gone already, also where its cloud keeps what is deleted for a while, and its
@@ -57,6 +73,17 @@ struct Becomes<'a> {
     from: &'static [&'static str],
 }
 
+impl Becomes<'_> {
+    fn judge(&self, server: &Server) -> Look {
+        match () {
+            () if server.task.is_some() => Look::Working(told(server)),
+            () if server.status == self.wanted => Look::Done,
+            () if self.from.contains(&server.status.as_str()) => Look::NotYet(told(server)),
+            () => Look::Hopeless(format!("it is {}, and can't become {}", told(server), self.wanted)),
+        }
+    }
+}
+
 #[async_trait]
 impl Effect for Becomes<'_> {
     fn wanted(&self) -> String {
@@ -64,18 +91,104 @@ impl Effect for Becomes<'_> {
     }
 
     async fn look(&self) -> Result<Look, CloudError> {
-        let server = self.cloud.server(self.id).await?;
-        Ok(match () {
-            () if server.task.is_some() => Look::Working(told(&server)),
-            () if server.status == self.wanted => Look::Done,
-            () if self.from.contains(&server.status.as_str()) => Look::NotYet(told(&server)),
-            () => Look::Hopeless(format!("it is {}, and can't become {}", told(&server), self.wanted)),
-        })
+        Ok(self.judge(&self.cloud.server(self.id).await?))
     }
 
     async fn ask(&self) -> Result<(), CloudError> {
         self.cloud.act_on_server(self.id, self.action).await
     }
+}
+
+/// A server leaves its host: it has left it, or is being taken from it, and nobody has its volumes' images open any more.
+///
+/// Nova shuts a server down first, and then takes what is left of it apart, which takes as long again.
+struct Closes<'a> {
+    leaves: Becomes<'a>,
+    volumes: &'a [CloudVolume],
+    images: OnceCell<Vec<RbdImage>>,
+    /// Whether it has not left yet.
+    is_leaving: &'a AtomicBool,
+}
+
+impl Closes<'_> {
+    /// Whether nobody is left who might write.
+    async fn are_closed(&self) -> Result<bool, ImageError> {
+        let open = || try_join_all(self.volumes.iter().map(CloudVolume::named_as_in_use));
+        let images =
+            self.images.get_or_try_init(|| async { Ok(open().await?.into_iter().flatten().collect()) }).await?;
+        Ok(!try_join_all(images.iter().map(is_open)).await?.contains(&true))
+    }
+}
+
+#[async_trait]
+impl Effect for Closes<'_> {
+    fn wanted(&self) -> String {
+        self.leaves.wanted()
+    }
+
+    async fn look(&self) -> Result<Look, CloudError> {
+        let server = self.leaves.cloud.server(self.leaves.id).await?;
+        // Where the images can't be looked at, its cloud says when it has left.
+        if is_being_shelved(&server) && self.are_closed().await.unwrap_or(false) {
+            self.is_leaving.store(true, Ordering::Release);
+            return Ok(Look::Done);
+        }
+        Ok(self.leaves.judge(&server))
+    }
+
+    async fn ask(&self) -> Result<(), CloudError> {
+        self.leaves.ask().await
+    }
+}
+
+/// A server's host has let go of a volume, which Cinder keeps for the server from then on.
+struct LetGo<'a> {
+    leaves: Becomes<'a>,
+    volume: &'a CloudVolume,
+    /// What Cinder shows of it then, where that was what told.
+    found: OnceLock<Volume>,
+    /// How often it was looked.
+    looks: AtomicU32,
+}
+
+impl LetGo<'_> {
+    /// With every so many looks at a volume its server is looked at, too. It has all the cloud's attention that it can get.
+    const SERVER_EVERY: u32 = 8;
+}
+
+#[async_trait]
+impl Effect for LetGo<'_> {
+    fn wanted(&self) -> String {
+        format!("volume {} that the server's host has let go of", self.volume.name)
+    }
+
+    async fn look(&self) -> Result<Look, CloudError> {
+        let shown = self.leaves.cloud.volume(&self.volume.cinder.volume).await?;
+        let is_kept = shown.status == Status::Reserved.name() && shown.attachments.is_empty();
+        if is_kept {
+            let _ = self.found.set(shown);
+            return Ok(Look::Done);
+        }
+        match self.looks.fetch_add(1, Ordering::Relaxed) % Self::SERVER_EVERY {
+            last if last + 1 == Self::SERVER_EVERY => self.leaves.look().await,
+            _ => Ok(Look::Working(shown.status)),
+        }
+    }
+
+    async fn ask(&self) -> Result<(), CloudError> {
+        self.leaves.ask().await
+    }
+}
+
+/// Whether nothing is under way with it. Nova says that a server has left its host, and writes down that it is on none after
+/// that: over what it would write about another host, if the server were told to come back in between.
+fn is_at_rest(server: &Server) -> bool {
+    server.task.is_none() && !(server.status == OFFLOADED && server.host.is_some())
+}
+
+/// Whether its cloud takes it from its host.
+fn is_being_shelved(server: &Server) -> bool {
+    server.task.as_deref().is_some_and(|task| task.starts_with("shelving"))
 }
 
 /// Nothing is under way with a server.
@@ -104,7 +217,10 @@ impl OpenStack {
             let Some(attachment) = volume.attachments.first().filter(|found| !found.attachment_id.is_empty()) else {
                 return Ok(None);
             };
-            Ok::<_, CloudError>(cloud.attachment(&attachment.attachment_id).await?.image().map(str::to_owned))
+            match cloud.attachment(&attachment.attachment_id).await {
+                Err(error) if error.fault == Fault::NotFound => Ok(None),
+                found => Ok::<_, CloudError>(found?.image().map(str::to_owned)),
+            }
         });
         try_join_all(told).await.map_err(|error| self.cloud_error(operation, &error))
     }
@@ -130,14 +246,14 @@ impl OpenStack {
         let server = match found {
             None => return Ok(Observed { power: Power::Off, side: self.side_of(&self.look(operation).await?) }),
             Some(server) if server.task.is_none() => server,
-            // What a process that is gone has asked for may still be under way.
-            Some(_) => {
-                self.bring_about(operation, &AtRest { cloud, id }).await?;
-                cloud.server(id).await.map_err(|error| self.cloud_error(operation, &error))?
+            Some(server) if is_being_shelved(&server) && self.is_leaving.load(Ordering::Acquire) => {
+                return Ok(Observed { power: Power::Off, side: self.side_of(&self.look(operation).await?) });
             }
+            // What a process that is gone has asked for may still be under way.
+            Some(_) => self.server_at_rest(operation, id).await?,
         };
         let volumes = self.look(operation).await?;
-        let power = power(&server);
+        let power = if self.runs(operation, &server).await? { Power::Running } else { power_of_idle(&server) };
         let side = match power {
             Power::Running | Power::Suspended => {
                 let shown: Vec<Volume> = volumes.into_iter().map(|(volume, _)| volume).collect();
@@ -173,22 +289,65 @@ impl OpenStack {
     }
 
     /// Has it shut down and leave its host at once: Nova does both for one request, where it runs from volumes, and it has
-    /// to leave its host in any case. With one after the other it would stand still for longer.
+    /// to leave its host in any case. With one after the other it would stand still for longer. It may still be leaving
+    /// ([`Self::until_let_go`]), with nothing open any more.
     pub(super) async fn stop_server(&self, id: &str) -> Result<(), ProviderError> {
         let operation = "stop";
-        let cloud = self.cloud(operation).await?;
-        let server = cloud.server(id).await.map_err(|error| self.cloud_error(operation, &error))?;
-        match server.status.as_str() {
-            ACTIVE => self.act_on(operation, &server, ServerAction::Shelve, (OFFLOADED, &[ACTIVE, OFF])).await,
-            _ => self.leave_host(operation, id).await,
+        self.is_leaving.store(false, Ordering::Release);
+        let server = self.server_at_rest(operation, id).await?;
+        if server.status != ACTIVE {
+            return self.leave_host(operation, id).await;
         }
+        let leaves = self.leaves(self.cloud(operation).await?, id);
+        let closes = Closes { leaves, volumes: &self.volumes, images: OnceCell::new(), is_leaving: &self.is_leaving };
+        self.bring_about_from(operation, &closes, Some(told(&server))).await
+    }
+
+    /// It has left its host, and that is asked for where it was given up.
+    fn leaves<'a>(&self, cloud: &'a Cloud, id: &'a str) -> Becomes<'a> {
+        Becomes { cloud, id, action: ServerAction::Shelve, wanted: OFFLOADED, from: &[ACTIVE, OFF] }
+    }
+
+    /// Waits until the host of a server that is leaving it has let go of a volume, and gives back what Cinder shows then.
+    pub(super) async fn until_let_go(
+        &self,
+        operation: &str,
+        (volume, id): (&CloudVolume, &str),
+    ) -> Result<Volume, ProviderError> {
+        let cloud = self.cloud(operation).await?;
+        let mut let_go =
+            LetGo { leaves: self.leaves(cloud, id), volume, found: OnceLock::new(), looks: AtomicU32::new(0) };
+        self.bring_about(operation, &let_go).await?;
+        match let_go.found.take() {
+            Some(shown) => Ok(shown),
+            None => cloud.volume(&volume.cinder.volume).await.map_err(|error| self.cloud_error(operation, &error)),
+        }
+    }
+
+    async fn server(&self, operation: &str, id: &str) -> Result<Server, ProviderError> {
+        self.cloud(operation).await?.server(id).await.map_err(|error| self.cloud_error(operation, &error))
+    }
+
+    /// A server, once nothing is under way with it.
+    async fn server_at_rest(&self, operation: &str, id: &str) -> Result<Server, ProviderError> {
+        let mut server = self.server(operation, id).await?;
+        if server.task.is_some() {
+            let cloud = self.cloud(operation).await?;
+            self.bring_about(operation, &AtRest { cloud, id }).await?;
+            server = self.server(operation, id).await?;
+        }
+        let begun = Instant::now();
+        while !is_at_rest(&server) && begun.elapsed() < HOST_PATIENCE {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            server = self.server(operation, id).await?;
+        }
+        Ok(server)
     }
 
     /// Has it leave its host, so that it asks for its volumes anew when it comes back.
     pub(super) async fn leave_host(&self, operation: &str, id: &str) -> Result<(), ProviderError> {
-        let cloud = self.cloud(operation).await?;
-        let server = cloud.server(id).await.map_err(|error| self.cloud_error(operation, &error))?;
-        if power(&server) == Power::Running {
+        let server = self.server_at_rest(operation, id).await?;
+        if self.runs(operation, &server).await? {
             let problem = format!("it is {}: nothing is switched below a server that runs", told(&server));
             return Err(self.error(operation, problem, None));
         }
@@ -199,18 +358,35 @@ impl OpenStack {
                 self.act(operation, id, ServerAction::Shelve, (OFFLOADED, &[OFF])).await
             }
             // Its cloud keeps what is shelved on its host for a while.
-            OFFLOADED if server.task.is_none() => Ok(()),
+            OFFLOADED => Ok(()),
             SHELVED => self.act(operation, id, ServerAction::ShelveOffload, (OFFLOADED, &[SHELVED])).await,
-            _ => self.act(operation, id, ServerAction::Shelve, (OFFLOADED, &[OFF])).await,
+            _ => self.act(operation, id, ServerAction::Shelve, (OFFLOADED, &[OFF, ACTIVE])).await,
         }
+    }
+
+    /// Whether a server runs. Where Nova has failed to take one apart it says so of what it has shut down: that has nothing
+    /// open.
+    async fn runs(&self, operation: &str, server: &Server) -> Result<bool, ProviderError> {
+        if power(server) != Power::Running {
+            return Ok(false);
+        }
+        let any = async {
+            let images = try_join_all(self.volumes.iter().map(CloudVolume::named_as_in_use)).await?;
+            let open = try_join_all(images.iter().flatten().map(is_open)).await?;
+            Ok(open.contains(&true))
+        };
+        any.await.map_err(|error| self.image_error(operation, &error))
     }
 
     /// Has it run from that side. A server that was only stopped knows the images that it had: it is started where those
     /// are the right ones, and built anew otherwise.
     pub(super) async fn start_server(&self, operation: &str, id: &str, on: Side) -> Result<(), ProviderError> {
-        let cloud = self.cloud(operation).await?;
-        let server = async { cloud.server(id).await.map_err(|error| self.cloud_error(operation, &error)) };
-        let (server, volumes) = try_join(server, self.look(operation)).await?;
+        let (mut server, mut volumes) = try_join(self.server(operation, id), self.look(operation)).await?;
+        self.is_leaving.store(false, Ordering::Release);
+        if !is_at_rest(&server) {
+            server = self.server_at_rest(operation, id).await?;
+            volumes = self.look(operation).await?;
+        }
         if self.side_of(&volumes) != Some(on) {
             let problem = format!("its volumes are not all on the {}", name(on));
             return Err(self.error(operation, problem, Some("look at their types, and at both pools with rbd ls")));
@@ -218,7 +394,7 @@ impl OpenStack {
         let status = server.status.as_str();
         let shown: Vec<Volume> = volumes.into_iter().map(|(volume, _)| volume).collect();
         let knows = status != OFFLOADED && self.told_side(operation, &shown).await? == Some(on);
-        if power(&server) == Power::Running {
+        if self.runs(operation, &server).await? {
             return match knows {
                 true => Ok(()),
                 false => {

@@ -17,7 +17,7 @@
 
 use crate::cutover::journal::kept_name;
 use crate::image::rbd::{Connector, Named, RbdImage};
-use crate::image::{Disk as _, ErrorKind, ImageError, ImageSpec, SourceImage as _};
+use crate::image::{Disk as _, ErrorKind, ImageError, ImageSpec, SourceImage as _, TargetImage as _};
 use crate::openstack::cinder;
 use crate::plan::{self, CinderVolume};
 
@@ -330,6 +330,13 @@ impl CloudVolume {
         })
     }
 
+    /// The images that have the volume's name.
+    pub(super) async fn named_as_in_use(&self) -> Result<Vec<RbdImage>, ImageError> {
+        let (source, target) = futures::try_join!(self.named(Side::Source, true), self.named(Side::Target, true))?;
+        let image = |named| if let Named::Image(image) = named { Some(image) } else { None };
+        Ok([source, target].into_iter().filter_map(image).collect())
+    }
+
     /// Makes the placeholder that the volume leaves a side with.
     pub(super) async fn prepare(&self, from: Side) -> Result<(), ImageError> {
         let (connector, place) = self.at(from);
@@ -403,6 +410,18 @@ impl CloudVolume {
         }
         Ok(())
     }
+}
+
+/// Whether somebody has an image open who may be a server: somebody who watches it or has its lock, and is none of
+/// poolshift's. Who has the lock without a watch may only be out of reach; a server that closes its disks gives it back.
+pub(super) async fn is_open(image: &RbdImage) -> Result<bool, ImageError> {
+    let (users, holder) = futures::try_join!(image.users(), image.lease_owner())?;
+    let ours = match holder {
+        Some(holder) if holder.is_known() => holder.client,
+        Some(_) => return Ok(true),
+        None => None,
+    };
+    Ok(users.iter().any(|user| !user.is_own && ours.as_ref() != Some(&user.address)))
 }
 
 async fn rename(image: &RbdImage, wanted: &str) -> Result<(), ImageError> {
