@@ -1,12 +1,14 @@
 //! The flags of the commands that bring servers over and back, and what they mean together.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::builder::PossibleValue;
 use clap::{ArgGroup, Args, ValueEnum};
 use jiff::civil::Time;
 use jiff::{Timestamp, ToSpan as _, ZonedDateTime};
+use tokio::sync::Semaphore;
 
 use super::config::{Command, UsageError};
 use crate::cutover::journal::Changes;
@@ -17,7 +19,7 @@ use crate::plan::values::parse_duration;
 #[derive(Args, Debug)]
 #[command(group = ArgGroup::new("whom").required(true).args(["server", "all"]))]
 #[command(override_usage = "poolshift cutover [OPTIONS] <PLAN> <SERVER>\n       \
-                            poolshift cutover [OPTIONS] <PLAN> --all [--parallel <N>]")]
+                            poolshift cutover [OPTIONS] <PLAN> --all [--parallel <N>] [--max-down <N>]")]
 pub(super) struct CutoverArgs {
     /// The plan file
     plan: PathBuf,
@@ -30,6 +32,10 @@ pub(super) struct CutoverArgs {
     #[arg(long, value_name = "N", default_value_t = 1, requires = "all", conflicts_with = "server")]
     #[arg(value_parser = clap::value_parser!(u16).range(1..=64))]
     parallel: u16,
+    /// How many of them stand still at the same time; the others are kept in step meanwhile [default: all]
+    #[arg(long, value_name = "N", requires = "all", conflicts_with = "server")]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=64))]
+    max_down: Option<u16>,
     /// How a libvirt domain is brought over [default: what the plan says]
     #[arg(long, value_enum, value_name = "HOW")]
     method: Option<Method>,
@@ -184,7 +190,8 @@ impl CutoverArgs {
     pub(super) fn validated(self) -> Command {
         // clap sees to it that there is exactly one of the two.
         let whom = self.server.map_or(Whom::All(self.parallel.into()), Whom::Server);
-        let options = Options { proof: self.proof.proof, max_outage: self.max_outage };
+        let turns = self.max_down.map(|servers| Arc::new(Semaphore::new(servers.into())));
+        let options = Options { proof: self.proof.proof, max_outage: self.max_outage, turns };
         let consent = self.consent.validated();
         Command::Cutover(Cutover { plan: self.plan, whom, method: self.method, options, at: self.at, consent })
     }
@@ -197,7 +204,7 @@ impl RollbackArgs {
             (_, true) => Some(Changes::Discard),
             (false, false) => None,
         };
-        let options = Options { proof: self.proof.proof, max_outage: None };
+        let options = Options { proof: self.proof.proof, ..Options::default() };
         let consent = self.consent.validated();
         Command::Rollback(Rollback { plan: self.plan, server: self.server, changes, options, consent })
     }

@@ -20,10 +20,12 @@
 //! server may have written there, and the way back before the commit is open only while it is proved that it has not:
 //! both HEADs are compared wherever either was written since the base.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::future::try_join_all;
 use jiff::Timestamp;
+use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
 
 use super::journal::{Changes, FORMAT, Journal, JournalVolume};
@@ -53,6 +55,8 @@ pub(super) struct Walk<'a> {
     pub(super) moved: u64,
     pub(super) proved: Proved,
     pub(super) remarks: Vec<String>,
+    /// Its turn to stand still, where the turns are counted.
+    pub(super) turn: Option<OwnedSemaphorePermit>,
 }
 
 impl<'a> Walk<'a> {
@@ -106,6 +110,7 @@ impl<'a> Walk<'a> {
             moved: 0,
             proved: Proved::default(),
             remarks: Vec::new(),
+            turn: None,
         })
     }
 
@@ -149,11 +154,30 @@ impl<'a> Walk<'a> {
             self.turn_round().await?;
             warm_up::run(self).await?;
         }
+        self.wait_for_turn().await?;
         server.provider.prepare(self.sides.to.other(), &mut self.journal.notes).await?;
         if self.carries() {
             self.deltas = self.prepare_deltas().await?;
         }
         self.enter(Phase::Converged).await
+    }
+
+    /// Waits until few enough others stand still, and says whether it had to. Its turn ends when it runs again.
+    pub(super) async fn wait_for_turn(&mut self) -> Result<bool> {
+        let Some(turns) = self.options.turns.clone().filter(|_| self.turn.is_none()) else { return Ok(false) };
+        if let Ok(turn) = Arc::clone(&turns).try_acquire_owned() {
+            self.turn = Some(turn);
+            return Ok(false);
+        }
+        self.observer.note("up to date: waiting for another server to run again");
+        tokio::select! {
+            biased;
+            () = self.cancel.cancelled() => Err(CutoverError::Interrupted { server: self.server().name.clone() }),
+            turn = turns.acquire_owned() => {
+                self.turn = turn.ok();
+                Ok(true)
+            }
+        }
     }
 
     /// On the way back the sources are to follow the targets.
@@ -236,6 +260,7 @@ impl<'a> Walk<'a> {
             return Err(self.unexpected("start", &observed));
         }
         self.note_outage(started);
+        self.turn = None;
         Ok(())
     }
 

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Serialize;
+use tokio::sync::Semaphore;
 
 use super::journal::JournalError;
 use super::phase::Phase;
@@ -59,6 +60,8 @@ pub struct Options {
     pub proof: Proof,
     /// Refuses to begin when the prediction is over it; goes back when it passes before the server is started.
     pub max_outage: Option<Duration>,
+    /// How many servers may stand still at the same time, of all that have this one; `None`: each goes when it is ready.
+    pub turns: Option<Arc<Semaphore>>,
 }
 
 /// Is told how far it is.

@@ -40,7 +40,8 @@ pub(super) async fn run(walk: &mut Walk<'_>) -> Result<()> {
         }
         // What took long, a cycle or its proof, gave the server time to change again.
         let settled = took <= SHORT || last.is_some_and(|last| took > last.mul_f64(0.8));
-        if settled && begun.elapsed() <= SHORT {
+        // So does waiting for others.
+        if settled && begun.elapsed() <= SHORT && !walk.wait_for_turn().await? {
             break;
         }
         (before, last) = (points, Some(took));

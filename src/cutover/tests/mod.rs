@@ -14,6 +14,7 @@ use crate::plan::Method;
 use sim::{Trouble, World};
 
 mod sim;
+mod turns;
 
 const METHODS: [Method; 3] = [Method::Cold, Method::Warm, Method::Hot];
 
