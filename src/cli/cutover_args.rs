@@ -32,7 +32,7 @@ pub(super) struct CutoverArgs {
     #[arg(long, value_name = "N", default_value_t = 1, requires = "all", conflicts_with = "server")]
     #[arg(value_parser = clap::value_parser!(u16).range(1..=64))]
     parallel: u16,
-    /// How many of them stand still at the same time; the others are kept in step meanwhile [default: all]
+    /// How many of them stand still at the same time; the others run on, and catch up when it is their turn [default: all]
     #[arg(long, value_name = "N", requires = "all", conflicts_with = "server")]
     #[arg(value_parser = clap::value_parser!(u16).range(1..=64))]
     max_down: Option<u16>,

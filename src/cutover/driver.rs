@@ -169,7 +169,7 @@ impl<'a> Walk<'a> {
             self.turn = Some(turn);
             return Ok(false);
         }
-        self.observer.note("up to date: waiting for another server to run again");
+        self.observer.note("waiting for another server to run again");
         tokio::select! {
             biased;
             () = self.cancel.cancelled() => Err(CutoverError::Interrupted { server: self.server().name.clone() }),
@@ -206,6 +206,10 @@ impl<'a> Walk<'a> {
 
     /// From a server that runs, or was stopped by an earlier walk, to one that runs on the other side.
     pub(super) async fn stop_and_go(&mut self) -> Result<()> {
+        if self.turn.is_none() {
+            // One that was stopped by an earlier walk counts as well, and waits for nobody.
+            self.turn = self.options.turns.clone().and_then(|turns| turns.try_acquire_owned().ok());
+        }
         let before = self.users_before().await?;
         let runs = self.stopped.is_none();
         self.stopped.get_or_insert_with(Timestamp::now);
@@ -214,6 +218,7 @@ impl<'a> Walk<'a> {
         if runs {
             // Until now it ran.
             self.stopped = Some(Timestamp::now());
+            self.journal.stopped = self.stopped.map(|at| at.to_string());
         }
         let holder = self.within_limit(async |walk: &mut Self| walk.quiesce().await).await?;
         // Whole or not at all: a lock that comes late would be a broken disk to a server that was brought back.

@@ -18,9 +18,19 @@ const SHORT: Duration = Duration::from_secs(3);
 /// Carries over what has changed, until little is left, and proves it. The newest point of both sides is the base of the
 /// last delta.
 pub(super) async fn run(walk: &mut Walk<'_>) -> Result<()> {
+    let mut model = CostModel::default();
+    catch_up(walk, &mut model, walk.options.proof).await?;
+    // Waiting for others has given the server time to change again.
+    while walk.wait_for_turn().await? {
+        catch_up(walk, &mut model, Proof::None).await?;
+    }
+    check_prediction(walk, &model).await
+}
+
+/// Carries over what has changed, and proves it; and so much of the rest as `proof` says.
+async fn catch_up(walk: &mut Walk<'_>, model: &mut CostModel, proof: Proof) -> Result<()> {
     let (sides, options) = (walk.sides, walk.sides.group_options());
     let members = sides.members();
-    let mut model = CostModel::default();
     let mut before = newest(&members).await?;
     let mut last: Option<Duration> = None;
     for cycle in 0..CYCLES_MAX {
@@ -34,19 +44,18 @@ pub(super) async fn run(walk: &mut Walk<'_>) -> Result<()> {
         let begun = Instant::now();
         if walk.options.proof != Proof::None {
             proof::prove_cycle(sides, &before, &points, &mut walk.proved).await?;
-            if cycle == 0 {
-                proof::prove_points(sides, &points, walk.options.proof, &mut walk.proved).await?;
+            if cycle == 0 && proof != Proof::None {
+                proof::prove_points(sides, &points, proof, &mut walk.proved).await?;
             }
         }
         // What took long, a cycle or its proof, gave the server time to change again.
         let settled = took <= SHORT || last.is_some_and(|last| took > last.mul_f64(0.8));
-        // So does waiting for others.
-        if settled && begun.elapsed() <= SHORT && !walk.wait_for_turn().await? {
+        if settled && begun.elapsed() <= SHORT {
             break;
         }
         (before, last) = (points, Some(took));
     }
-    check_prediction(walk, &model).await
+    Ok(())
 }
 
 /// The newest commit of every volume; fewer where one has none.

@@ -29,12 +29,16 @@ pub struct Drift {
 
 /// What was answered last.
 #[derive(Debug, Default)]
-pub(super) struct Drifts(Mutex<HashMap<String, (Instant, Vec<Drift>)>>);
+pub(super) struct Drifts(Mutex<HashMap<String, Answer>>);
+
+/// When it was answered, but where it is to be asked anew in any case; and what.
+type Answer = (Option<Instant>, Vec<Drift>);
 
 impl Drifts {
     fn known(&self, server: &str) -> Option<Vec<Drift>> {
         let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = known.get(server).filter(|(at, _)| at.elapsed() < GOOD_FOR).map(|(_, drift)| drift.clone());
+        let is_good = |at: &Option<Instant>| at.is_some_and(|at| at.elapsed() < GOOD_FOR);
+        let known = known.get(server).filter(|(at, _)| is_good(at)).map(|(_, drift)| drift.clone());
         // What holds is asked anew: it may have passed.
         known.filter(|drift| !drift.iter().any(|drift| drift.holds))
     }
@@ -42,21 +46,22 @@ impl Drifts {
     /// What was answered last: nothing, where nobody ever did. That counts for as long as an answer does.
     fn last(&self, server: &str) -> Vec<Drift> {
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let (at, drift) = known.entry(server.to_owned()).or_insert_with(|| (Instant::now(), Vec::new()));
-        *at = Instant::now();
+        let (at, drift) = known.entry(server.to_owned()).or_default();
+        *at = Some(Instant::now());
         drift.clone()
     }
 
     /// Keeps an answer; says whether it is another one than the last.
     fn keep(&self, server: &str, drift: &[Drift]) -> bool {
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = known.insert(server.to_owned(), (Instant::now(), drift.to_vec()));
+        let before = known.insert(server.to_owned(), (Some(Instant::now()), drift.to_vec()));
         before.map_or(!drift.is_empty(), |(_, before)| before != drift)
     }
 
-    /// The plan may be another one.
-    pub(super) fn forget(&self) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    /// The plan may be another one: all are to be asked anew. What they said counts until they answer.
+    pub(super) fn ask_anew(&self) {
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        known.values_mut().for_each(|(at, _)| *at = None);
     }
 }
 
@@ -105,6 +110,9 @@ mod tests {
             assert_eq!(drifts.last("web"), [drift(holds)], "a server is not let go because nobody answers");
             assert_eq!(drifts.known("web"), (!holds).then(|| vec![drift(holds)]));
         }
+        drifts.ask_anew();
+        assert_eq!((drifts.known("web"), drifts.last("web")), (None, vec![drift(false)]));
+        assert!(!drifts.keep("web", &[drift(false)]), "it is told once");
         assert!(drifts.keep("web", &[]));
     }
 }

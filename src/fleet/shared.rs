@@ -169,7 +169,7 @@ impl Shared {
     }
 
     pub(super) fn forget_all_images(&self) {
-        self.drifts.forget();
+        self.drifts.ask_anew();
         self.idle.lock().unwrap_or_else(PoisonError::into_inner).clear();
         self.images.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }

@@ -230,6 +230,15 @@ impl OpenStackEnv {
         self.tell(Service::Nova, &Method::POST, &format!("servers/{id}/action"), action);
     }
 
+    /// Sends a signal to a service.
+    #[track_caller]
+    pub(crate) fn signal(&self, service: &str, signal: &str) {
+        let file = self.folder.join("run").join(format!("{service}.pid"));
+        let pid = std::fs::read_to_string(&file).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+        let kill = format!("kill -{signal} {}", pid.trim());
+        run(Command::new(self.folder.join("chroot")).args(["sh", "-c", &kill]));
+    }
+
     /// Where a server's console is written to, while it is on its host.
     pub(crate) fn console_file(&self, id: &str) -> PathBuf {
         self.folder.join("nova/instances").join(id).join("console.log")

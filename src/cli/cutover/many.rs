@@ -70,7 +70,12 @@ pub(super) async fn run(
     }
     let ready = ends.iter().filter(|end| end.is_none()).count();
     if ready > 0 {
-        let what = format!("{ready} of {} servers are brought over to their targets, {parallel} at a time", ends.len());
+        let down = options.turns.as_ref().map(|turns| format!(", of which {} stand still", turns.available_permits()));
+        let what = format!(
+            "{ready} of {} servers are brought over to their targets, {parallel} at a time{}",
+            ends.len(),
+            down.unwrap_or_default()
+        );
         consent::ask(context, consent, &what, "all").await?;
         if let Some(at) = at {
             wait::until(context, "all servers", at).await?;

@@ -19,7 +19,8 @@ struct One<'a> {
     still: &'a Still,
     index: usize,
     waited: Mutex<bool>,
-    cancel: Option<&'a CancellationToken>,
+    /// What happens when it has to wait.
+    meanwhile: &'a (dyn Fn() + Send + Sync),
 }
 
 impl Observer for One<'_> {
@@ -37,7 +38,7 @@ impl Observer for One<'_> {
     fn note(&self, text: &str) {
         if text.contains("waiting for another server") {
             *self.waited.lock().unwrap() = true;
-            self.cancel.inspect(|cancel| cancel.cancel());
+            (self.meanwhile)();
         }
     }
 }
@@ -55,7 +56,7 @@ async fn all_at_once(worlds: &mut [World], turns: Option<usize>) -> (usize, Vec<
             world.make_trouble(3, Trouble::Before);
         }
         async move {
-            let observer = One { still, index, waited: Mutex::default(), cancel: None };
+            let observer = One { still, index, waited: Mutex::default(), meanwhile: &|| {} };
             cutover(&server, options, &observer, cancel).await
         }
     }));
@@ -85,10 +86,28 @@ async fn no_more_stand_still_than_may() {
 }
 
 #[tokio::test]
+async fn what_is_written_while_it_waits_is_carried_over_before_it_stands_still() {
+    let mut world = replicated(Method::Cold).await;
+    let (server, still, cancel) = (world.server(), Still::default(), CancellationToken::new());
+    let turns = Arc::new(Semaphore::new(0));
+    // Somebody else is done as soon as it has written.
+    let meanwhile = || {
+        (0..500).for_each(|_| world.write());
+        turns.add_permits(1);
+    };
+    let observer = One { still: &still, index: 0, waited: Mutex::default(), meanwhile: &meanwhile };
+    let options = Options { turns: Some(Arc::clone(&turns)), ..Options::default() };
+    let report = cutover(&server, &options, &observer, &cancel).await.unwrap();
+    assert!(*observer.waited.lock().unwrap());
+    assert!(report.delta_bytes < sim::SIZE / 4, "all of it was left for the last delta: {}", report.delta_bytes);
+    assert_eq!((settled(&mut world).await, turns.available_permits()), (Side::Target, 1));
+}
+
+#[tokio::test]
 async fn one_that_waits_for_its_turn_runs_and_may_be_told_to_stop() {
     let mut world = replicated(Method::Cold).await;
     let (server, still, cancel) = (world.server(), Still::default(), CancellationToken::new());
-    let observer = One { still: &still, index: 0, waited: Mutex::default(), cancel: Some(&cancel) };
+    let observer = One { still: &still, index: 0, waited: Mutex::default(), meanwhile: &|| cancel.cancel() };
     let options = Options { turns: Some(Arc::new(Semaphore::new(0))), ..Options::default() };
     let ended = cutover(&server, &options, &observer, &cancel).await;
     assert!(matches!(ended, Err(CutoverError::Interrupted { .. })), "{ended:?}");

@@ -21,8 +21,9 @@
 //! A **server** is shelved, which shuts it down and takes it from its host, because only what is built anew asks Cinder how
 //! to reach its volumes: a server that was only stopped would start with the old image. Its disks are closed long before
 //! Nova is done with that: the last delta is carried over, and the images are given their names, meanwhile; Cinder is asked
-//! for nothing before the host has let go of a volume. Once all are switched, it is unshelved. A **gateway** goes on: the volumes are detached from it, switched, and attached again, as they were. What
-//! nobody has is kept from being attached meanwhile by the status `maintenance`.
+//! for nothing before the host has let go of a volume. Once all are switched, it is unshelved. A **gateway** goes on: the
+//! volumes are detached from it, switched, and attached again, as they were. What nobody has is kept from being attached
+//! meanwhile by the status `maintenance`.
 //!
 //! # The stand-in of a rehearsal
 //!
@@ -217,10 +218,7 @@ impl OpenStack {
                 }
                 // A server that was shelved expects it to be kept for it.
                 Step::Aside(_) if self.ours().is_some() && !shut => {
-                    // Known from its retype, where there was one.
-                    let status = (retyped && shown.status == Status::Available.name()).then(|| shown.status.clone());
-                    let keep = self.shut_from(operation, (cloud, volume), status);
-                    let (aside, kept) = join(volume.rename(&step), keep).await;
+                    let (aside, kept) = join(volume.rename(&step), self.shut(operation, cloud, volume)).await;
                     aside.map_err(image_error)?;
                     kept?;
                     known.after(&step);
@@ -238,18 +236,8 @@ impl OpenStack {
 
     /// Gives a volume a status in which Cinder does nothing with it.
     async fn shut(&self, operation: &str, cloud: &Cloud, volume: &CloudVolume) -> Result<(), ProviderError> {
-        self.shut_from(operation, (cloud, volume), None).await
-    }
-
-    /// The same; `status` is another one, which it was just seen with.
-    async fn shut_from(
-        &self,
-        operation: &str,
-        (cloud, volume): (&Cloud, &CloudVolume),
-        status: Option<String>,
-    ) -> Result<(), ProviderError> {
         let of_status = volumes::OfStatus { cloud, volume, status: self.shut_status(), ours: self.ours() };
-        self.bring_about_from(operation, &of_status, status).await
+        self.bring_about(operation, &of_status).await
     }
 
     /// Waits until Cinder is done with a volume.
@@ -426,10 +414,8 @@ impl Provider for OpenStack {
     async fn swap(&self, to: Side, _notes: &mut Notes) -> Result<(), ProviderError> {
         let operation = format!("switch to the {}", name(to));
         let looked = match &self.config.holder {
-            // It leaves its host while the images are given their names.
-            Holder::Server(_) if self.is_leaving.load(Ordering::Acquire) => self.look(&operation).await?,
             // Whether it has left its host changes nothing of what is looked at.
-            Holder::Server(id) => try_join(self.leave_host(&operation, id), self.look(&operation)).await?.1,
+            Holder::Server(id) => try_join(self.be_leaving(&operation, id), self.look(&operation)).await?.1,
             // It may have been given some of them already.
             Holder::Gateway { server, .. } => {
                 self.detach_all(&operation, server).await?;

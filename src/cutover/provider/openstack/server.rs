@@ -116,7 +116,8 @@ impl Closes<'_> {
         let open = || try_join_all(self.volumes.iter().map(CloudVolume::named_as_in_use));
         let images =
             self.images.get_or_try_init(|| async { Ok(open().await?.into_iter().flatten().collect()) }).await?;
-        Ok(!try_join_all(images.iter().map(is_open)).await?.contains(&true))
+        let open = try_join_all(images.iter().map(is_open)).await?;
+        Ok(open.len() >= self.volumes.len() && !open.contains(&true))
     }
 }
 
@@ -342,6 +343,20 @@ impl OpenStack {
             server = self.server(operation, id).await?;
         }
         Ok(server)
+    }
+
+    /// It has left its host, or is leaving it with nothing open any more: then its images may be given other names, and
+    /// [`Self::until_let_go`] is to be waited for.
+    pub(super) async fn be_leaving(&self, operation: &str, id: &str) -> Result<(), ProviderError> {
+        if self.is_leaving.load(Ordering::Acquire) {
+            let server = self.server(operation, id).await?;
+            if is_being_shelved(&server) || server.status == OFFLOADED {
+                return Ok(());
+            }
+            // Its cloud has given that up.
+            self.is_leaving.store(false, Ordering::Release);
+        }
+        self.leave_host(operation, id).await
     }
 
     /// Has it leave its host, so that it asks for its volumes anew when it comes back.
