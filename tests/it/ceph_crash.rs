@@ -336,7 +336,8 @@ async fn a_removal_that_was_cut_is_finished() {
     let Some(env) = ceph() else { return };
     let mut volume = Volume::new(&env, "prune", 14, 8 * MIB).await;
     let mut trashed = 0;
-    for _ in 0..10 {
+    // On a host with much else to do it is seen too late, now and then.
+    for _ in 0..40 {
         volume.converge("before").await;
         volume.disk.change(0).await;
         let mut child = volume.start_sync();
@@ -348,7 +349,7 @@ async fn a_removal_that_was_cut_is_finished() {
             break;
         }
     }
-    assert_eq!(trashed, 1, "no removal could be cut in ten runs");
+    assert_eq!(trashed, 1, "no removal could be cut in forty runs");
     volume.converge("after the removal was cut").await;
     volume.remove().await;
 }

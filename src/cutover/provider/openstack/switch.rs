@@ -330,13 +330,10 @@ impl CloudVolume {
         })
     }
 
-    /// The images that have the volume's name, or stand in for one that had it.
+    /// The images that have the volume's name. A placeholder is none: there is nothing of the volume in it.
     pub(super) async fn named_as_in_use(&self) -> Result<Vec<RbdImage>, ImageError> {
         let (source, target) = futures::try_join!(self.named(Side::Source, true), self.named(Side::Target, true))?;
-        let image = |named| match named {
-            Named::Image(image) | Named::Placeholder(image) => Some(image),
-            Named::Nothing => None,
-        };
+        let image = |named| if let Named::Image(image) = named { Some(image) } else { None };
         Ok([source, target].into_iter().filter_map(image).collect())
     }
 
