@@ -105,9 +105,10 @@ def clone(parent, child):
 
 
 def remove(place):
-    """Removes an image and its snapshots, once the watches of processes that were killed have timed out."""
+    """Removes an image and its snapshots, once the watches of processes that were killed have timed out: 30 s after that,
+    or after the last start of the OSD that has them, which other tests stop."""
     close(place)
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while True:
         try:
             with rbd.Image(*context(place)) as image:
