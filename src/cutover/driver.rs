@@ -164,11 +164,8 @@ impl<'a> Walk<'a> {
 
     /// Waits until few enough others stand still, and says whether it had to. Its turn ends when it runs again.
     pub(super) async fn wait_for_turn(&mut self) -> Result<bool> {
+        self.take_free_turn();
         let Some(turns) = self.options.turns.clone().filter(|_| self.turn.is_none()) else { return Ok(false) };
-        if let Ok(turn) = Arc::clone(&turns).try_acquire_owned() {
-            self.turn = Some(turn);
-            return Ok(false);
-        }
         self.observer.note("waiting for another server to run again");
         tokio::select! {
             biased;
@@ -177,6 +174,13 @@ impl<'a> Walk<'a> {
                 self.turn = turn.ok();
                 Ok(true)
             }
+        }
+    }
+
+    /// Takes a turn, unless it has one or none is free.
+    fn take_free_turn(&mut self) {
+        if let Some(turns) = self.options.turns.as_ref().filter(|_| self.turn.is_none()) {
+            self.turn = Arc::clone(turns).try_acquire_owned().ok();
         }
     }
 
@@ -206,10 +210,8 @@ impl<'a> Walk<'a> {
 
     /// From a server that runs, or was stopped by an earlier walk, to one that runs on the other side.
     pub(super) async fn stop_and_go(&mut self) -> Result<()> {
-        if self.turn.is_none() {
-            // One that was stopped by an earlier walk counts as well, and waits for nobody.
-            self.turn = self.options.turns.clone().and_then(|turns| turns.try_acquire_owned().ok());
-        }
+        // One that was stopped by an earlier walk counts as well, and waits for nobody.
+        self.take_free_turn();
         let before = self.users_before().await?;
         let runs = self.stopped.is_none();
         self.stopped.get_or_insert_with(Timestamp::now);

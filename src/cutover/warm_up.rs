@@ -21,7 +21,7 @@ pub(super) async fn run(walk: &mut Walk<'_>) -> Result<()> {
     let mut model = CostModel::default();
     catch_up(walk, &mut model, walk.options.proof).await?;
     // Waiting for others has given the server time to change again.
-    while walk.wait_for_turn().await? {
+    if walk.wait_for_turn().await? {
         catch_up(walk, &mut model, Proof::None).await?;
     }
     check_prediction(walk, &model).await

@@ -191,11 +191,7 @@ fn a_server_that_its_cloud_fails_to_shelve_is_switched_or_comes_back() {
     // And poolshift is killed there.
     for (place, undo) in [("step=Retype", true), ("step=StandIn(Source)", false)] {
         if undo || every_step() {
-            let mut command = bed.command(0, "cutover", &["--yes"]);
-            command.env("POOLSHIFT_LOG", "poolshift=debug");
-            let mut run = Running::start(command);
-            let there = run.until_line(|line| line.contains(&format!("{place} ")) || line.trim_end().ends_with(place));
-            assert!(there && run.kill(), "{place}");
+            assert!(bed.killed_at(0, "cutover", &[], place), "{place}");
             fail();
             println!("killed at {place}: it is {}", bed.brought_to_an_end(0, None, undo));
             bed.bring_back(0);

@@ -46,11 +46,6 @@ pub(super) fn power(server: &Server) -> Power {
     }
 }
 
-/// What a server is doing that does not run.
-fn power_of_idle(server: &Server) -> Power {
-    Some(power(server)).filter(|power| *power != Power::Running).unwrap_or(Power::Off)
-}
-
 /// Begins to delete a server, which may be gone already, also where its cloud keeps what is deleted for a while, and its
 /// volumes with it.
 pub(super) async fn delete_for_good(cloud: &Cloud, id: &str) -> Result<(), CloudError> {
@@ -170,9 +165,10 @@ impl Effect for LetGo<'_> {
             let _ = self.found.set(shown);
             return Ok(Look::Done);
         }
-        match self.looks.fetch_add(1, Ordering::Relaxed) % Self::SERVER_EVERY {
-            last if last + 1 == Self::SERVER_EVERY => self.leaves.look().await,
-            _ => Ok(Look::Working(shown.status)),
+        let looks = self.looks.fetch_add(1, Ordering::Relaxed) + 1;
+        match looks.is_multiple_of(Self::SERVER_EVERY) {
+            true => self.leaves.look().await,
+            false => Ok(Look::Working(shown.status)),
         }
     }
 
@@ -254,7 +250,10 @@ impl OpenStack {
             Some(_) => self.server_at_rest(operation, id).await?,
         };
         let volumes = self.look(operation).await?;
-        let power = if self.runs(operation, &server).await? { Power::Running } else { power_of_idle(&server) };
+        let power = match power(&server) {
+            Power::Running if !self.runs(operation, &server).await? => Power::Off,
+            power => power,
+        };
         let side = match power {
             Power::Running | Power::Suspended => {
                 let shown: Vec<Volume> = volumes.into_iter().map(|(volume, _)| volume).collect();
@@ -375,7 +374,7 @@ impl OpenStack {
             // Its cloud keeps what is shelved on its host for a while.
             OFFLOADED => Ok(()),
             SHELVED => self.act(operation, id, ServerAction::ShelveOffload, (OFFLOADED, &[SHELVED])).await,
-            _ => self.act(operation, id, ServerAction::Shelve, (OFFLOADED, &[OFF, ACTIVE])).await,
+            _ => self.bring_about(operation, &self.leaves(self.cloud(operation).await?, id)).await,
         }
     }
 
