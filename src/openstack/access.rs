@@ -129,6 +129,7 @@ const VARIABLES: &[(&str, &str)] = &[
     ("OS_INSECURE", "insecure"),
     ("OS_BLOCK_STORAGE_ENDPOINT_OVERRIDE", "block_storage_endpoint_override"),
     ("OS_COMPUTE_ENDPOINT_OVERRIDE", "compute_endpoint_override"),
+    ("OS_NETWORK_ENDPOINT_OVERRIDE", "network_endpoint_override"),
 ];
 
 /// The service types of the overrides.
@@ -137,6 +138,7 @@ const OVERRIDES: &[(&str, &str)] = &[
     ("volume_endpoint_override", "volumev3"),
     ("volumev3_endpoint_override", "volumev3"),
     ("compute_endpoint_override", "compute"),
+    ("network_endpoint_override", "network"),
 ];
 
 fn bad(place: impl Into<String>, detail: impl Into<String>) -> CloudError {

@@ -2,7 +2,7 @@
 //!
 //! Source of paths and fields: the Compute API, <https://docs.openstack.org/api-ref/compute/>.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use reqwest::Method;
 use serde::Deserialize;
@@ -62,7 +62,26 @@ fn present<'de, D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Re
     Option::<String>::deserialize(deserializer).map(Some)
 }
 
+/// A network interface of a server.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct ServerInterface {
+    /// The port that it is.
+    pub port_id: String,
+    /// Its address on the wire.
+    #[serde(default)]
+    pub mac_addr: String,
+    /// By which the server itself can tell it.
+    #[serde(default)]
+    pub tag: Option<String>,
+}
+
 impl Definition {
+    /// The addresses on the wire of all its interfaces that have another one.
+    pub fn mac_addresses(&self) -> BTreeSet<String> {
+        let listed = self.addresses.values().filter_map(Value::as_array).flatten();
+        listed.filter_map(|address| address["OS-EXT-IPS-MAC:mac_addr"].as_str()).map(str::to_owned).collect()
+    }
+
     /// Whether it has a drive with its metadata.
     pub fn has_config_drive(&self) -> bool {
         match &self.config_drive {
@@ -85,16 +104,33 @@ impl Cloud {
         Ok(self.ask::<Answer>(Service::Nova, &path, &[], &operation).await?.server)
     }
 
-    /// How many network interfaces a server has.
-    pub async fn interfaces(&self, server: &str) -> Result<usize> {
+    /// The network interfaces of a server, in no order.
+    pub async fn interfaces(&self, server: &str) -> Result<Vec<ServerInterface>> {
         #[derive(Deserialize)]
         struct Answer {
             #[serde(rename = "interfaceAttachments")]
-            interfaces: Vec<Value>,
+            interfaces: Vec<ServerInterface>,
         }
         let operation = format!("list the interfaces of server {server}");
         let path = format!("servers/{}/os-interface", checked(server, "server", &operation)?);
-        Ok(self.ask::<Answer>(Service::Nova, &path, &[], &operation).await?.interfaces.len())
+        Ok(self.ask::<Answer>(Service::Nova, &path, &[], &operation).await?.interfaces)
+    }
+
+    /// The addresses on the wire of a server's network cards, in the order in which it has them. Needs an administrator,
+    /// and a server that runs.
+    pub async fn network_cards(&self, server: &str) -> Result<Vec<String>> {
+        #[derive(Deserialize)]
+        struct Card {
+            mac_address: String,
+        }
+        #[derive(Deserialize)]
+        struct Answer {
+            nic_details: Vec<Card>,
+        }
+        let operation = format!("list the network cards of server {server}");
+        let path = format!("servers/{}/diagnostics", checked(server, "server", &operation)?);
+        let cards = self.ask::<Answer>(Service::Nova, &path, &[], &operation).await?.nic_details;
+        Ok(cards.into_iter().map(|card| card.mac_address).collect())
     }
 
     /// Whether the credentials' user has a key pair of that name.

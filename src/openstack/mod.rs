@@ -7,6 +7,7 @@
 //! | [`cinder`] | volumes, types, snapshots |
 //! | [`manage`] | what Cinder is given as a volume, and what is taken from it |
 //! | [`nova`] | servers and their attachments |
+//! | [`neutron`] | ports |
 //! | [`definition`] | all that a server is made again from |
 //! | `keystone` | projects by their names |
 //! | [`discovery`] | which servers and volumes there are, and what keeps them from being moved |
@@ -35,6 +36,7 @@ pub mod discovery;
 pub mod error;
 mod keystone;
 pub mod manage;
+pub mod neutron;
 pub mod nova;
 mod session;
 #[cfg(test)]

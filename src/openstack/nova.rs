@@ -147,7 +147,7 @@ pub struct ServerAttachment {
     pub tag: Option<String>,
 }
 
-/// A server that is made. It is on no network.
+/// A server that is made.
 #[derive(Clone, Debug)]
 pub struct NewServer<'a> {
     /// Its name.
@@ -156,6 +156,8 @@ pub struct NewServer<'a> {
     pub flavor: &'a str,
     /// Its volumes, in the order of its disks, with whether each ends with it and its tag. It boots from the first one.
     pub volumes: Vec<(&'a str, bool, Option<&'a str>)>,
+    /// Its ports, in the order of its network cards, with their tags. Without any it is on no network.
+    pub ports: Vec<(&'a str, Option<&'a str>)>,
     /// What is written to it.
     pub metadata: BTreeMap<String, String>,
     /// More of it, by Nova's own keys: `key_name`, `tags`, `user_data`.
@@ -175,10 +177,18 @@ impl NewServer<'_> {
             }
             disk
         });
+        let cards = self.ports.iter().map(|(port, tag)| {
+            let mut card = json!({"port": port});
+            if let Some(tag) = tag {
+                card["tag"] = (*tag).into();
+            }
+            card
+        });
+        let networks = if self.ports.is_empty() { "none".into() } else { cards.collect() };
         let mut body = self.more.clone();
         body.insert("name".into(), self.name.into());
         body.insert("flavorRef".into(), self.flavor.into());
-        body.insert("networks".into(), "none".into());
+        body.insert("networks".into(), networks);
         body.insert("metadata".into(), json!(self.metadata));
         body.insert("block_device_mapping_v2".into(), disks.collect());
         Value::Object(body)

@@ -40,6 +40,8 @@ pub(super) enum Service {
     Cinder,
     /// Servers.
     Nova,
+    /// Ports. Not every cloud has it.
+    Neutron,
     /// Projects: where the token comes from, whatever the catalog says.
     Keystone,
 }
@@ -49,6 +51,7 @@ impl Service {
         match self {
             Self::Cinder => "cinder",
             Self::Nova => "nova",
+            Self::Neutron => "neutron",
             Self::Keystone => "keystone",
         }
     }
@@ -58,6 +61,7 @@ impl Service {
         match self {
             Self::Cinder => &["volumev3", "block-storage", "volume"],
             Self::Nova => &["compute"],
+            Self::Neutron => &["network"],
             Self::Keystone => &["identity"],
         }
     }
@@ -67,7 +71,7 @@ impl Service {
         match self {
             Self::Cinder => Some(("volume", super::CINDER)),
             Self::Nova => Some(("compute", super::NOVA)),
-            Self::Keystone => None,
+            Self::Neutron | Self::Keystone => None,
         }
     }
 }
@@ -96,7 +100,7 @@ struct Token {
     expires: Timestamp,
     project: String,
     roles: Vec<String>,
-    endpoints: [Option<Url>; 2],
+    endpoints: [Option<Url>; 3],
 }
 
 /// A way to a cloud's services.
@@ -265,9 +269,15 @@ impl Session {
         let named = match service {
             Service::Cinder => token.endpoints[0].as_ref(),
             Service::Nova => token.endpoints[1].as_ref(),
+            Service::Neutron => token.endpoints[2].as_ref(),
             Service::Keystone => return Ok(self.keystone()),
         };
-        given.or(named).cloned().ok_or_else(|| {
+        let found = given.or(named).map(|url| match service {
+            // Most catalogs name it without its version.
+            Service::Neutron if !url.path().trim_end_matches('/').ends_with("/v2.0") => below(url, "v2.0"),
+            _ => url.clone(),
+        });
+        found.ok_or_else(|| {
             let (region, interface) = (&self.access.region, self.access.interface.name());
             let region = region.as_ref().map_or_else(String::new, |region| format!(" in the region {region}"));
             CloudError::new(
@@ -361,7 +371,8 @@ impl Session {
         })?;
         let roles = token["roles"].as_array().into_iter().flatten();
         let roles = roles.filter_map(|role| role["name"].as_str()).map(str::to_owned).collect();
-        let endpoints = [Service::Cinder, Service::Nova].map(|service| self.of_catalog(token, service));
+        let endpoints =
+            [Service::Cinder, Service::Nova, Service::Neutron].map(|service| self.of_catalog(token, service));
         Ok(Token { text, expires, project: project.to_owned(), roles, endpoints })
     }
 

@@ -155,11 +155,13 @@ async fn a_services_address_is_that_of_the_region_and_interface() {
             {"type": "compute", "endpoints": [{
                 "region": "r2", "interface": "internal", "url": format!("{base}/compute/v2.1"),
             }]},
+            {"type": "network", "endpoints": [endpoint("r2", "internal", "/network")]},
         ]);
         match seen.line.as_str() {
             "POST /identity/v3/auth/tokens" => Some(token_with(0, 3600, catalog)),
             "GET /cinder/v3/" => Some(versions("3.0", "3.50")),
             "GET /mine/v3/" => Some(versions("3.0", "3.50")),
+            line if line.contains("/ports/") => Some(answer(200, json!({"port": {"id": "p", "device_id": "s"}}))),
             _ => None,
         }
     })
@@ -170,8 +172,20 @@ async fn a_services_address_is_that_of_the_region_and_interface() {
     // What the configuration says counts more than the catalog.
     let mut given = at("r2", Interface::Internal);
     given.endpoints.insert("volumev3", format!("{}/mine/v3/{PROJECT}", fake.base()).parse().unwrap());
-    Cloud::connect(given).await.unwrap();
+    // Of Neutron a catalog tells the version, or not.
+    given.endpoints.insert("network", format!("{}/mine/v2.0/", fake.base()).parse().unwrap());
+    let cloud = Cloud::connect(given).await.unwrap();
     assert_eq!((fake.count("GET /cinder/v3/"), fake.count("GET /mine/v3/")), (1, 1));
+    assert_eq!(cloud.port("p").await.unwrap().device_id, "s");
+    let cloud = Cloud::connect(at("r2", Interface::Internal)).await.unwrap();
+    cloud.set_port_device("p", "").await.unwrap();
+    let asked = ["GET /mine/v2.0/ports/p", "PUT /network/v2.0/ports/p"].map(|line| fake.seen(line).len());
+    assert_eq!(asked, [1, 1]);
+    assert_eq!(fake.seen("PUT /network")[0].body, json!({"port": {"device_id": ""}}));
+    // It is needed only where there are ports.
+    let other = Fake::start(|_, _, _| None).await;
+    let error = other.connect().await.unwrap().port("p").await.unwrap_err();
+    assert!(error.fault == Fault::Config && error.to_string().contains("of a service network"), "{error}");
 
     for (access, missing) in [
         (at("r3", Interface::Internal), "the catalog has no internal address of a service volumev3 in the region r3"),

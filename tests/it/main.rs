@@ -22,6 +22,7 @@ mod files;
 mod fleet_commands;
 mod librbd;
 mod openstack_bed;
+mod openstack_env;
 mod openstack_gateway;
 mod openstack_guest;
 mod openstack_others;

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::cutover_bed::report;
 use crate::openstack_bed::{CloudBed, places};
-use crate::openstack_world::{Service, openstack};
+use crate::openstack_env::{Service, openstack};
 use crate::support::every_step;
 
 /// How the gateway names the disks of a server of the plan, beside its own two.

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::openstack_world::{OpenStackEnv, Service};
+use crate::openstack_env::{OpenStackEnv, Service};
 use crate::vm::{Conversation, Line, Terminal, rbd_sources, run_for_text};
 
 /// A server of the cloud, with the guest of `scripts/vm-dev`.
@@ -91,6 +91,21 @@ impl CloudGuest<'_> {
         disks
     }
 
+    /// Its ports, which are in use, in the order of its network cards.
+    #[track_caller]
+    pub(crate) fn ports(&self) -> Value {
+        let mut ports = self.env.ports(&self.id);
+        let xml = self.env.virsh(&["dumpxml", &self.domain]);
+        let cards = xml.split("<mac address='").skip(1).filter_map(|rest| rest.split_once('\''));
+        let cards: Vec<&str> = cards.map(|(mac, _)| mac).collect();
+        assert_eq!(cards.len(), ports.len(), "{xml}");
+        ports.sort_by_key(|port| cards.iter().position(|mac| *mac == port["mac_address"]));
+        let keys =
+            ["id", "name", "mac_address", "fixed_ips", "tenant_id", "status", "binding:vif_type", "device_owner"];
+        let kept = |port: &Value| keys.iter().map(|key| ((*key).to_owned(), port[*key].clone())).collect::<Value>();
+        ports.iter().map(kept).collect()
+    }
+
     /// What stays as it is, whatever pool its volumes are in.
     #[track_caller]
     pub(crate) fn facts(&self) -> Value {
@@ -118,6 +133,7 @@ impl CloudGuest<'_> {
             list.as_array_mut().expect("a list").sort_by_key(|entry| entry["id"].to_string());
         }
         facts["attachments"] = attachments;
+        facts["ports"] = self.ports();
         facts["volumes"] = self.volumes.iter().map(|id| facts_of_volume(self.env, id)).collect();
         facts
     }

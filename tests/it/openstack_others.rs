@@ -7,7 +7,8 @@ use serde_json::{Value, json};
 
 use crate::cutover_bed::Running;
 use crate::openstack_bed::CloudBed;
-use crate::openstack_world::{Service, openstack, unique};
+use crate::openstack_env::{Service, openstack};
+use crate::openstack_world::unique;
 use crate::support::{Run, every_step};
 
 /// Somebody, who touches something while `poolshift` stands still at a place.
@@ -210,7 +211,7 @@ fn somebody_touches_a_server_that_is_switched() {
     let mut bed = CloudBed::server(&env, "others", "");
     bed.replicate();
     let (server, data) = (bed.guest().id.clone(), bed.servers[0].volumes[1].clone());
-    let unshelve = |api: &crate::openstack_world::OpenStackEnv, owner: bool| {
+    let unshelve = |api: &crate::openstack_env::OpenStackEnv, owner: bool| {
         let (path, body) = (format!("servers/{server}/action"), json!({"unshelve": null}));
         match owner {
             true => api.ask_as_owner(&Method::POST, &path, Some(&body)),

@@ -19,7 +19,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::cutover_bed::Running;
 use crate::openstack_bed::CloudBed;
-use crate::openstack_world::{OpenStackEnv, host, openstack};
+use crate::openstack_env::{OpenStackEnv, host, openstack};
 use crate::support::{Run, every_step};
 
 /// What becomes of a call.

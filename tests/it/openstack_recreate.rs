@@ -8,8 +8,9 @@ use std::fmt::Write as _;
 use serde_json::{Value, json};
 
 use crate::cutover_bed::{Fleet, Running, report};
+use crate::openstack_env::{OpenStackEnv, Service, openstack};
 use crate::openstack_guest::CloudGuest;
-use crate::openstack_world::{OpenStackEnv, Service, World, openstack, unique};
+use crate::openstack_world::{World, unique};
 use crate::support::{Run, every_step};
 
 /// A server with a root and a data disk that writes all the time, and the plan that makes it again.
@@ -33,9 +34,10 @@ impl<'a> Again<'a> {
         let volumes = world.guest_volumes("sata", &name);
         let more = json!({
             "metadata": {"m": "1"}, "tags": ["one", "two"], "key_name": world.key_pair(), "description": "of a test",
-            "user_data": "IyEvYmluL3RydWUK", "availability_zone": "nova",
+            "user_data": "IyEvYmluL3RydWUK", "availability_zone": "nova", "networks": world.networks(),
         });
         let guest = world.boot(&name, &volumes, &more);
+        world.adopt_ports(&guest.id);
         let (fleet, planned) = (Fleet::new(), guest.id.clone());
         let mut plan = Fleet::beginning(&env.ceph);
         let _ = write!(
@@ -138,6 +140,7 @@ impl<'a> Again<'a> {
         let mut attached = self.env.get(Service::Nova, &path)["volumeAttachments"].take();
         let attached = attached.as_array_mut().expect("a list");
         attached.sort_by_key(|found| found["device"].to_string());
+        facts["ports"] = self.guest.borrow().ports();
         facts["disks"] = attached
             .iter()
             .map(|found| {
@@ -302,6 +305,7 @@ fn places() -> &'static [&'static str] {
         "manage image",
         "write the image metadata",
         "say whether volume",
+        "take port",
         "delete server",
         "reserve volume",
         ": resuming",
@@ -309,7 +313,7 @@ fn places() -> &'static [&'static str] {
         "create server",
         ": committed",
     ];
-    if every_step() { ALL } else { &["manage image", "delete server", "create server"] }
+    if every_step() { ALL } else { &["take port", "manage image", "delete server", "create server"] }
 }
 
 #[test]

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::cutover_bed::{Running, report};
 use crate::openstack_bed::{CleanUp, CloudBed, all};
-use crate::openstack_world::{OpenStackEnv, Service, openstack};
+use crate::openstack_env::{OpenStackEnv, Service, openstack};
 use crate::support::{Run, every_step, poolshift};
 
 const STAND_IN: &str = "web.poolshift-rehearsal";

@@ -8,8 +8,9 @@ use std::process::Command;
 use serde_json::{Value, json};
 
 use crate::cutover_bed::{Fleet, Running};
+use crate::openstack_env::{OpenStackEnv, openstack};
 use crate::openstack_guest::facts_of_volume;
-use crate::openstack_world::{OpenStackEnv, World, openstack, unique};
+use crate::openstack_world::{World, unique};
 use crate::support::{Run, binary, poolshift};
 
 /// Volumes that nobody has, each a server of the plan by itself.

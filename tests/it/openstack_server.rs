@@ -6,7 +6,7 @@ use std::time::Instant;
 use serde_json::json;
 
 use crate::openstack_bed::{CloudBed, places};
-use crate::openstack_world::openstack;
+use crate::openstack_env::openstack;
 use crate::support::every_step;
 
 #[test]

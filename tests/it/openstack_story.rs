@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::cutover_bed::{Fleet, Running, report};
 use crate::openstack_bed::{CleanUp, CloudBed, all};
-use crate::openstack_world::{OpenStackEnv, Service, openstack};
+use crate::openstack_env::{OpenStackEnv, Service, openstack};
 use crate::support::{every_step, poolshift};
 
 /// What Cinder's quotas of the project count, and what of it is reserved, by `gigabytes_sas` and the like.

@@ -8,7 +8,8 @@ use serde_json::{Value, json};
 
 use crate::cutover_bed::Running;
 use crate::openstack_bed::{CloudBed, Types};
-use crate::openstack_world::{OpenStackEnv, Qos, Service, World, openstack, unique};
+use crate::openstack_env::{OpenStackEnv, Service, openstack};
+use crate::openstack_world::{Qos, World, unique};
 use crate::support::every_step;
 
 const LIMIT: &str = "rbd_qos_iops_limit";

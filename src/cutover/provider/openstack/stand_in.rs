@@ -267,6 +267,7 @@ impl OpenStack {
         let mut metadata = metadata(stand_in);
         metadata.extend(stand_in.disks.first().map(|disk| (CLONE.to_owned(), clone_of(disk).to_owned())));
         let server = NewServer {
+            ports: Vec::new(),
             name: &stand_in.name,
             flavor: &parts.flavor,
             volumes: ids.into_iter().map(|id| (id, false, None)).collect(),

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `remembered` | all that the server is made again from |
 //! | `server` | finding it, deleting it, making it |
+//! | `ports` | what its network interfaces are, and stay |
 //! | `volumes` | an image becomes a volume of Cinder's, or a mere image again |
 //! | `preconditions` | what stands in the way |
 //!
@@ -13,7 +14,7 @@
 //!    is ([`crate::image::rbd::RbdImage::note_target`]).
 //! 2. The server is stopped. The last delta.
 //! 3. Cinder is given the targets, and renames their images. Only when it has all of them, no volume ends with the server
-//!    any more, and the server is deleted. What fails before that starts the server again, which has lost nothing.
+//!    any more and its ports are nobody's, the server is deleted. What fails before that starts the server again, which has lost nothing.
 //! 4. The old volumes are held (`os-reserve`), so that nobody attaches them: they are the way back.
 //! 5. The server is made from the new volumes, and runs. Which volumes end with it, it is told after that.
 //!
@@ -30,6 +31,7 @@
 //!   and that has no image yet is marked as well.
 //! - A volume whose image is not the target's is never taken from Cinder, unless it carries the mark and has no image.
 
+mod ports;
 mod preconditions;
 mod remembered;
 mod server;
@@ -178,7 +180,6 @@ impl Provider for Recreate {
 
     async fn swap(&self, to: Side, notes: &mut Notes) -> Result<(), ProviderError> {
         let operation = format!("switch to the {}", name(to));
-        let remembered = self.remembered(&operation, notes)?;
         let found = self.find(&operation).await?;
         if let Some(found) = found.as_ref().filter(|found| found.side == Some(to) && !found.has_failed()) {
             // It may run there: all that is left is what the other side still has.
@@ -190,6 +191,7 @@ impl Provider for Recreate {
                 }
             };
         }
+        let remembered = self.remembered(&operation, notes)?;
         if let Some(found) = found.as_ref().filter(|found| power(&found.server) == Power::Running) {
             let problem = format!("it is {}: no server that runs is deleted", told(&found.server));
             return Err(self.base.error(&operation, problem, None));
@@ -230,6 +232,9 @@ impl Provider for Recreate {
             Some(found) if power(&found.server) == Power::Running => Ok(()),
             Some(found) => {
                 let id = found.server.id.as_str();
+                if let Some(remembered) = Remembered::noted(notes) {
+                    self.give_ports(&operation, id, &remembered).await?;
+                }
                 if found.server.status == "ERROR" {
                     // Nova starts nothing that failed; it stops it.
                     self.base.act(&operation, id, ServerAction::Stop, (OFF, &["ERROR"])).await?;

@@ -6,6 +6,7 @@ use super::super::super::{Precondition, Side, Verdict, name};
 use super::super::preconditions::obstacle;
 use super::super::server::ACTIVE;
 use super::super::switch::CloudVolume;
+use super::ports::{self, Interfaces};
 use super::remembered::BYTES_MAX;
 use super::server::{KEEP_IDS, too_large};
 use super::{Recreate, volumes};
@@ -57,8 +58,8 @@ async fn cloud_itself(provider: &Recreate, cloud: &Cloud, what: String) -> Preco
 struct Facts<'a> {
     server: &'a Server,
     definition: &'a Definition,
-    /// `None` where nobody tells.
-    interfaces: Option<usize>,
+    /// Or why they are not known.
+    interfaces: &'a Result<Interfaces, CloudError>,
     project: &'a str,
     has_flavor: bool,
     has_key: bool,
@@ -97,13 +98,9 @@ fn judge(facts: &Facts<'_>) -> Vec<(Verdict, String)> {
         ),
     );
     wrong(server.locked, "it is locked by its owner: have it unlocked (openstack server unlock)".into());
-    wrong(
-        facts.interfaces != Some(0) || !definition.addresses.is_empty(),
-        match facts.interfaces {
-            Some(count) => keep(&format!("it has {count} network interfaces, and ports that Nova made end with it")),
-            None => keep("nobody says whether it has network interfaces, which would end with it"),
-        },
-    );
+    if let Err(error) = facts.interfaces {
+        wrong(true, keep(&format!("its network interfaces are not known, and would end with it: {error}")));
+    }
     wrong(
         !definition.server_groups.is_empty(),
         keep(&format!("it is in the server group {}, and may end up beside it", definition.server_groups.join(", "))),
@@ -124,6 +121,18 @@ fn judge(facts: &Facts<'_>) -> Vec<(Verdict, String)> {
     if let Some(key) = definition.key_name.as_ref().filter(|_| !facts.has_key) {
         let found = format!("its key pair {key:?} is another user's: it is made again without");
         all.push((Verdict::Warning, found));
+    }
+    if let Ok(Interfaces { all: interfaces, in_order }) = facts.interfaces
+        && !interfaces.is_empty()
+    {
+        let count = interfaces.len();
+        let ports = format!("it keeps its ports ({count}), which stay when it is deleted one day");
+        all.push((Verdict::Warning, ports));
+        if !in_order {
+            let order = "which of its network cards comes first is not known, and may change: credentials with the role \
+                         admin may see that";
+            all.push((Verdict::Warning, order.to_owned()));
+        }
     }
     if !all.iter().any(|(verdict, _)| *verdict == Verdict::Error) {
         all.push((Verdict::Warning, CHANGES.to_owned()));
@@ -161,8 +170,7 @@ async fn server(provider: &Recreate, cloud: &Cloud, from: Side) -> Vec<Precondit
         },
         None => true,
     };
-    // A cloud without networks need not know what an interface is.
-    let interfaces = cloud.interfaces(id).await.ok();
+    let interfaces = ports::look(cloud, id).await;
     let missing = match from {
         Side::Source => provider
             .base
@@ -175,7 +183,7 @@ async fn server(provider: &Recreate, cloud: &Cloud, from: Side) -> Vec<Precondit
     let facts = Facts {
         server: &found.server,
         definition: &definition,
-        interfaces,
+        interfaces: &interfaces,
         project: &project,
         has_flavor: flavor.is_some(),
         has_key,
@@ -280,14 +288,28 @@ fn is_held(old: &Volume) -> bool {
 mod tests {
     use serde_json::{Value, json};
 
+    use super::super::remembered::Interface;
     use super::*;
+    use crate::openstack::Fault;
 
-    fn facts<'a>(server: &'a Server, definition: &'a Definition) -> Facts<'a> {
-        let (interfaces, project, missing) = (Some(0), "p", None);
+    fn facts<'a>(
+        server: &'a Server,
+        definition: &'a Definition,
+        interfaces: &'a Result<Interfaces, CloudError>,
+    ) -> Facts<'a> {
+        let (project, missing) = ("p", None);
         Facts { server, definition, interfaces, project, has_flavor: true, has_key: true, missing }
     }
 
     fn found(server: Value, change: impl FnOnce(&mut Facts<'_>)) -> String {
+        found_with(server, &Ok(Interfaces { all: Vec::new(), in_order: true }), change)
+    }
+
+    fn found_with(
+        server: Value,
+        interfaces: &Result<Interfaces, CloudError>,
+        change: impl FnOnce(&mut Facts<'_>),
+    ) -> String {
         let mut shown = json!({
             "id": "s", "name": "web", "tenant_id": "p", "status": "ACTIVE", "OS-EXT-SRV-ATTR:user_data": null,
             "flavor": {"original_name": "tiny"}, "image": "",
@@ -295,7 +317,7 @@ mod tests {
         shown.as_object_mut().unwrap().extend(server.as_object().unwrap().clone());
         let definition: Definition = serde_json::from_value(shown.clone()).unwrap();
         let server: Server = serde_json::from_value(shown).unwrap();
-        let mut facts = facts(&server, &definition);
+        let mut facts = facts(&server, &definition, interfaces);
         change(&mut facts);
         judge(&facts).into_iter().map(|(verdict, found)| format!("{verdict:?} {found}\n")).collect()
     }
@@ -310,7 +332,6 @@ mod tests {
             (json!({"OS-EXT-STS:task_state": "rebooting"}), "rebooting is under way"),
             (json!({"tenant_id": "q"}), "of the project q"),
             (json!({"locked": true}), "server unlock"),
-            (json!({"addresses": {"net": []}}), "0 network interfaces"),
             (json!({"server_groups": ["g"]}), "in the server group g"),
             (json!({"image": {"id": "i"}}), "boots from a disk of its own"),
             (json!({"flavor": {"original_name": "tiny", "ephemeral": 7}}), "an ephemeral disk of 7 GiB"),
@@ -321,9 +342,9 @@ mod tests {
             assert!(wrong.len() == 1 && wrong[0].contains(words), "{words}: {found}");
             assert!(!found.contains("cloud-init"), "{found}");
         }
+        let unknown = Err(CloudError::new(Fault::Config, "find neutron", "the cloud", "the catalog has it not"));
         for (words, found) in [
-            ("3 network interfaces", found(json!({}), |facts| facts.interfaces = Some(3))),
-            ("nobody says whether", found(json!({}), |facts| facts.interfaces = None)),
+            ("are not known", found_with(json!({}), &unknown, |_| {})),
             ("no flavor \"tiny\"", found(json!({}), |facts| facts.has_flavor = false)),
             ("not the volume v", found(json!({}), |facts| facts.missing = Some("v"))),
         ] {
@@ -332,11 +353,24 @@ mod tests {
     }
 
     #[test]
+    fn ports_are_kept_and_an_order_that_is_not_known_is_told() {
+        let interface = |port: &str| Interface { port: port.into(), tag: None };
+        let warned = |in_order: bool| {
+            let interfaces = Ok(Interfaces { all: vec![interface("p"), interface("q")], in_order });
+            found_with(json!({"addresses": {"net": []}}), &interfaces, |_| {})
+        };
+        let (known, unknown) = (warned(true), warned(false));
+        assert!(known.starts_with("Warning it keeps its ports (2)") && known.lines().count() == 2, "{known}");
+        assert!(unknown.contains("Warning which of its network cards") && unknown.lines().count() == 3, "{unknown}");
+    }
+
+    #[test]
     fn another_user_s_key_pair_is_told_of_and_user_data_that_is_hidden_is_an_error() {
         let keyless = found(json!({"key_name": "k"}), |facts| facts.has_key = false);
         assert!(keyless.starts_with("Warning its key pair \"k\"") && keyless.contains("cloud-init"), "{keyless}");
         let definition: Definition = serde_json::from_value(json!({"name": "web", "tenant_id": "p"})).unwrap();
         let server: Server = serde_json::from_value(json!({"id": "s", "status": "ACTIVE"})).unwrap();
-        assert!(judge(&facts(&server, &definition))[0].1.contains("may not be seen"));
+        let none = Ok(Interfaces::default());
+        assert!(judge(&facts(&server, &definition, &none))[0].1.contains("may not be seen"));
     }
 }

@@ -42,6 +42,19 @@ pub(super) struct Remembered {
     pub(super) user_data: Option<String>,
     /// In the order of its disks, that which it boots from first.
     pub(super) disks: Vec<Disk>,
+    /// In the order of its network cards.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) interfaces: Vec<Interface>,
+}
+
+/// A network interface of a server, remembered.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Interface {
+    /// The port that it is.
+    pub(super) port: String,
+    /// By which the server itself can tell it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) tag: Option<String>,
 }
 
 /// A volume of a server, remembered.
@@ -61,7 +74,7 @@ impl Remembered {
     pub(super) fn of(
         definition: &Definition,
         (flavor, has_key, root): (&str, bool, Option<&str>),
-        attachments: &[ServerAttachment],
+        (attachments, interfaces): (&[ServerAttachment], Vec<Interface>),
         known: impl Fn(&str) -> String,
     ) -> Self {
         let mut attachments: Vec<&ServerAttachment> = attachments.iter().collect();
@@ -89,6 +102,7 @@ impl Remembered {
             disk_config: definition.disk_config.clone(),
             user_data: definition.user_data.clone().flatten(),
             disks: attachments.into_iter().map(disk).collect(),
+            interfaces,
         }
     }
 
@@ -98,11 +112,16 @@ impl Remembered {
     }
 
     /// Puts it among the notes. Of a server that was made again, and not yet told which volumes end with it, an older note
-    /// knows that: they end with it if either says so.
+    /// knows that: they end with it if either says so. And it knows the ports that were taken from one that was not deleted.
     pub(super) fn note(mut self, notes: &mut Notes) {
-        for older in Self::noted(notes).into_iter().flat_map(|older| older.disks) {
-            let same = self.disks.iter_mut().find(|disk| disk.volume == older.volume);
-            same.into_iter().for_each(|disk| disk.ends_with_server |= older.ends_with_server);
+        if let Some(older) = Self::noted(notes) {
+            for older in older.disks {
+                let same = self.disks.iter_mut().find(|disk| disk.volume == older.volume);
+                same.into_iter().for_each(|disk| disk.ends_with_server |= older.ends_with_server);
+            }
+            let is_known = |interface: &Interface| older.interfaces.iter().any(|known| known.port == interface.port);
+            let new: Vec<Interface> = self.interfaces.into_iter().filter(|interface| !is_known(interface)).collect();
+            self.interfaces = older.interfaces.into_iter().chain(new).collect();
         }
         notes.insert(NOTE.to_owned(), self.text());
     }
@@ -142,7 +161,8 @@ impl Remembered {
             more.insert("config_drive".to_owned(), true.into());
         }
         let volumes = self.disks.iter().map(|disk| (now(&disk.volume), false, disk.tag.as_deref())).collect();
-        NewServer { name: &self.name, flavor: &self.flavor, volumes, metadata, more }
+        let ports = self.interfaces.iter().map(|found| (found.port.as_str(), found.tag.as_deref())).collect();
+        NewServer { name: &self.name, flavor: &self.flavor, volumes, ports, metadata, more }
     }
 }
 
@@ -165,11 +185,16 @@ mod tests {
         ServerAttachment { volume: volume.into(), device: Some(device.into()), delete_on_termination: ends, tag }
     }
 
+    fn interface(port: &str) -> Interface {
+        Interface { port: port.into(), tag: (port == "q").then(|| "mgmt".to_owned()) }
+    }
+
     fn remembered(has_key: bool, more: Value) -> Remembered {
         let attachments =
             [attached("z", "/dev/vdaa", false), attached("d", "/dev/vdb", true), attached("new", "/dev/vda", false)];
         let known = |id: &str| if id == "new" { "r".to_owned() } else { id.to_owned() };
-        Remembered::of(&definition(more), ("f", has_key, Some("/dev/vda")), &attachments, known)
+        let interfaces = vec![interface("q"), interface("p")];
+        Remembered::of(&definition(more), ("f", has_key, Some("/dev/vda")), (&attachments, interfaces), known)
     }
 
     #[test]
@@ -185,7 +210,7 @@ mod tests {
         let mut logs = disk(-1, "d");
         logs["tag"] = "logs".into();
         let expected = json!({
-            "name": "web", "flavorRef": "f", "networks": "none", "key_name": "mine", "description": "of a test",
+            "name": "web", "flavorRef": "f", "networks": [{"port": "q", "tag": "mgmt"}, {"port": "p"}], "key_name": "mine", "description": "of a test",
             "availability_zone": "nova", "OS-DCF:diskConfig": "MANUAL", "user_data": "IyE=", "tags": ["one"],
             "metadata": {"a": "1", "poolshift-server": "planned"},
             "block_device_mapping_v2": [disk(0, "managed"), logs, disk(-1, "z")],
@@ -194,7 +219,10 @@ mod tests {
         let bare = json!({
             "key_name": null, "description": null, "OS-EXT-SRV-ATTR:user_data": null, "tags": [], "config_drive": "True",
         });
-        let body = remembered(false, bare).new_server("planned", now).body();
+        let mut bare = remembered(false, bare);
+        bare.interfaces.clear();
+        let body = bare.new_server("planned", now).body();
+        assert_eq!(body["networks"], "none");
         let keys: Vec<&str> = body.as_object().unwrap().keys().map(String::as_str).collect();
         assert!(!keys.iter().any(|key| ["key_name", "description", "user_data", "tags"].contains(key)), "{keys:?}");
         assert_eq!(body["config_drive"], true);
@@ -213,6 +241,13 @@ mod tests {
         again.disks.iter_mut().for_each(|disk| disk.ends_with_server = false);
         again.note(&mut notes);
         assert_eq!(Remembered::noted(&notes).as_ref(), Some(&it));
+        // Its ports were taken from it, and it was given another one.
+        let mut without = it.clone();
+        without.interfaces = vec![interface("r")];
+        without.note(&mut notes);
+        let mut with = it;
+        with.interfaces.push(interface("r"));
+        assert_eq!(Remembered::noted(&notes).as_ref(), Some(&with));
         Remembered::forget(&mut notes);
         assert_eq!(Remembered::noted(&notes), None);
     }

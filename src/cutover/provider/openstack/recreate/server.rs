@@ -10,7 +10,7 @@ use super::super::effect::{Effect, Look};
 use super::super::server::{ACTIVE, AtRest, delete_for_good, power, told};
 use super::remembered::{BYTES_MAX, Remembered, SERVER_MARK};
 use super::volumes::State;
-use super::{Recreate, volumes};
+use super::{Recreate, ports, volumes};
 use crate::image::{Disk as _, ErrorKind};
 use crate::openstack::cinder::Volume;
 use crate::openstack::nova::{Server, Whose};
@@ -274,9 +274,10 @@ impl Recreate {
             Some(name) => cloud.has_key_pair(name).await.map_err(cloud_error)?,
             None => false,
         };
+        let interfaces = ports::look(cloud, id).await.map_err(cloud_error)?;
         let known = self.planned_ids(operation).await?;
         let root = found.server.root_device.as_deref();
-        Ok(Remembered::of(&definition, (&flavor, has_key, root), &attachments, known))
+        Ok(Remembered::of(&definition, (&flavor, has_key, root), (&attachments, interfaces.all), known))
     }
 
     /// Gives the plan's id for that of a target, and any other as it is.
@@ -290,7 +291,7 @@ impl Recreate {
         })
     }
 
-    /// Deletes the server, which does not run, and none of its volumes.
+    /// Deletes the server, which does not run, and none of its volumes and ports.
     pub(super) async fn delete(
         &self,
         operation: &str,
@@ -313,6 +314,7 @@ impl Recreate {
         for effect in &ends {
             self.base.bring_about(operation, effect).await?;
         }
+        self.take_ports(operation, id, remembered).await?;
         self.base.bring_about(operation, &Gone { cloud, id }).await?;
         let left: Vec<Left<'_>> = volumes.iter().map(|volume| Left { cloud, volume, server: id }).collect();
         join_all(left.iter().map(|effect| self.base.bring_about(operation, effect))).await.into_iter().collect()

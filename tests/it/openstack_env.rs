@@ -1,0 +1,381 @@
+//! A real OpenStack, as `scripts/openstack-dev` makes it: its services, as somebody reaches them, and what they say.
+
+use std::cell::RefCell;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::MutexGuard;
+use std::time::{Duration, Instant};
+
+use reqwest::Method;
+use serde_json::{Value, json};
+
+use crate::support::{CephEnv, ceph, skip};
+use crate::vm::{Turns, clients, rbd, rbd_command, run, run_for_text};
+
+/// How long anything of the cloud's may take.
+const PATIENCE: Duration = Duration::from_secs(180);
+/// How often it is looked.
+const POLL: Duration = Duration::from_millis(100);
+
+/// One test at a time in the cloud.
+static CLOUD: Turns = Turns::new();
+
+/// A cloud of `scripts/openstack-dev`, and the cluster that its volumes are on.
+pub(crate) struct OpenStackEnv {
+    pub(crate) ceph: CephEnv,
+    pub(crate) folder: PathBuf,
+    api: Api,
+    _alone: MutexGuard<'static, ()>,
+}
+
+/// The cloud and its cluster, or `None` after having said, and written down, that the calling test is skipped.
+///
+/// # Panics
+/// If one is missing and `POOLSHIFT_NO_SKIPS=1`.
+#[track_caller]
+pub(crate) fn openstack() -> Option<OpenStackEnv> {
+    let Some(folder) = std::env::var_os("POOLSHIFT_TEST_OPENSTACK").filter(|folder| !folder.is_empty()) else {
+        skip("an OpenStack (POOLSHIFT_TEST_OPENSTACK, a folder of scripts/openstack-dev; scripts/test starts one)");
+        return None;
+    };
+    let alone = CLOUD.take();
+    let api = Api::of_the_environment(variable("OS_USERNAME"));
+    Some(OpenStackEnv { ceph: ceph()?, folder: folder.into(), api, _alone: alone })
+}
+
+/// A service of the cloud.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Service {
+    Cinder,
+    Nova,
+    Neutron,
+    Keystone,
+}
+
+/// The cloud's services, as somebody reaches them. What a test looks at, it does not see through poolshift's
+/// own client.
+struct Api {
+    runtime: tokio::runtime::Runtime,
+    http: reqwest::Client,
+    auth_url: String,
+    user: String,
+    token: RefCell<Token>,
+}
+
+#[derive(Clone, Default)]
+struct Token {
+    text: String,
+    project: String,
+}
+
+fn variable(name: &str) -> String {
+    std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set: eval \"$(scripts/openstack-dev env)\""))
+}
+
+impl Api {
+    fn of_the_environment(user: String) -> Self {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        let http = reqwest::Client::builder().timeout(Duration::from_secs(120)).build().expect("a client");
+        Self { runtime, http, auth_url: variable("OS_AUTH_URL"), user, token: RefCell::default() }
+    }
+
+    fn authenticate(&self) -> Result<(), String> {
+        let domain = json!({"id": "default"});
+        let body = json!({"auth": {
+            "identity": {"methods": ["password"], "password": {"user": {
+                "name": self.user, "password": variable("OS_PASSWORD"), "domain": domain,
+            }}},
+            "scope": {"project": {"name": variable("OS_PROJECT_NAME"), "domain": domain}},
+        }});
+        let url = format!("{}/auth/tokens", self.auth_url);
+        let answer = self.runtime.block_on(async {
+            let response = self.http.post(url).json(&body).send().await?.error_for_status()?;
+            let text = response.headers().get("X-Subject-Token").and_then(|text| text.to_str().ok());
+            let text = text.unwrap_or_default().to_owned();
+            Ok::<_, reqwest::Error>((text, response.json::<Value>().await?))
+        });
+        let (text, body) = answer.map_err(|error| format!("get a token: {error}"))?;
+        let project = body["token"]["project"]["id"].as_str().unwrap_or_default().to_owned();
+        self.token.replace(Token { text, project });
+        Ok(())
+    }
+
+    fn call(
+        &self,
+        service: Service,
+        method: &Method,
+        path: &str,
+        body: Option<&Value>,
+    ) -> Result<(u16, Value), String> {
+        for fresh in [false, true] {
+            if fresh || self.token.borrow().text.is_empty() {
+                self.authenticate()?;
+            }
+            let token = self.token.borrow().clone();
+            let url = format!("{}/{path}", address(&self.auth_url, service, &token.project));
+            let version = match service {
+                Service::Cinder => "volume 3.27",
+                Service::Nova => "compute 2.79",
+                Service::Neutron => "network 2.0",
+                Service::Keystone => "identity 3.0",
+            };
+            // It makes key pairs up to there only.
+            let version = if path.starts_with("os-keypairs") { "compute 2.1" } else { version };
+            let mut request = self.http.request(method.clone(), url).header("X-Auth-Token", token.text);
+            request = request.header("OpenStack-API-Version", version);
+            if let Some(body) = body {
+                request = request.json(body);
+            }
+            let answer = self.runtime.block_on(async {
+                let response = request.send().await?;
+                Ok::<_, reqwest::Error>((response.status().as_u16(), response.bytes().await?))
+            });
+            let (status, body) = answer.map_err(|error| format!("{method} {path}: {error}"))?;
+            if status == 401 && !fresh {
+                continue;
+            }
+            return Ok((status, serde_json::from_slice(&body).unwrap_or_default()));
+        }
+        unreachable!("the second time is the last one")
+    }
+}
+
+/// What all services of a cloud are on.
+pub(crate) fn host(auth_url: &str) -> &str {
+    auth_url.strip_suffix(":5000/v3").unwrap_or_else(|| panic!("no address of scripts/openstack-dev: {auth_url}"))
+}
+
+/// Where a service is: at the port that it always has.
+fn address(auth_url: &str, service: Service, project: &str) -> String {
+    let host = host(auth_url);
+    match service {
+        Service::Cinder => format!("{host}:8776/v3/{project}"),
+        Service::Nova => format!("{host}:8774/v2.1"),
+        Service::Neutron => format!("{host}:9696/v2.0"),
+        Service::Keystone => auth_url.to_owned(),
+    }
+}
+
+impl OpenStackEnv {
+    /// The id of the project that the tests work in.
+    pub(crate) fn project(&self) -> String {
+        if self.api.token.borrow().project.is_empty() {
+            self.api.authenticate().expect("the cloud knows its administrator");
+        }
+        self.api.token.borrow().project.clone()
+    }
+
+    /// Asks a service, and gives back what it says, whatever that is.
+    pub(crate) fn ask(
+        &self,
+        service: Service,
+        method: &Method,
+        path: &str,
+        body: Option<&Value>,
+    ) -> Result<(u16, Value), String> {
+        self.api.call(service, method, path, body)
+    }
+
+    /// The same as a user of the project who is no administrator, as the owners of servers are.
+    #[track_caller]
+    pub(crate) fn ask_as_owner(
+        &self,
+        method: &Method,
+        path: &str,
+        body: Option<&Value>,
+    ) -> Result<(u16, Value), String> {
+        let id = |what: &str, name: &str| {
+            let found = self.get(Service::Keystone, &format!("{what}?name={name}"))[what][0]["id"].take();
+            found.as_str().unwrap_or_else(|| panic!("{what}: there is no {name}")).to_owned()
+        };
+        let (user, role) = (id("users", "tenant"), id("roles", "member"));
+        let path_of_role = format!("projects/{}/users/{user}/roles/{role}", self.project());
+        self.tell(Service::Keystone, &Method::PUT, &path_of_role, &Value::Null);
+        Api::of_the_environment("tenant".into()).call(Service::Nova, method, path, body)
+    }
+
+    /// Asks, and is not refused.
+    #[track_caller]
+    pub(crate) fn tell(&self, service: Service, method: &Method, path: &str, body: &Value) -> Value {
+        let body = Some(body).filter(|body| !body.is_null());
+        let (status, answer) = self.ask(service, method, path, body).unwrap_or_else(|error| panic!("{error}"));
+        assert!((200..300).contains(&status), "{method} {path} {body:?}: {status} {answer:#}");
+        answer
+    }
+
+    #[track_caller]
+    pub(crate) fn get(&self, service: Service, path: &str) -> Value {
+        self.tell(service, &Method::GET, path, &Value::Null)
+    }
+
+    #[track_caller]
+    pub(crate) fn volume(&self, id: &str) -> Value {
+        self.get(Service::Cinder, &format!("volumes/{id}"))["volume"].take()
+    }
+
+    #[track_caller]
+    pub(crate) fn server(&self, id: &str) -> Value {
+        self.get(Service::Nova, &format!("servers/{id}"))["server"].take()
+    }
+
+    #[track_caller]
+    pub(crate) fn volume_action(&self, id: &str, action: &Value) {
+        self.tell(Service::Cinder, &Method::POST, &format!("volumes/{id}/action"), action);
+    }
+
+    #[track_caller]
+    pub(crate) fn server_action(&self, id: &str, action: &Value) {
+        self.tell(Service::Nova, &Method::POST, &format!("servers/{id}/action"), action);
+    }
+
+    /// Sends a signal to a service.
+    #[track_caller]
+    pub(crate) fn signal(&self, service: &str, signal: &str) {
+        let file = self.folder.join("run").join(format!("{service}.pid"));
+        let pid = std::fs::read_to_string(&file).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+        let kill = format!("kill -{signal} {}", pid.trim());
+        run(Command::new(self.folder.join("chroot")).args(["sh", "-c", &kill]));
+    }
+
+    /// Where a server's console is written to, while it is on its host.
+    pub(crate) fn console_file(&self, id: &str) -> PathBuf {
+        self.folder.join("nova/instances").join(id).join("console.log")
+    }
+
+    /// Runs Ceph's own `rbd`.
+    #[track_caller]
+    pub(crate) fn rbd(&self, words: &[&str]) -> String {
+        rbd(&self.ceph, words)
+    }
+
+    /// How many clients have an image open.
+    #[track_caller]
+    pub(crate) fn watchers(&self, image: &str) -> usize {
+        clients(&self.ceph, image).len()
+    }
+
+    /// The names of the images of a pool with that in it.
+    #[track_caller]
+    pub(crate) fn images(&self, pool: &str, with: &str) -> Vec<String> {
+        self.rbd(&["ls", pool]).lines().filter(|name| name.contains(with)).map(str::to_owned).collect()
+    }
+
+    /// The digest of all that an image holds, by what it has allocated.
+    #[track_caller]
+    pub(crate) fn digest(&self, image: &str) -> String {
+        let mut command = rbd_command(&self.ceph);
+        let stream = run(command.args(["export-diff", "--no-progress", image, "-"]));
+        digest_of_diff(&stream).unwrap_or_else(|| panic!("{image}: its export is cut"))
+    }
+
+    /// Runs virsh for the cloud's own libvirt.
+    #[track_caller]
+    pub(crate) fn virsh(&self, words: &[&str]) -> String {
+        run_for_text(
+            Command::new(self.folder.join("chroot")).args(["virsh", "--quiet", "-c", "qemu:///system"]).args(words),
+        )
+    }
+
+    /// The ports of a server, by their ids.
+    #[track_caller]
+    pub(crate) fn ports(&self, server: &str) -> Vec<Value> {
+        let mut found = self.get(Service::Neutron, &format!("ports?device_id={server}"))["ports"].take();
+        let found = found.as_array_mut().expect("a list");
+        found.sort_by_key(|port| port["id"].to_string());
+        std::mem::take(found)
+    }
+
+    /// Waits until something is so, and gives it back.
+    #[track_caller]
+    pub(crate) fn wait_for<T>(&self, what: &str, mut found: impl FnMut() -> Result<T, String>) -> T {
+        self.try_wait_for(what, &mut found).unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    pub(crate) fn try_wait_for<T>(
+        &self,
+        what: &str,
+        found: &mut dyn FnMut() -> Result<T, String>,
+    ) -> Result<T, String> {
+        let begun = Instant::now();
+        loop {
+            match found() {
+                Ok(found) => return Ok(found),
+                Err(seen) if begun.elapsed() > PATIENCE => return Err(format!("waited in vain for {what}: {seen}")),
+                Err(_) => std::thread::sleep(POLL),
+            }
+        }
+    }
+
+    /// Waits until a volume has a status, and nothing is under way with it.
+    #[track_caller]
+    pub(crate) fn wait_for_volume(&self, id: &str, status: &str) -> Value {
+        self.wait_for(&format!("volume {id} that is {status}"), || {
+            let volume = self.volume(id);
+            if volume["status"] == status { Ok(volume) } else { Err(volume["status"].to_string()) }
+        })
+    }
+
+    /// Waits until a server has a status, and nothing is under way with it.
+    #[track_caller]
+    pub(crate) fn wait_for_server(&self, id: &str, status: &str) -> Value {
+        self.wait_for(&format!("server {id} that is {status}"), || {
+            let server = self.server(id);
+            let still = server["OS-EXT-STS:task_state"].is_null() && server["status"] == status;
+            let seen = || format!("{} {} {}", server["status"], server["OS-EXT-STS:task_state"], server["fault"]);
+            if still { Ok(server.clone()) } else { Err(seen()) }
+        })
+    }
+}
+
+/// The digest of a stream of `rbd export-diff` without a beginning. What is zero counts as what was never written.
+fn digest_of_diff(stream: &[u8]) -> Option<String> {
+    const SECTOR: usize = 512;
+    let mut rest = stream.strip_prefix(b"rbd diff v1\n")?;
+    let mut hasher = blake3::Hasher::new();
+    loop {
+        let (tag, after) = rest.split_first()?;
+        rest = after;
+        let mut number = || {
+            let (bytes, after) = rest.split_first_chunk::<8>()?;
+            rest = after;
+            usize::try_from(u64::from_le_bytes(*bytes)).ok()
+        };
+        match tag {
+            b'e' => return Some(hasher.finalize().to_hex().to_string()),
+            b's' => {
+                hasher.update(&number()?.to_le_bytes());
+            }
+            b'z' => drop((number()?, number()?)),
+            b'w' => {
+                let (offset, length) = (number()?, number()?);
+                let (data, after) = rest.split_at_checked(length)?;
+                rest = after;
+                for (index, sector) in data.chunks(SECTOR).enumerate() {
+                    if sector.iter().any(|byte| *byte != 0) {
+                        hasher.update(&(offset + index * SECTOR).to_le_bytes());
+                        hasher.update(sector);
+                    }
+                }
+            }
+            _ => return None,
+        }
+    }
+}
+
+#[test]
+fn what_is_in_an_image_has_one_digest_however_it_is_stored() {
+    let write =
+        |at: u64, data: &[u8]| [&b"w"[..], &at.to_le_bytes(), &(data.len() as u64).to_le_bytes(), data].concat();
+    let zero = |at: u64| [&b"z"[..], &at.to_le_bytes(), &512_u64.to_le_bytes()].concat();
+    let stream = |records: &[Vec<u8>]| {
+        digest_of_diff(&[&b"rbd diff v1\ns"[..], &4096_u64.to_le_bytes(), &records.concat(), b"e"].concat()).unwrap()
+    };
+    let (one, other) = ([7; 512], [8; 512]);
+    let both = stream(&[write(0, &[one, other].concat())]);
+    assert_eq!(both, stream(&[write(0, &one), write(512, &other), zero(1024)]));
+    assert_eq!(both, stream(&[write(0, &[one, other, [0; 512]].concat())]));
+    assert_ne!(both, stream(&[write(0, &one), write(1024, &other)]));
+    assert_ne!(both, stream(&[write(0, &one)]));
+    assert_eq!(digest_of_diff(b"rbd diff v1\n"), None);
+}
