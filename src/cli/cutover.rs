@@ -4,14 +4,14 @@
 //! one line, or with `--json` one value, on standard output. What a failed one is mended with, the journal on the images
 //! knows: the same command again, or `poolshift rollback`, on any host.
 
-use super::config::{Cutover, Whom};
+use super::config::{Consent, Cutover, Whom};
 use super::exit::Exit;
 use super::fleet::{self, PlanImages};
 use super::{Context, daemon, output};
 use crate::cutover::phase::Phase;
 use crate::cutover::provider::Side;
-use crate::cutover::{self, CutoverError, Report, Server};
-use crate::plan::{self, Plan};
+use crate::cutover::{self, CutoverError, Options, Report, Server};
+use crate::plan::{self, Method, Plan};
 
 pub(super) mod consent;
 pub(super) mod errors;
@@ -23,7 +23,7 @@ pub(super) mod show;
 mod wait;
 
 use look::State;
-pub(super) use many::worst;
+pub(super) use many::{Way, run as run_many, worst};
 pub(super) use open::{find, find_retyped, open_kept, open_stage, refuse_finalizing};
 
 /// Runs the command.
@@ -82,6 +82,42 @@ fn refuse_there(looked: &look::Looked) -> Result<(), CutoverError> {
             hint: "its way back is: poolshift rollback PLAN SERVER".to_owned(),
         }),
         State::Begun | State::OnSources => Ok(()),
+    }
+}
+
+impl Way for Cutover {
+    fn to(&self) -> Side {
+        Side::Target
+    }
+
+    fn options(&self) -> &Options {
+        &self.options
+    }
+
+    fn consent(&self) -> Consent {
+        self.consent
+    }
+
+    fn method(&self, _server: &plan::Server) -> Option<Method> {
+        self.method
+    }
+
+    fn refuse(&self, looked: &look::Looked) -> anyhow::Result<()> {
+        Ok(looked.refuse_unready(&self.options)?)
+    }
+
+    fn what(&self, servers: &str, parallel: usize) -> String {
+        let down = self.options.turns.as_ref();
+        let down = down.map(|turns| format!(", of which {} stand still", turns.available_permits()));
+        format!("{servers} are brought over to their targets, {parallel} at a time{}", down.unwrap_or_default())
+    }
+
+    async fn bring(&self, context: &Context<'_>, server: &Server) -> Result<Report, CutoverError> {
+        bring_over(context, self, server).await
+    }
+
+    fn exit(&self, report: &Report) -> Exit {
+        exit_of(report)
     }
 }
 

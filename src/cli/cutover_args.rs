@@ -52,11 +52,21 @@ pub(super) struct CutoverArgs {
 }
 
 #[derive(Args, Debug)]
+#[command(group = ArgGroup::new("whose").required(true).args(["server", "all"]))]
+#[command(override_usage = "poolshift rollback [OPTIONS] <PLAN> <SERVER>\n       \
+                            poolshift rollback [OPTIONS] <PLAN> --all [--parallel <N>]")]
 pub(super) struct RollbackArgs {
     /// The plan file
     plan: PathBuf,
     /// The server
-    server: String,
+    server: Option<String>,
+    /// Every server of the plan, each by itself; those that run from their sources are passed over
+    #[arg(long)]
+    all: bool,
+    /// How many servers at a time
+    #[arg(long, value_name = "N", default_value_t = 1, requires = "all", conflicts_with = "server")]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=64))]
+    parallel: u16,
     /// Carry back what the server has written on its targets since the cutover: nothing is lost
     #[arg(long)]
     with_changes: bool,
@@ -116,7 +126,7 @@ pub(super) struct ConsentArgs {
     json: bool,
 }
 
-/// Whom a cutover is for.
+/// Whom a cutover, or a way back, is for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Whom {
     /// One server.
@@ -142,7 +152,7 @@ pub struct Cutover {
 #[allow(missing_docs)]
 pub struct Rollback {
     pub plan: PathBuf,
-    pub server: String,
+    pub whom: Whom,
     /// `None`: not said, which is enough while a cutover is unfinished.
     pub changes: Option<Changes>,
     pub options: Options,
@@ -206,7 +216,8 @@ impl RollbackArgs {
         };
         let options = Options { proof: self.proof.proof, ..Options::default() };
         let consent = self.consent.validated();
-        Command::Rollback(Rollback { plan: self.plan, server: self.server, changes, options, consent })
+        let whom = self.server.map_or(Whom::All(self.parallel.into()), Whom::Server);
+        Command::Rollback(Rollback { plan: self.plan, whom, changes, options, consent })
     }
 }
 

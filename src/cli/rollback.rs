@@ -1,30 +1,36 @@
 //! `poolshift rollback`: a server goes back to its sources, or a cutover that was begun is undone.
 
-use super::config::Rollback;
+use super::config::{Consent, Rollback, Whom};
 use super::cutover::errors::AskError;
 use super::cutover::look::{self, Looked, State};
-use super::cutover::{consent, find, phases, refuse_finalizing, show, tell};
+use super::cutover::{Way, consent, find, phases, refuse_finalizing, run_many, show, tell};
 use super::exit::Exit;
-use super::fleet::PlanImages;
+use super::fleet::{self, PlanImages};
 use super::{Context, daemon};
 use crate::cutover::journal::Changes;
 use crate::cutover::provider::Side;
-use crate::cutover::{self, CutoverError};
-use crate::plan::{self, Method};
+use crate::cutover::{self, CutoverError, Options, Report, Server};
+use crate::plan::{self, Method, Plan};
 
 /// Runs the command.
 pub(super) async fn run(context: &Context<'_>, settings: &Rollback) -> anyhow::Result<Exit> {
     let plan = daemon::load(&settings.plan).await?;
-    let planned = find(&plan, &settings.server)?;
     let plan_images = PlanImages::new(context, &plan);
-    let context = &plan_images.context();
+    let context = plan_images.context();
+    match &settings.whom {
+        Whom::Server(name) => one(&context, settings, &plan, find(&plan, name)?).await,
+        Whom::All(parallel) => {
+            let plan = fleet::without_retyped(&context.terminal, plan.clone());
+            run_many(&context, settings, &plan, *parallel, None).await
+        }
+    }
+}
+
+async fn one(context: &Context<'_>, settings: &Rollback, plan: &Plan, planned: &plan::Server) -> anyhow::Result<Exit> {
     let (options, consent) = (&settings.options, settings.consent);
-    // What is given up was written by a server whose memory knows of it: that one boots.
-    let is_domain = matches!(planned.cutover, plan::Cutover::Libvirt(_));
-    let method = (settings.changes == Some(Changes::Discard) && is_domain).then_some(Method::Cold);
     refuse_finalizing(context, planned).await?;
-    let looked = look::look(context, &plan, planned, method, Side::Source).await?;
-    if looked.state() == State::OnSources {
+    let looked = look::look(context, plan, planned, settings.method(planned), Side::Source).await?;
+    if looked.is_there(Side::Source) {
         return Err(CutoverError::WrongState {
             server: planned.name.clone(),
             problem: "runs from its sources: it was not cut over, or was brought back".to_owned(),
@@ -40,16 +46,56 @@ pub(super) async fn run(context: &Context<'_>, settings: &Rollback) -> anyhow::R
     context.terminal.say(show::looked(&looked, options).trim_end());
     looked.refuse_unready(options)?;
     consent::ask(context, consent, &what_happens(&looked, changes), &planned.name).await?;
-    // Of what was begun it may turn out that it has come to its end: then it has to be said, and not to be guessed.
-    let asked = if looked.state() == State::Begun { settings.changes } else { Some(changes) };
-    let server = &looked.server;
-    let report = phases::shown(context, &server.name, async |observer| {
-        cutover::rollback(server, asked, options, observer, &context.cancel).await
-    })
-    .await?;
-    tell(context, &report, server, consent.json)?;
-    // A cutover that was begun ends as rolled back, which is what was asked for.
-    Ok(if report.runs_from == Side::Source { Exit::Success } else { Exit::WentBack })
+    let report = settings.bring(context, &looked.server).await?;
+    tell(context, &report, &looked.server, consent.json)?;
+    Ok(settings.exit(&report))
+}
+
+impl Way for Rollback {
+    fn to(&self) -> Side {
+        Side::Source
+    }
+
+    fn options(&self) -> &Options {
+        &self.options
+    }
+
+    fn consent(&self) -> Consent {
+        self.consent
+    }
+
+    fn method(&self, server: &plan::Server) -> Option<Method> {
+        // What is given up was written by a server whose memory knows of it: that one boots.
+        let is_domain = matches!(server.cutover, plan::Cutover::Libvirt(_));
+        (self.changes == Some(Changes::Discard) && is_domain).then_some(Method::Cold)
+    }
+
+    fn refuse(&self, looked: &Looked) -> anyhow::Result<()> {
+        changes(looked, self.changes)?;
+        Ok(looked.refuse_unready(&self.options)?)
+    }
+
+    fn what(&self, servers: &str, parallel: usize) -> String {
+        let written = match self.changes {
+            Some(Changes::Carry) => ", with what they have written on their targets",
+            Some(Changes::Discard) => "; what they have written on their targets is LOST",
+            None => "",
+        };
+        format!("{servers} are brought back to their sources, {parallel} at a time{written}")
+    }
+
+    async fn bring(&self, context: &Context<'_>, server: &Server) -> Result<Report, CutoverError> {
+        phases::shown(context, &server.name, async |observer| {
+            // Of what was begun it may turn out that it has come to its end: then it has to be said, and not to be guessed.
+            cutover::rollback(server, self.changes, &self.options, observer, &context.cancel).await
+        })
+        .await
+    }
+
+    fn exit(&self, report: &Report) -> Exit {
+        // A cutover that was begun ends as rolled back, which is what was asked for.
+        if report.runs_from == Side::Source { Exit::Success } else { Exit::WentBack }
+    }
 }
 
 /// What becomes of the writes on the targets: it has to be said where there are any.

@@ -16,7 +16,7 @@ use super::{Cloud, checked};
 pub struct Port {
     /// Its id.
     pub id: String,
-    /// The server that has it; empty where nobody has.
+    /// The server that has it, or another device; empty where nobody has.
     #[serde(default)]
     pub device_id: String,
     /// Its address on the wire.
@@ -25,6 +25,12 @@ pub struct Port {
     /// Its addresses in its network. Without one Nova does not show it among a server's addresses.
     #[serde(default)]
     pub fixed_ips: Vec<Value>,
+    /// Its project.
+    #[serde(default)]
+    pub project_id: String,
+    /// Its name for the DNS, where the cloud has one: Nova makes it that of the server's host.
+    #[serde(default)]
+    pub dns_name: String,
 }
 
 impl Cloud {
@@ -39,15 +45,29 @@ impl Cloud {
         Ok(self.ask::<Answer>(Service::Neutron, &path, &[], &operation).await?.port)
     }
 
-    /// Says which server has a port; with an empty text, that nobody has. Neutron believes it: Nova is not asked, and
-    /// takes neither the interface from the server nor the port from where it is bound.
-    pub async fn set_port_device(&self, port: &str, server: &str) -> Result<()> {
-        let operation = match server {
-            "" => format!("take port {port} from its server"),
-            _ => format!("give port {port} to server {server}"),
+    /// The ports that a device has.
+    pub async fn ports_of(&self, device: &str) -> Result<Vec<Port>> {
+        #[derive(Deserialize)]
+        struct Answer {
+            ports: Vec<Port>,
+        }
+        let operation = format!("list the ports of {device}");
+        Ok(self.ask::<Answer>(Service::Neutron, "ports", &[("device_id", device)], &operation).await?.ports)
+    }
+
+    /// Says which server, or other device, has a port; with an empty text, that nobody has. Neutron believes it: Nova is not
+    /// asked, and takes neither the interface from the server nor the port from where it is bound. With it goes a name for
+    /// the DNS, if one is given.
+    pub async fn set_port_device(&self, port: &str, device: &str, dns_name: Option<&str>) -> Result<()> {
+        let operation = match device {
+            "" => format!("let go of port {port}"),
+            _ => format!("give port {port} to {device}"),
         };
         let path = format!("ports/{}", checked(port, "port", &operation)?);
-        let body = json!({"port": {"device_id": server}});
+        let mut body = json!({"port": {"device_id": device}});
+        if let Some(name) = dns_name {
+            body["port"]["dns_name"] = name.into();
+        }
         let (service, method) = (Service::Neutron, Method::PUT);
         let ask = Ask { service, method, path: &path, query: &[], body: Some(&body), operation: &operation };
         self.session.tell(ask).await

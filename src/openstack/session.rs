@@ -123,6 +123,23 @@ pub(super) struct Ask<'a> {
     pub(super) operation: &'a str,
 }
 
+/// How long is waited before a request is made again: 0.2 s, and twice as long after each further one.
+struct Pause(Duration);
+
+impl Default for Pause {
+    fn default() -> Self {
+        Self(Duration::from_millis(200))
+    }
+}
+
+impl Pause {
+    /// Waits; as long as the service has said, where it has.
+    async fn take(&mut self, told: Option<Duration>) {
+        tokio::time::sleep(told.unwrap_or(self.0)).await;
+        self.0 = (self.0 * 2).min(RETRY_AFTER_MAX);
+    }
+}
+
 /// How one attempt ended.
 enum Attempt {
     Answer(StatusCode, Option<Duration>, Vec<u8>, String),
@@ -207,8 +224,9 @@ impl Session {
     async fn send_in(&self, own: Option<Microversion>, ask: Ask<'_>) -> Result<Vec<u8>> {
         let reads = ask.method == Method::GET;
         let (mut refused_token, mut renewed) = (None, false);
-        let mut wait = Duration::from_millis(200);
+        let mut pause = Pause::default();
         for tried in 1.. {
+            let mut told = None;
             let token = self.token(refused_token.take()).await?;
             let base = self.endpoint(&token, ask.service)?;
             let place = place(ask.service.name(), &base);
@@ -242,7 +260,7 @@ impl Session {
                         refused_token = Some(token.text);
                         continue;
                     }
-                    wait = after.unwrap_or(wait);
+                    told = after;
                     (error, status == StatusCode::TOO_MANY_REQUESTS || status.is_server_error() && reads)
                 }
                 Attempt::Lost { error, sent } => {
@@ -257,8 +275,7 @@ impl Session {
                 return Err(error);
             }
             tracing::debug!(%error, "asking once more");
-            tokio::time::sleep(wait).await;
-            wait = (wait * 2).min(RETRY_AFTER_MAX);
+            pause.take(told).await;
         }
         unreachable!("the loop ends by itself")
     }
@@ -317,15 +334,16 @@ impl Session {
         let place = place("keystone", &url);
         let failed = |fault, detail: String| CloudError::new(fault, "get a token", place.clone(), detail);
         let body = SecretBody(auth_body(&self.access.identity));
-        let mut wait = Duration::from_millis(200);
+        let mut pause = Pause::default();
         for tried in 1.. {
+            let mut told = None;
             let request = self.http.post(url.clone()).json(&body.0);
             let sent = request.send().await;
             let (error, again) = match sent {
                 Ok(response) => {
                     let status = response.status();
                     let id = request_id(&response);
-                    wait = retry_after(&response).unwrap_or(wait);
+                    told = retry_after(&response);
                     let text = header(&response, "X-Subject-Token").map(SecretString::from);
                     let body = bounded(response).await.unwrap_or_default();
                     match (status, text) {
@@ -352,8 +370,7 @@ impl Session {
             if !again || tried >= TRIES {
                 return Err(error);
             }
-            tokio::time::sleep(wait).await;
-            wait = (wait * 2).min(RETRY_AFTER_MAX);
+            pause.take(told).await;
         }
         unreachable!("the loop ends by itself")
     }
@@ -406,10 +423,11 @@ impl Session {
             kept.iter().position(|part| part.starts_with('v') && part[1..].starts_with(|c: char| c.is_ascii_digit()));
         root.set_path(&format!("/{}/", end.map_or(String::new(), |end| kept[..=end].join("/"))));
         let operation = "ask for its versions";
-        let (mut refused_token, mut wait) = (None, Duration::from_millis(200));
+        let (mut refused_token, mut pause) = (None, Pause::default());
         let mut tried = 0;
         let body = loop {
             tried += 1;
+            let mut told = None;
             let token = self.token(refused_token.take()).await?;
             let request = self.http.get(root.clone()).header("X-Auth-Token", token.text.expose_secret());
             let (error, again) = match attempt(request).await {
@@ -419,7 +437,7 @@ impl Session {
                     break body;
                 }
                 Attempt::Answer(status, after, body, id) => {
-                    wait = after.unwrap_or(wait);
+                    told = after;
                     let error =
                         CloudError::new(fault(status, &body), operation, place.clone(), said(status, &body, &id));
                     let refused = status == StatusCode::UNAUTHORIZED && tried == 1;
@@ -435,8 +453,7 @@ impl Session {
             if !again || tried >= TRIES {
                 return Err(error);
             }
-            tokio::time::sleep(wait).await;
-            wait = (wait * 2).min(RETRY_AFTER_MAX);
+            pause.take(told).await;
         };
         let answer: Value = serde_json::from_slice(&body).map_err(|error| strange().caused_by(error))?;
         let all = answer["versions"].as_array().cloned().unwrap_or_else(|| vec![answer["version"].clone()]);

@@ -231,6 +231,15 @@ fn all_servers(bed: &Bed<'_>) {
     bed.expect_well("target");
     bed.env.virsh(&["resume", &guest.name]);
     bed.expect_guest_well(guest, "source");
+    // One that was never brought over is where it belongs, and what becomes of the other's writes has to be said.
+    let run = bed.run_on("--all", "rollback", &["--yes"]);
+    println!("{:?} {}{}", run.code, run.stderr, run.stdout);
+    assert_eq!(run.code, bed.run("rollback", &["--yes"]).code);
+    assert!(run.stdout.contains("--with-changes") || run.stderr.contains("--with-changes"), "{run:?}");
+    assert_eq!(row(&run, "db"), "db sources - was there already");
+    let dry = bed.run_on("--all", "rollback", &["--with-changes", "--dry-run"]).expect_code(0);
+    assert!(dry.stdout.contains("db: runs from its sources already\n"), "{dry:?}");
+    bed.expect_well("target");
     let run = bed.run_on("--all", "cutover", &["--parallel", "2", "--yes"]).expect_code(0);
     println!("{}{}", run.stderr, run.stdout);
     assert_eq!(row(&run, SERVER), "web targets - was there already");
@@ -238,6 +247,18 @@ fn all_servers(bed: &Bed<'_>) {
     assert!(db.starts_with("db targets ") && db.ends_with(" s done"), "{db}");
     bed.expect_well("target");
     bed.expect_guest_well(guest, "target");
+    // All of them back, and over again.
+    for (command, words, side) in [("rollback", &["--with-changes"][..], "source"), ("cutover", &[], "target")] {
+        let words = [&["--parallel", "2", "--yes"], words].concat();
+        let run = bed.run_on("--all", command, &words).expect_code(0);
+        println!("{}{}", run.stderr, run.stdout);
+        for server in [SERVER, "db"] {
+            let row = row(&run, server);
+            assert!(row.starts_with(&format!("{server} {side}s ")) && row.ends_with(" s done"), "{row}");
+        }
+        bed.expect_well(side);
+        bed.expect_guest_well(guest, side);
+    }
 }
 
 /// The guest runs from its targets, and goes on when its sources are removed.

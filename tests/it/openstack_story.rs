@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 
-use crate::cutover_bed::{Fleet, Running, report};
+use crate::cutover_bed::{Fleet, report};
 use crate::openstack_bed::{CleanUp, CloudBed, all};
 use crate::openstack_env::{OpenStackEnv, Service, openstack};
 use crate::support::{every_step, poolshift};
@@ -202,14 +202,16 @@ fn ten_servers_of_a_cloud_are_cut_over_at_once() {
     }
     expect_usage(&env, &on_target);
 
-    // All of them back at once, too, each by a command of its own.
-    let words = ["--with-changes", "--yes", "--json"];
+    // All of them back at once, too.
     let begun = Instant::now();
-    let runs: Vec<_> = (0..many).map(|number| bed.start(number, "rollback", &words)).collect();
-    let runs: Vec<_> = runs.into_iter().map(Running::finish).collect();
-    println!("{many} servers back after {:?}: {runs:#?}", begun.elapsed());
-    for (number, run) in runs.into_iter().enumerate() {
-        assert_eq!(report(&run.expect_code(0))["runs_from"], "source");
+    let words = ["--all", "--parallel", "10", "--with-changes", "--yes", "--json"];
+    let run = poolshift([&["rollback", &bed.fleet.plan()], &words[..]].concat());
+    println!("{many} servers back after {:?}: {run:#?}", begun.elapsed());
+    let ends = report(&run.expect_code(0));
+    assert_eq!(ends.as_array().map(Vec::len), Some(many), "{ends:#}");
+    for (number, server) in bed.servers.iter().enumerate() {
+        let end = ends.as_array().into_iter().flatten().find(|end| end["server"] == server.name.as_str());
+        assert_eq!(end.map(|end| &end["report"]["runs_from"]), Some(&json!("source")), "{ends:#}");
         bed.expect_well(number, "source");
     }
     expect_usage(&env, &on_source);

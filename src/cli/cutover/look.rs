@@ -34,6 +34,14 @@ impl State {
     }
 }
 
+/// Where a server is that has arrived.
+fn there(to: Side) -> State {
+    match to {
+        Side::Target => State::OnTargets,
+        Side::Source => State::OnSources,
+    }
+}
+
 /// A server that was looked at.
 pub(in crate::cli) struct Looked {
     /// It, open.
@@ -53,6 +61,11 @@ impl Looked {
             State::OnSources if self.paused => State::Begun,
             state => state,
         }
+    }
+
+    /// Whether it runs where it is to go.
+    pub(in crate::cli) fn is_there(&self, to: Side) -> bool {
+        self.state() == there(to)
     }
 
     /// Whether something stands in the way.
@@ -123,9 +136,8 @@ pub(in crate::cli) async fn look(
         // On its way over it begins anew, which needs a look.
         let paused = to == Side::Source && cutover::is_paused_by_a_cutover(&server).await?;
         let mut looked = Looked { server, journal, paused, readiness: None };
-        let there = if to == Side::Target { State::OnTargets } else { State::OnSources };
         // What was begun is finished, whatever stands in the way: the server may be down.
-        if looked.state() != State::Begun && looked.state() != there {
+        if looked.state() != State::Begun && !looked.is_there(to) {
             looked.readiness = Some(cutover::readiness(&looked.server, to).await?);
         }
         Ok(looked)

@@ -1,4 +1,4 @@
-//! `poolshift cutover PLAN --all`: every server by itself. One that fails does not stop the others.
+//! `poolshift cutover PLAN --all`, and back: every server by itself. One that fails does not stop the others.
 
 use std::time::Duration;
 
@@ -6,14 +6,15 @@ use futures::stream::{self, StreamExt as _};
 use serde::Serialize;
 
 use super::look::{self, Looked, State, Summary};
+use super::open::{self, refuse_finalizing};
 use super::show::{self, Row};
-use super::{bring_over, consent, exit_of, open, wait};
-use crate::cli::config::Cutover;
+use super::{consent, wait};
+use crate::cli::config::Consent;
 use crate::cli::exit::Exit;
 use crate::cli::{Context, Interrupted, error, output};
-use crate::cutover::Report;
 use crate::cutover::provider::Side;
-use crate::plan::{self, Plan};
+use crate::cutover::{CutoverError, Options, Report, Server};
+use crate::plan::{self, Method, Plan};
 
 /// How many servers are looked at at a time.
 const LOOKS_AT_A_TIME: usize = 8;
@@ -21,9 +22,9 @@ const LOOKS_AT_A_TIME: usize = 8;
 /// What becomes of a server.
 enum End {
     /// It was there already.
-    There,
-    /// It was brought over, or went back.
-    Report(Box<Report>),
+    There(Side),
+    /// It was brought there, or went back.
+    Report(Box<Report>, Exit),
     /// It failed, or was not begun.
     Failed(anyhow::Error),
 }
@@ -37,22 +38,56 @@ struct Entry<'a> {
     error: Option<String>,
 }
 
-/// Runs the command for all servers of the plan.
-pub(super) async fn run(
+/// Which way all servers go.
+pub(in crate::cli) trait Way {
+    /// Where they are to run.
+    fn to(&self) -> Side;
+
+    /// How.
+    fn options(&self) -> &Options;
+
+    /// What was agreed to.
+    fn consent(&self) -> Consent;
+
+    /// How a libvirt domain goes; `None` leaves it to the plan.
+    fn method(&self, server: &plan::Server) -> Option<Method>;
+
+    /// Refuses a server that is not to be begun with.
+    fn refuse(&self, looked: &Looked) -> anyhow::Result<()>;
+
+    /// What happens to so many, for somebody to agree to.
+    fn what(&self, servers: &str, parallel: usize) -> String;
+
+    /// Brings a server there, with its phases as they go by.
+    async fn bring(&self, context: &Context<'_>, server: &Server) -> Result<Report, CutoverError>;
+
+    /// How that ended.
+    fn exit(&self, report: &Report) -> Exit;
+}
+
+/// Runs a command for all servers of the plan.
+pub(in crate::cli) async fn run(
     context: &Context<'_>,
-    settings: &Cutover,
+    way: &impl Way,
     plan: &Plan,
     parallel: usize,
     at: Option<jiff::Timestamp>,
 ) -> anyhow::Result<Exit> {
-    let (options, consent) = (&settings.options, settings.consent);
-    let looks = plan.servers.iter().map(|server| look::look(context, plan, server, settings.method, Side::Target));
-    let looks: Vec<anyhow::Result<Looked>> = stream::iter(looks).buffered(LOOKS_AT_A_TIME).collect().await;
+    let consent = way.consent();
+    let looks = plan.servers.iter().map(|server| async {
+        refuse_finalizing(context, server).await?;
+        // One that was never begun with needs neither a target nor anybody who could stop it.
+        if way.to() == Side::Source && look::hands_off(context, server).await?.is_none() {
+            return Ok(None);
+        }
+        look::look(context, plan, server, way.method(server), way.to()).await.map(Some)
+    });
+    let looks: Vec<anyhow::Result<Option<Looked>>> = stream::iter(looks).buffered(LOOKS_AT_A_TIME).collect().await;
     if context.cancel.is_cancelled() {
         return Err(Interrupted.into());
     }
     if consent.dry_run {
-        return dry_run(settings, plan, &looks);
+        return dry_run(way, plan, &looks);
     }
     let mut ends: Vec<Option<End>> = Vec::new();
     for (server, looked) in plan.servers.iter().zip(looks) {
@@ -61,22 +96,24 @@ pub(super) async fn run(
                 context.terminal.say(&format!("{}: {}", server.name, error::render(&error).trim_end()));
                 Some(End::Failed(error))
             }
-            Ok(looked) if looked.state() == State::OnTargets => Some(End::There),
-            Ok(looked) => {
-                context.terminal.say(show::looked(&looked, options).trim_end());
-                looked.refuse_unready(options).err().map(|error| End::Failed(error.into()))
+            Ok(None) => Some(End::There(way.to())),
+            Ok(Some(looked)) if looked.is_there(way.to()) => Some(End::There(way.to())),
+            Ok(Some(looked)) => {
+                context.terminal.say(show::looked(&looked, way.options()).trim_end());
+                way.refuse(&looked).err().map(|error| {
+                    // What stands in the way of a server was just told.
+                    if !error.is::<CutoverError>() {
+                        context.terminal.say(&format!("{}: {}", server.name, error::render(&error).trim_end()));
+                    }
+                    End::Failed(error)
+                })
             }
         });
     }
     let ready = ends.iter().filter(|end| end.is_none()).count();
     if ready > 0 {
-        let down = options.turns.as_ref().map(|turns| format!(", of which {} stand still", turns.available_permits()));
-        let what = format!(
-            "{ready} of {} servers are brought over to their targets, {parallel} at a time{}",
-            ends.len(),
-            down.unwrap_or_default()
-        );
-        consent::ask(context, consent, &what, "all").await?;
+        consent::ask(context, consent, &way.what(&format!("{ready} of {} servers", ends.len()), parallel), "all")
+            .await?;
         if let Some(at) = at {
             wait::until(context, "all servers", at).await?;
         }
@@ -84,27 +121,29 @@ pub(super) async fn run(
     let works = plan.servers.iter().zip(ends).enumerate().map(|(index, (server, end))| async move {
         match end {
             Some(end) => (index, end),
-            None => (index, one(context, settings, plan, server).await),
+            None => (index, one(context, way, plan, server).await),
         }
     });
     // Whoever is done makes room for the next, whatever their order.
     let mut ends: Vec<(usize, End)> = stream::iter(works).buffer_unordered(parallel).collect().await;
     ends.sort_by_key(|(index, _)| *index);
     let ends: Vec<End> = ends.into_iter().map(|(_, end)| end).collect();
-    finish(settings, plan, &ends)
+    finish(consent, plan, &ends)
 }
 
-fn dry_run(settings: &Cutover, plan: &Plan, looks: &[anyhow::Result<Looked>]) -> anyhow::Result<Exit> {
-    let options = &settings.options;
-    if settings.consent.json {
+fn dry_run(way: &impl Way, plan: &Plan, looks: &[anyhow::Result<Option<Looked>>]) -> anyhow::Result<Exit> {
+    let options = way.options();
+    if way.consent().json {
         #[derive(Serialize)]
         #[serde(untagged)]
         enum Look<'a> {
             Looked(Summary<'a>),
+            There { server: &'a str, state: State, ready: bool },
             Failed { server: &'a str, ready: bool, error: String },
         }
         let looks = plan.servers.iter().zip(looks).map(|(server, looked)| match looked {
-            Ok(looked) => Look::Looked(looked.summary(options)),
+            Ok(Some(looked)) => Look::Looked(looked.summary(options)),
+            Ok(None) => Look::There { server: &server.name, state: State::OnSources, ready: true },
             Err(error) => Look::Failed { server: &server.name, ready: false, error: format!("{error:#}") },
         });
         output::json(&looks.collect::<Vec<_>>())?;
@@ -112,27 +151,26 @@ fn dry_run(settings: &Cutover, plan: &Plan, looks: &[anyhow::Result<Looked>]) ->
         let mut text = String::new();
         for (server, looked) in plan.servers.iter().zip(looks) {
             text.push_str(&match looked {
-                Ok(looked) if looked.state() == State::OnTargets => {
-                    format!("{}: runs from its targets already\n", server.name)
-                }
-                Ok(looked) => show::looked(looked, options),
+                Ok(Some(looked)) if !looked.is_there(way.to()) => show::looked(looked, options),
+                Ok(_) => format!("{}: runs from {} already\n", server.name, show::side(way.to())),
                 Err(error) => format!("{}: {}", server.name, error::render(error)),
             });
         }
         output::bytes(text.as_bytes())?;
     }
-    let ready = looks.iter().all(|looked| looked.as_ref().is_ok_and(|looked| looked.is_ready(options)));
+    let is_ready = |looked: &Looked| looked.is_there(way.to()) || way.refuse(looked).is_ok();
+    let ready = looks.iter().all(|looked| looked.as_ref().is_ok_and(|looked| looked.as_ref().is_none_or(is_ready)));
     Ok(if ready { Exit::Success } else { Exit::Failed })
 }
 
-async fn one(context: &Context<'_>, settings: &Cutover, plan: &Plan, server: &plan::Server) -> End {
+async fn one(context: &Context<'_>, way: &impl Way, plan: &Plan, server: &plan::Server) -> End {
     let work = async {
         if context.cancel.is_cancelled() {
             return Err(Interrupted.into());
         }
         // Those that were looked at an hour ago are opened anew: what was true then need not be now.
-        let open = open::open_server(context, plan, server, settings.method).await?;
-        let report = bring_over(context, settings, &open).await?;
+        let open = open::open_server(context, plan, server, way.method(server)).await?;
+        let report = way.bring(context, &open).await?;
         for remark in &report.remarks {
             context.terminal.say(&format!("{}: {remark}", server.name));
         }
@@ -141,7 +179,8 @@ async fn one(context: &Context<'_>, settings: &Cutover, plan: &Plan, server: &pl
     match work.await {
         Ok(report) => {
             context.terminal.say(show::ended(&report).trim_end());
-            End::Report(Box::new(report))
+            let exit = way.exit(&report);
+            End::Report(Box::new(report), exit)
         }
         Err(error) => {
             context.terminal.say(&format!("{}: {}", server.name, error::render(&error).trim_end()));
@@ -153,8 +192,8 @@ async fn one(context: &Context<'_>, settings: &Cutover, plan: &Plan, server: &pl
 impl End {
     fn exit(&self) -> Exit {
         match self {
-            Self::There => Exit::Success,
-            Self::Report(report) => exit_of(report),
+            Self::There(_) => Exit::Success,
+            Self::Report(_, exit) => *exit,
             Self::Failed(error) => Exit::of(error),
         }
     }
@@ -167,8 +206,8 @@ impl End {
             result,
         };
         match self {
-            Self::There => row(Some(Side::Target), None, "was there already".to_owned()),
-            Self::Report(report) => {
+            Self::There(side) => row(Some(*side), None, "was there already".to_owned()),
+            Self::Report(report, _) => {
                 let result = match &report.rolled_back_because {
                     Some(because) => format!("went back: {because}"),
                     None => "done".to_owned(),
@@ -181,17 +220,17 @@ impl End {
 
     fn entry<'a>(&'a self, server: &'a str) -> Entry<'a> {
         let (report, error) = match self {
-            Self::There => (None, None),
-            Self::Report(report) => (Some(report.as_ref()), None),
+            Self::There(_) => (None, None),
+            Self::Report(report, _) => (Some(report.as_ref()), None),
             Self::Failed(error) => (None, Some(format!("{error:#}"))),
         };
         Entry { server, exit_code: self.exit().code(), report, error }
     }
 }
 
-fn finish(settings: &Cutover, plan: &Plan, ends: &[End]) -> anyhow::Result<Exit> {
+fn finish(consent: Consent, plan: &Plan, ends: &[End]) -> anyhow::Result<Exit> {
     let named = || plan.servers.iter().map(|server| server.name.as_str()).zip(ends);
-    if settings.consent.json {
+    if consent.json {
         output::json(&named().map(|(server, end)| end.entry(server)).collect::<Vec<_>>())?;
     } else {
         let rows: Vec<Row> = named().map(|(server, end)| end.row(server)).collect();
@@ -228,7 +267,7 @@ mod tests {
 
     #[test]
     fn a_server_that_was_there_is_no_failure() {
-        assert_eq!(End::There.exit(), Exit::Success);
+        assert_eq!(End::There(Side::Target).exit(), Exit::Success);
         let failed = End::Failed(Interrupted.into());
         assert_eq!((failed.exit(), failed.entry("web-1").exit_code), (Exit::Interrupted, 130));
     }

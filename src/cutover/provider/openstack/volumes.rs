@@ -81,24 +81,20 @@ impl Effect for OfType<'_> {
         // Only from these it is known to be nobody's.
         let known = [Status::Reserved.name(), Status::Maintenance.name(), "error"];
         let is_ours = shown.status == Status::InUse.name() && !is_taken(&shown, self.ours);
-        let was_reset = match shown.status.as_str() {
-            status if status == Status::Available.name() => false,
+        match shown.status.as_str() {
+            status if status == Status::Available.name() => {}
             status if known.contains(&status) || is_ours => {
                 self.cloud.reset_status(id, Status::Available).await?;
-                true
+                // Cinder may have said yes, and not done it; and what is in use it would move in another way.
+                let status = self.cloud.volume(id).await?.status;
+                if status != Status::Available.name() {
+                    let (what, detail) = (format!("reset volume {id}"), format!("it said yes, and it is {status}"));
+                    return Err(CloudError::new(Fault::Conflict, what, self.cloud.name(), detail));
+                }
             }
             _ => return Ok(()),
-        };
-        match self.cloud.retype(id, self.next, self.policy).await {
-            Err(mut error) if was_reset && matches!(error.fault, Fault::Refused(_)) => {
-                // Cinder may have said yes, and not done it: then it is as if it had refused that one.
-                if self.cloud.volume(id).await?.status == shown.status {
-                    error.fault = Fault::Conflict;
-                }
-                Err(error)
-            }
-            asked => asked,
         }
+        self.cloud.retype(id, self.next, self.policy).await
     }
 }
 

@@ -14,7 +14,7 @@
 //!    is ([`crate::image::rbd::RbdImage::note_target`]).
 //! 2. The server is stopped. The last delta.
 //! 3. Cinder is given the targets, and renames their images. Only when it has all of them, no volume ends with the server
-//!    any more and its ports are nobody's, the server is deleted. What fails before that starts the server again, which has lost nothing.
+//!    any more and its ports are held, the server is deleted. What fails before that starts the server again, which has lost nothing.
 //! 4. The old volumes are held (`os-reserve`), so that nobody attaches them: they are the way back.
 //! 5. The server is made from the new volumes, and runs. Which volumes end with it, it is told after that.
 //!
@@ -180,7 +180,11 @@ impl Provider for Recreate {
 
     async fn swap(&self, to: Side, notes: &mut Notes) -> Result<(), ProviderError> {
         let operation = format!("switch to the {}", name(to));
-        let found = self.find(&operation).await?;
+        let mut found = self.find(&operation).await?;
+        if let Some(deleted) = found.take_if(|found| found.is_deleted()) {
+            // It was asked for, and is under way: nothing but the end of it is the same whatever Nova does meanwhile.
+            self.delete(&operation, &deleted, &self.remembered(&operation, notes)?).await?;
+        }
         if let Some(found) = found.as_ref().filter(|found| found.side == Some(to) && !found.has_failed()) {
             // It may run there: all that is left is what the other side still has.
             return match to {
@@ -229,11 +233,13 @@ impl Provider for Recreate {
                 let problem = format!("it is {}, and not on the {}", told(&found.server), name(on));
                 Err(self.base.error(&operation, problem, Some("see with `openstack server show` which volumes it has")))
             }
-            Some(found) if power(&found.server) == Power::Running => Ok(()),
             Some(found) => {
                 let id = found.server.id.as_str();
                 if let Some(remembered) = Remembered::noted(notes) {
                     self.give_ports(&operation, id, &remembered).await?;
+                }
+                if power(&found.server) == Power::Running {
+                    return Ok(());
                 }
                 if found.server.status == "ERROR" {
                     // Nova starts nothing that failed; it stops it.
@@ -254,6 +260,10 @@ impl Provider for Recreate {
         if let Some(found) = self.find(operation).await? {
             if let Some(remembered) = Remembered::noted(notes) {
                 self.tell_what_ends_with_it(operation, &found, &remembered).await?;
+                if found.side == Some(on) {
+                    // Somebody may have started it before it was deleted.
+                    self.give_ports(operation, &found.server.id, &remembered).await?;
+                }
             }
             if found.server.id != self.id {
                 remarks

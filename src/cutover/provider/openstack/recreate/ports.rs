@@ -1,8 +1,12 @@
-//! A server's ports, which outlive it: Nova deletes with a server those that it made itself, as long as Neutron says that
-//! the server has them. So Neutron is told that nobody has them before the server is deleted, and the next server is made
-//! with them: the same ports, with their addresses, security groups and floating IPs.
+//! A server's ports, which outlive it.
 //!
-//! Tried on Neutron 21 (Zed) with ports of both kinds.
+//! Nova deletes with a server the ports that it made itself, as long as Neutron says that the server has them; and of a
+//! server that was there before it takes no port of which Neutron says that somebody has it. So before the server is
+//! deleted its ports are held: Neutron is told that a device has them that there is not ([`held_by`]), by which they are
+//! found again, and kept from everybody. The next server is made with them: the same ports, with their addresses, security
+//! groups and floating IPs. A server that was not deleted after all is given its ports back.
+//!
+//! Tried on Neutron 21 and Nova 26 (Zed) with ports of both kinds.
 
 use async_trait::async_trait;
 use futures::future::join_all;
@@ -12,7 +16,13 @@ use super::super::effect::{Effect, Look};
 use super::Recreate;
 use super::remembered::{Interface, Remembered};
 use crate::openstack::definition::ServerInterface;
+use crate::openstack::neutron::Port;
 use crate::openstack::{Cloud, CloudError, Fault};
+
+/// Who has the ports while a server is not there; `id` is the server's in the plan.
+fn held_by(id: &str) -> String {
+    format!("poolshift-{id}")
+}
 
 /// The interfaces of a server, in the order of its cards, if that is known.
 #[derive(Debug, Default)]
@@ -20,12 +30,20 @@ pub(super) struct Interfaces {
     pub(super) all: Vec<Interface>,
     /// Whether they are in the order in which the server has them: more than one may be in another.
     pub(super) in_order: bool,
+    /// Why Nova would not make a server with one of them.
+    pub(super) unfit: Vec<String>,
 }
 
-/// Looks at the interfaces of a server, and makes sure that Neutron can be asked for the ports. Only of a server that runs
-/// it is told in which order it has them.
-pub(super) async fn look(cloud: &Cloud, server: &str) -> Result<Interfaces, CloudError> {
+/// Looks at the interfaces of a server of the credentials' project, and makes sure that Neutron can be asked for the ports.
+/// Those that are held for it are among them. Only of a server that runs it is told in which order it has them.
+pub(super) async fn look(cloud: &Cloud, server: &str, planned: &str) -> Result<Interfaces, CloudError> {
     let found = cloud.interfaces(server).await?;
+    let held = match cloud.ports_of(&held_by(planned)).await {
+        // A cloud without networks has none.
+        Err(error) if error.fault == Fault::Config && found.is_empty() => Vec::new(),
+        held => held?,
+    };
+    let (mut ports, project) = (Vec::new(), cloud.project().await?);
     for interface in &found {
         let port = cloud.port(&interface.port_id).await?;
         if port.device_id != server {
@@ -33,96 +51,171 @@ pub(super) async fn look(cloud: &Cloud, server: &str) -> Result<Interfaces, Clou
                 format!("port {} is that of {:?}, and Nova says that this server has it", port.id, port.device_id);
             return Err(CloudError::new(Fault::Strange, format!("look at server {server}"), cloud.name(), detail));
         }
+        ports.push(port);
     }
     let cards = match found.len() {
         0 | 1 => None,
         // Needs an administrator.
         _ => cloud.network_cards(server).await.ok(),
     };
-    Ok(sorted(found, cards.as_deref()))
+    let unfit = ports.iter().filter_map(|port| unfit(port, &project)).collect();
+    let (mut all, in_order) = sorted(found, &ports, cards.as_deref());
+    all.extend(held.iter().map(|port| Interface::new(port, None)));
+    Ok(Interfaces { all, in_order, unfit })
 }
 
-fn sorted(mut found: Vec<ServerInterface>, cards: Option<&[String]>) -> Interfaces {
+/// What Nova refuses a port for.
+fn unfit(port: &Port, project: &str) -> Option<String> {
+    if port.fixed_ips.is_empty() {
+        return Some(format!("its port {} has no address, and Nova makes no server with it", port.id));
+    }
+    let other = !port.project_id.is_empty() && port.project_id != project;
+    other.then(|| {
+        format!("its port {} is of the project {}, and Nova makes no server with it", port.id, port.project_id)
+    })
+}
+
+fn sorted(mut found: Vec<ServerInterface>, ports: &[Port], cards: Option<&[String]>) -> (Vec<Interface>, bool) {
     let place = |interface: &ServerInterface| cards?.iter().position(|mac| *mac == interface.mac_addr);
     let in_order = found.len() < 2 || found.iter().all(|interface| place(interface).is_some());
     if in_order {
         found.sort_by_key(place);
     }
-    let all = found.into_iter().map(|interface| Interface { port: interface.port_id, tag: interface.tag });
-    Interfaces { all: all.collect(), in_order }
+    let known = |interface: ServerInterface| {
+        let port = ports.iter().find(|port| port.id == interface.port_id)?;
+        Some(Interface::new(port, interface.tag))
+    };
+    (found.into_iter().filter_map(known).collect(), in_order)
 }
 
-/// A port is a server's, or nobody's.
-struct Had<'a> {
+/// A port, if it is there.
+async fn port(cloud: &Cloud, id: &str) -> Result<Option<Port>, CloudError> {
+    match cloud.port(id).await {
+        Err(error) if error.fault == Fault::NotFound => Ok(None),
+        found => found.map(Some),
+    }
+}
+
+/// A port is held.
+struct Held<'a> {
     cloud: &'a Cloud,
     port: &'a str,
-    /// The server that is being deleted, or was not.
+    /// The server that is to be deleted.
     server: &'a str,
-    /// Whether the server is to have it.
-    wanted: bool,
+    /// Whether it may never have got it.
+    has_failed: bool,
+    held_by: &'a str,
 }
 
 #[async_trait]
-impl Effect for Had<'_> {
+impl Effect for Held<'_> {
     fn wanted(&self) -> String {
-        let by = if self.wanted { format!("server {} has", self.server) } else { "nobody has".into() };
-        format!("port {} that {by}", self.port)
+        format!("port {} that outlives server {}", self.port, self.server)
     }
 
     async fn look(&self) -> Result<Look, CloudError> {
-        let found = match self.cloud.port(self.port).await {
-            Err(error) if error.fault == Fault::NotFound => {
-                return Ok(Look::Hopeless(format!("its port {} is gone: somebody has deleted it", self.port)));
-            }
-            found => found?.device_id,
+        let id = self.port;
+        let Some(port) = port(self.cloud, id).await? else {
+            return Ok(Look::Hopeless(format!("its port {id} is gone: somebody has deleted it")));
         };
-        let wanted = if self.wanted { self.server } else { "" };
-        Ok(match found.as_str() {
-            found if found == wanted => Look::Done,
-            "" => Look::NotYet("nobody's".into()),
-            found if found == self.server => Look::NotYet("the server's".into()),
-            other => Look::Hopeless(format!("its port {} is that of {other} by now", self.port)),
+        Ok(match port.device_id.as_str() {
+            device if device == self.held_by => Look::Done,
+            device if device == self.server => Look::NotYet("the server's".into()),
+            "" if self.has_failed => Look::NotYet("nobody's".into()),
+            "" => Look::Hopeless(format!("its port {id} is nobody's: somebody has taken it from the server")),
+            other => Look::Hopeless(format!("its port {id} is that of {other} by now")),
         })
     }
 
     async fn ask(&self) -> Result<(), CloudError> {
-        self.cloud.set_port_device(self.port, if self.wanted { self.server } else { "" }).await
+        let Some(port) = port(self.cloud, self.port).await? else { return Ok(()) };
+        // Of a name that another server's host name is not, Nova makes nothing of the port.
+        let name = (!port.dns_name.is_empty()).then_some("");
+        self.cloud.set_port_device(self.port, self.held_by, name).await
     }
 }
 
-/// Nova knows that a server has these ports, too: it keeps a list of its own, which it compares with Neutron's from time
-/// to time.
-struct Shown<'a> {
+/// A server has a port that was held for it. One that is gone, or another's, it does without.
+struct Given<'a> {
     cloud: &'a Cloud,
+    interface: &'a Interface,
     server: &'a str,
-    ports: &'a [Interface],
+    held_by: &'a str,
+}
+
+impl Given<'_> {
+    /// Whether Nova knows that the server has it: it keeps a list of its own, which it compares with Neutron's from time to
+    /// time, one server a minute.
+    async fn is_known(&self, port: &Port) -> Result<bool, CloudError> {
+        Ok(self.cloud.definition(self.server).await?.mac_addresses().contains(&port.mac_address))
+    }
 }
 
 #[async_trait]
-impl Effect for Shown<'_> {
+impl Effect for Given<'_> {
     fn wanted(&self) -> String {
-        format!("server {} with all its addresses", self.server)
+        format!("port {} that server {} has", self.interface.port, self.server)
     }
 
     async fn look(&self) -> Result<Look, CloudError> {
-        let addresses = self.cloud.definition(self.server).await?.mac_addresses();
-        for Interface { port, .. } in self.ports {
-            let found = self.cloud.port(port).await?;
-            // One without an address is not shown.
-            if !found.fixed_ips.is_empty() && !addresses.contains(&found.mac_address) {
-                return Ok(Look::Working(format!("without port {port}")));
+        let (id, server) = (self.interface.port.as_str(), self.server);
+        let Some(port) = port(self.cloud, id).await? else {
+            tracing::warn!("port {id} of server {server} is gone: somebody has deleted it");
+            return Ok(Look::Done);
+        };
+        Ok(match port.device_id.as_str() {
+            device if device == server => match port.fixed_ips.is_empty() || self.is_known(&port).await? {
+                true => Look::Done,
+                false => Look::Working("not yet shown by Nova".into()),
+            },
+            device if device.is_empty() || device == self.held_by => Look::NotYet("not the server's".into()),
+            other => {
+                tracing::warn!("port {id} of server {server} is that of {other} by now");
+                Look::Done
+            }
+        })
+    }
+
+    async fn ask(&self) -> Result<(), CloudError> {
+        let (id, server) = (self.interface.port.as_str(), self.server);
+        let Some(port) = port(self.cloud, id).await? else { return Ok(()) };
+        if self.is_known(&port).await? {
+            // To Nova it was never away.
+            return self.cloud.set_port_device(id, server, self.interface.dns_name.as_deref()).await;
+        }
+        if !port.device_id.is_empty() {
+            self.cloud.set_port_device(id, "", None).await?;
+        }
+        self.cloud.attach_port(server, id, self.interface.tag.as_deref()).await
+    }
+}
+
+/// Lets go of the ports that are held, for a server that is about to be made, and gives back what it is made with: those
+/// that are gone, or another's, it does without.
+pub(super) async fn free(cloud: &Cloud, planned: &str, remembered: &Remembered) -> Result<Remembered, CloudError> {
+    let (held_by, mut with) = (held_by(planned), remembered.clone());
+    with.interfaces.clear();
+    for interface in &remembered.interfaces {
+        let id = interface.port.as_str();
+        match port(cloud, id).await?.map(|port| port.device_id) {
+            Some(device) if device == held_by => cloud.set_port_device(id, "", None).await?,
+            Some(device) if device.is_empty() => {}
+            other => {
+                tracing::warn!(device = other, "port {id} is gone, or another's: the server is made without it");
+                continue;
             }
         }
-        Ok(Look::Done)
+        with.interfaces.push(interface.clone());
     }
+    Ok(with)
 }
 
 impl Recreate {
     /// No interface but those that were remembered ends with the server, and none of these does.
-    pub(super) async fn take_ports(
+    pub(super) async fn hold_ports(
         &self,
         operation: &str,
-        server: &str,
+        (server, has_failed): (&str, bool),
         remembered: &Remembered,
     ) -> Result<(), ProviderError> {
         let cloud = self.base.cloud(operation).await?;
@@ -132,44 +225,46 @@ impl Recreate {
             let problem = format!("it has the port {} by now, which it had not before", stranger.port_id);
             return Err(self.base.error(operation, problem, Some("take it from the server, or begin anew")));
         }
-        self.bring_ports(operation, server, remembered, false).await
+        let held_by = held_by(&self.id);
+        let held = |interface| Held { cloud, port: port_of(interface), server, has_failed, held_by: &held_by };
+        let all: Vec<Held<'_>> = remembered.interfaces.iter().map(held).collect();
+        join_all(all.iter().map(|held| self.base.bring_about(operation, held))).await.into_iter().collect()
     }
 
-    /// A server that was not deleted after all has its ports.
+    /// The server has its ports: that it was made with them is looked after, and one that was not deleted after all gets
+    /// them back.
     pub(super) async fn give_ports(
         &self,
         operation: &str,
         server: &str,
         remembered: &Remembered,
     ) -> Result<(), ProviderError> {
-        if remembered.interfaces.is_empty() {
-            return Ok(());
+        let (cloud, held_by) = (self.base.cloud(operation).await?, held_by(&self.id));
+        // One after another: that is the order of its cards.
+        for interface in &remembered.interfaces {
+            self.base.bring_about(operation, &Given { cloud, interface, server, held_by: &held_by }).await?;
         }
-        self.bring_ports(operation, server, remembered, true).await?;
-        let cloud = self.base.cloud(operation).await?;
-        self.base.bring_about(operation, &Shown { cloud, server, ports: &remembered.interfaces }).await
+        Ok(())
     }
+}
 
-    async fn bring_ports(
-        &self,
-        operation: &str,
-        server: &str,
-        remembered: &Remembered,
-        wanted: bool,
-    ) -> Result<(), ProviderError> {
-        let cloud = self.base.cloud(operation).await?;
-        let all: Vec<Had<'_>> = remembered
-            .interfaces
-            .iter()
-            .map(|interface| Had { cloud, port: &interface.port, server, wanted })
-            .collect();
-        join_all(all.iter().map(|had| self.base.bring_about(operation, had))).await.into_iter().collect()
-    }
+fn port_of(interface: &Interface) -> &str {
+    &interface.port
 }
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
+
+    fn port(mac: &str) -> Port {
+        serde_json::from_value(json!({
+            "id": format!("port-{mac}"), "device_id": "s", "mac_address": mac, "fixed_ips": [{"ip_address": "192.0.2.7"}],
+            "project_id": "p",
+        }))
+        .unwrap()
+    }
 
     #[test]
     fn interfaces_are_in_the_order_of_the_cards_where_all_are_known() {
@@ -181,15 +276,26 @@ mod tests {
             };
             macs.iter().map(interface).collect::<Vec<_>>()
         };
+        let ports = ["a", "b", "c"].map(port);
         let cards = |macs: &[&str]| macs.iter().map(|mac| (*mac).to_owned()).collect::<Vec<_>>();
-        let ports = |found: &Interfaces| found.all.iter().map(|it| it.port.clone()).collect::<Vec<_>>();
-        let known = sorted(found(&["a", "b", "c"]), Some(&cards(&["c", "a", "b"])));
-        assert_eq!((ports(&known), known.in_order), (cards(&["port-c", "port-a", "port-b"]), true));
-        assert_eq!(known.all[2].tag.as_deref(), Some("mgmt"));
+        let ids = |found: &[Interface]| found.iter().map(|it| it.port.clone()).collect::<Vec<_>>();
+        let (all, in_order) = sorted(found(&["a", "b", "c"]), &ports, Some(&cards(&["c", "a", "b"])));
+        assert_eq!((ids(&all), in_order), (cards(&["port-c", "port-a", "port-b"]), true));
+        assert_eq!(all[2].tag.as_deref(), Some("mgmt"));
         for unknown in [None, Some(cards(&["c", "b"]))] {
-            let it = sorted(found(&["a", "b", "c"]), unknown.as_deref());
-            assert_eq!((ports(&it), it.in_order), (cards(&["port-a", "port-b", "port-c"]), false));
+            let (all, in_order) = sorted(found(&["a", "b", "c"]), &ports, unknown.as_deref());
+            assert_eq!((ids(&all), in_order), (cards(&["port-a", "port-b", "port-c"]), false));
         }
-        assert!(sorted(found(&["a"]), None).in_order && sorted(Vec::new(), None).in_order);
+        assert!(sorted(found(&["a"]), &ports, None).1 && sorted(Vec::new(), &ports, None).1);
+    }
+
+    #[test]
+    fn what_nova_makes_no_server_with_is_told() {
+        assert_eq!(unfit(&port("a"), "p"), None);
+        assert!(unfit(&port("a"), "q").unwrap().contains("of the project p"));
+        let without = Port { fixed_ips: Vec::new(), ..port("a") };
+        assert!(unfit(&without, "p").unwrap().contains("port-a has no address"));
+        // Old releases do not tell.
+        assert_eq!(unfit(&Port { project_id: String::new(), ..port("a") }, "p"), None);
     }
 }

@@ -98,8 +98,11 @@ fn judge(facts: &Facts<'_>) -> Vec<(Verdict, String)> {
         ),
     );
     wrong(server.locked, "it is locked by its owner: have it unlocked (openstack server unlock)".into());
-    if let Err(error) = facts.interfaces {
-        wrong(true, keep(&format!("its network interfaces are not known, and would end with it: {error}")));
+    match facts.interfaces {
+        Err(error) => {
+            wrong(true, keep(&format!("its network interfaces are not known, and would end with it: {error}")))
+        }
+        Ok(interfaces) => interfaces.unfit.iter().for_each(|why| wrong(true, keep(why))),
     }
     wrong(
         !definition.server_groups.is_empty(),
@@ -122,7 +125,7 @@ fn judge(facts: &Facts<'_>) -> Vec<(Verdict, String)> {
         let found = format!("its key pair {key:?} is another user's: it is made again without");
         all.push((Verdict::Warning, found));
     }
-    if let Ok(Interfaces { all: interfaces, in_order }) = facts.interfaces
+    if let Ok(Interfaces { all: interfaces, in_order, .. }) = facts.interfaces
         && !interfaces.is_empty()
     {
         let count = interfaces.len();
@@ -170,7 +173,7 @@ async fn server(provider: &Recreate, cloud: &Cloud, from: Side) -> Vec<Precondit
         },
         None => true,
     };
-    let interfaces = ports::look(cloud, id).await;
+    let interfaces = ports::look(cloud, id, &provider.id).await;
     let missing = match from {
         Side::Source => provider
             .base
@@ -302,7 +305,7 @@ mod tests {
     }
 
     fn found(server: Value, change: impl FnOnce(&mut Facts<'_>)) -> String {
-        found_with(server, &Ok(Interfaces { all: Vec::new(), in_order: true }), change)
+        found_with(server, &Ok(Interfaces { in_order: true, ..Interfaces::default() }), change)
     }
 
     fn found_with(
@@ -343,8 +346,10 @@ mod tests {
             assert!(!found.contains("cloud-init"), "{found}");
         }
         let unknown = Err(CloudError::new(Fault::Config, "find neutron", "the cloud", "the catalog has it not"));
+        let unfit = Ok(Interfaces { unfit: vec!["port p has no address".into()], ..Interfaces::default() });
         for (words, found) in [
             ("are not known", found_with(json!({}), &unknown, |_| {})),
+            ("port p has no address; bring it over", found_with(json!({}), &unfit, |_| {})),
             ("no flavor \"tiny\"", found(json!({}), |facts| facts.has_flavor = false)),
             ("not the volume v", found(json!({}), |facts| facts.missing = Some("v"))),
         ] {
@@ -354,9 +359,9 @@ mod tests {
 
     #[test]
     fn ports_are_kept_and_an_order_that_is_not_known_is_told() {
-        let interface = |port: &str| Interface { port: port.into(), tag: None };
+        let interface = |port: &str| Interface { port: port.into(), tag: None, dns_name: None };
         let warned = |in_order: bool| {
-            let interfaces = Ok(Interfaces { all: vec![interface("p"), interface("q")], in_order });
+            let interfaces = Ok(Interfaces { all: vec![interface("p"), interface("q")], in_order, unfit: Vec::new() });
             found_with(json!({"addresses": {"net": []}}), &interfaces, |_| {})
         };
         let (known, unknown) = (warned(true), warned(false));

@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 
 use super::super::super::Notes;
 use crate::openstack::definition::Definition;
+use crate::openstack::neutron::Port;
 use crate::openstack::nova::{NewServer, ServerAttachment};
 
 /// The key of a server's metadata that says which server of a plan it is: the id that it has there.
@@ -55,6 +56,17 @@ pub(super) struct Interface {
     /// By which the server itself can tell it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) tag: Option<String>,
+    /// Its name for the DNS.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) dns_name: Option<String>,
+}
+
+impl Interface {
+    /// A port, as an interface.
+    pub(super) fn new(port: &Port, tag: Option<String>) -> Self {
+        let dns_name = Some(port.dns_name.clone()).filter(|name| !name.is_empty());
+        Self { port: port.id.clone(), tag, dns_name }
+    }
 }
 
 /// A volume of a server, remembered.
@@ -111,19 +123,28 @@ impl Remembered {
         serde_json::from_str(notes.get(NOTE)?).ok()
     }
 
-    /// Puts it among the notes. Of a server that was made again, and not yet told which volumes end with it, an older note
-    /// knows that: they end with it if either says so. And it knows the ports that were taken from one that was not deleted.
-    pub(super) fn note(mut self, notes: &mut Notes) {
+    /// Puts it among the notes, if there is room for it; gives back how many bytes it has. Of a server that was made again,
+    /// and not yet told which volumes end with it, an older note knows that: they end with it if either says so. And it knows
+    /// how a server had the ports that are held for it.
+    pub(super) fn note(mut self, notes: &mut Notes) -> usize {
         if let Some(older) = Self::noted(notes) {
             for older in older.disks {
                 let same = self.disks.iter_mut().find(|disk| disk.volume == older.volume);
                 same.into_iter().for_each(|disk| disk.ends_with_server |= older.ends_with_server);
             }
-            let is_known = |interface: &Interface| older.interfaces.iter().any(|known| known.port == interface.port);
-            let new: Vec<Interface> = self.interfaces.into_iter().filter(|interface| !is_known(interface)).collect();
-            self.interfaces = older.interfaces.into_iter().chain(new).collect();
+            let has = |all: &[Interface], one: &Interface| all.iter().any(|other| other.port == one.port);
+            let mut all = older.interfaces;
+            all.retain(|interface| has(&self.interfaces, interface));
+            self.interfaces.retain(|interface| !has(&all, interface));
+            all.append(&mut self.interfaces);
+            self.interfaces = all;
         }
-        notes.insert(NOTE.to_owned(), self.text());
+        let text = self.text();
+        let size = text.len();
+        if size <= BYTES_MAX {
+            notes.insert(NOTE.to_owned(), text);
+        }
+        size
     }
 
     /// The server has all that was remembered.
@@ -186,7 +207,7 @@ mod tests {
     }
 
     fn interface(port: &str) -> Interface {
-        Interface { port: port.into(), tag: (port == "q").then(|| "mgmt".to_owned()) }
+        Interface { port: port.into(), tag: (port == "q").then(|| "mgmt".to_owned()), dns_name: None }
     }
 
     fn remembered(has_key: bool, more: Value) -> Remembered {
@@ -241,12 +262,16 @@ mod tests {
         again.disks.iter_mut().for_each(|disk| disk.ends_with_server = false);
         again.note(&mut notes);
         assert_eq!(Remembered::noted(&notes).as_ref(), Some(&it));
-        // Its ports were taken from it, and it was given another one.
-        let mut without = it.clone();
-        without.interfaces = vec![interface("r")];
-        without.note(&mut notes);
+        // Its ports are held, of which nobody tells how it had them; one it has no more, and it has another one.
+        let mut held = it.clone();
+        held.interfaces = vec![interface("r"), Interface { tag: None, ..interface("q") }];
+        held.note(&mut notes);
         let mut with = it;
-        with.interfaces.push(interface("r"));
+        with.interfaces = vec![interface("q"), interface("r")];
+        assert_eq!(Remembered::noted(&notes).as_ref(), Some(&with));
+        // What is too large is not noted.
+        let large = Remembered { user_data: Some("x".repeat(BYTES_MAX)), ..with.clone() };
+        assert!(large.note(&mut notes) > BYTES_MAX);
         assert_eq!(Remembered::noted(&notes).as_ref(), Some(&with));
         Remembered::forget(&mut notes);
         assert_eq!(Remembered::noted(&notes), None);

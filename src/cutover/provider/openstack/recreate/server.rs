@@ -31,6 +31,11 @@ impl Found {
         self.server.status == "ERROR" && never_ran && self.is_marked()
     }
 
+    /// Whether Nova deletes it for good one day, and has stopped it.
+    pub(super) fn is_deleted(&self) -> bool {
+        self.server.status == "SOFT_DELETED"
+    }
+
     pub(super) fn is_marked(&self) -> bool {
         self.server.metadata.contains_key(SERVER_MARK)
     }
@@ -185,7 +190,8 @@ impl Effect for Made<'_> {
         let disks = self.remembered.disks.iter().zip(&self.volumes);
         let now: std::collections::HashMap<&str, &str> =
             disks.map(|(disk, volume)| (disk.volume.as_str(), volume.as_str())).collect();
-        let wanted = self.remembered.new_server(self.id, |id| now.get(id).copied().unwrap_or(id));
+        let remembered = ports::free(self.cloud, self.id, self.remembered).await?;
+        let wanted = remembered.new_server(self.id, |id| now.get(id).copied().unwrap_or(id));
         let made = self.cloud.create_server(&wanted).await?;
         tracing::info!(server = made, "it is made again");
         *self.made.lock().unwrap_or_else(PoisonError::into_inner) = Some(made);
@@ -249,12 +255,10 @@ impl Recreate {
     /// Puts all that the server is made from among the notes.
     pub(super) async fn remember(&self, operation: &str, notes: &mut Notes) -> Result<(), ProviderError> {
         let remembered = self.look_at_all(operation).await?;
-        let size = remembered.text().len();
-        if size > BYTES_MAX {
-            return Err(self.base.error(operation, too_large(size), Some(KEEP_IDS)));
+        match remembered.note(notes) {
+            size if size > BYTES_MAX => Err(self.base.error(operation, too_large(size), Some(KEEP_IDS))),
+            _ => Ok(()),
         }
-        remembered.note(notes);
-        Ok(())
     }
 
     async fn look_at_all(&self, operation: &str) -> Result<Remembered, ProviderError> {
@@ -274,7 +278,7 @@ impl Recreate {
             Some(name) => cloud.has_key_pair(name).await.map_err(cloud_error)?,
             None => false,
         };
-        let interfaces = ports::look(cloud, id).await.map_err(cloud_error)?;
+        let interfaces = ports::look(cloud, id, &self.id).await.map_err(cloud_error)?;
         let known = self.planned_ids(operation).await?;
         let root = found.server.root_device.as_deref();
         Ok(Remembered::of(&definition, (&flavor, has_key, root), (&attachments, interfaces.all), known))
@@ -309,12 +313,14 @@ impl Recreate {
             return Err(self.base.error(operation, problem, Some("take it from the server, or begin anew")));
         }
         let volumes: Vec<&str> = attached.iter().map(|had| had.volume.as_str()).collect();
-        let ends: Vec<Ends<'_>> =
-            volumes.iter().map(|volume| Ends { cloud, server: id, volume, ends: false }).collect();
+        // Nova changes nothing of one that it will delete in a while: that was told before.
+        let told = if found.is_deleted() { &[][..] } else { &volumes[..] };
+        let ends: Vec<Ends<'_>> = told.iter().map(|volume| Ends { cloud, server: id, volume, ends: false }).collect();
         for effect in &ends {
             self.base.bring_about(operation, effect).await?;
         }
-        self.take_ports(operation, id, remembered).await?;
+        let never_had_them = found.has_failed() || found.is_deleted();
+        self.hold_ports(operation, (id, never_had_them), remembered).await?;
         self.base.bring_about(operation, &Gone { cloud, id }).await?;
         let left: Vec<Left<'_>> = volumes.iter().map(|volume| Left { cloud, volume, server: id }).collect();
         join_all(left.iter().map(|effect| self.base.bring_about(operation, effect))).await.into_iter().collect()
@@ -340,7 +346,11 @@ impl Recreate {
             return Err(self.base.error(operation, problem, Some("look at both pools with rbd ls")));
         };
         let made = Mutex::default();
-        self.base.bring_about(operation, &Made { cloud, id: &self.id, remembered, volumes, made }).await
+        self.base.bring_about(operation, &Made { cloud, id: &self.id, remembered, volumes, made }).await?;
+        match self.find(operation).await? {
+            Some(found) => self.give_ports(operation, &found.server.id, remembered).await,
+            None => Ok(()),
+        }
     }
 
     /// Tells Nova which volumes end with the server, as it was.
