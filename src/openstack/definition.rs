@@ -116,18 +116,6 @@ impl Cloud {
         Ok(self.ask::<Answer>(Service::Nova, &path, &[], &operation).await?.interfaces)
     }
 
-    /// Begins to give a server a port that nobody has.
-    pub async fn attach_port(&self, server: &str, port: &str, tag: Option<&str>) -> Result<()> {
-        let operation = format!("attach port {port} to server {server}");
-        let path = format!("servers/{}/os-interface", checked(server, "server", &operation)?);
-        let mut wanted = json!({"port_id": checked(port, "port", &operation)?});
-        if let Some(tag) = tag {
-            wanted["tag"] = tag.into();
-        }
-        let body = json!({"interfaceAttachment": wanted});
-        self.tell(Service::Nova, Method::POST, &path, Some(&body), &operation).await
-    }
-
     /// The addresses on the wire of a server's network cards, in the order in which it has them. Needs an administrator,
     /// and a server that runs.
     pub async fn network_cards(&self, server: &str) -> Result<Vec<String>> {

@@ -263,6 +263,9 @@ impl Provider for Recreate {
                 if found.side == Some(on) {
                     // Somebody may have started it before it was deleted.
                     self.give_ports(operation, &found.server.id, &remembered).await?;
+                    if !remembered.interfaces.is_empty() {
+                        remarks.extend(self.missing_cards(operation, &found.server.id).await?);
+                    }
                 }
             }
             if found.server.id != self.id {

@@ -135,20 +135,14 @@ impl Effect for Held<'_> {
     }
 }
 
-/// A server has a port that was held for it. One that is gone, or another's, it does without.
+/// A server has a port that was held for it, and Nova knows that: it keeps a list of its own, which it compares with
+/// Neutron's from time to time (`heal_instance_info_cache_interval`, one server a minute). One that is gone, nobody's or
+/// another's the server does without.
 struct Given<'a> {
     cloud: &'a Cloud,
     interface: &'a Interface,
     server: &'a str,
     held_by: &'a str,
-}
-
-impl Given<'_> {
-    /// Whether Nova knows that the server has it: it keeps a list of its own, which it compares with Neutron's from time to
-    /// time, one server a minute.
-    async fn is_known(&self, port: &Port) -> Result<bool, CloudError> {
-        Ok(self.cloud.definition(self.server).await?.mac_addresses().contains(&port.mac_address))
-    }
 }
 
 #[async_trait]
@@ -164,29 +158,25 @@ impl Effect for Given<'_> {
             return Ok(Look::Done);
         };
         Ok(match port.device_id.as_str() {
-            device if device == server => match port.fixed_ips.is_empty() || self.is_known(&port).await? {
-                true => Look::Done,
-                false => Look::Working("not yet shown by Nova".into()),
-            },
-            device if device.is_empty() || device == self.held_by => Look::NotYet("not the server's".into()),
+            device if device == server => {
+                let known = self.cloud.definition(server).await?.mac_addresses().contains(&port.mac_address);
+                // Of one without an address Nova shows nothing.
+                match known || port.fixed_ips.is_empty() {
+                    true => Look::Done,
+                    false => Look::Working("not yet shown by Nova".into()),
+                }
+            }
+            device if device == self.held_by => Look::NotYet("held".into()),
             other => {
-                tracing::warn!("port {id} of server {server} is that of {other} by now");
+                tracing::warn!(device = other, "port {id} of server {server} is nobody's, or another's, by now");
                 Look::Done
             }
         })
     }
 
     async fn ask(&self) -> Result<(), CloudError> {
-        let (id, server) = (self.interface.port.as_str(), self.server);
-        let Some(port) = port(self.cloud, id).await? else { return Ok(()) };
-        if self.is_known(&port).await? {
-            // To Nova it was never away.
-            return self.cloud.set_port_device(id, server, self.interface.dns_name.as_deref()).await;
-        }
-        if !port.device_id.is_empty() {
-            self.cloud.set_port_device(id, "", None).await?;
-        }
-        self.cloud.attach_port(server, id, self.interface.tag.as_deref()).await
+        let Interface { port, dns_name, .. } = self.interface;
+        self.cloud.set_port_device(port, self.server, dns_name.as_deref()).await
     }
 }
 
@@ -240,11 +230,23 @@ impl Recreate {
         remembered: &Remembered,
     ) -> Result<(), ProviderError> {
         let (cloud, held_by) = (self.base.cloud(operation).await?, held_by(&self.id));
-        // One after another: that is the order of its cards.
-        for interface in &remembered.interfaces {
-            self.base.bring_about(operation, &Given { cloud, interface, server, held_by: &held_by }).await?;
-        }
-        Ok(())
+        let given = |interface| Given { cloud, interface, server, held_by: &held_by };
+        let all: Vec<Given<'_>> = remembered.interfaces.iter().map(given).collect();
+        join_all(all.iter().map(|given| self.base.bring_about(operation, given))).await.into_iter().collect()
+    }
+
+    /// What is left to a person where somebody has started the server while its ports were held: Nova made it without their
+    /// cards. It is told where it is seen, by an administrator.
+    pub(super) async fn missing_cards(&self, operation: &str, server: &str) -> Result<Option<String>, ProviderError> {
+        let cloud = self.base.cloud(operation).await?;
+        let Ok(cards) = cloud.network_cards(server).await else { return Ok(None) };
+        let ports = cloud.interfaces(server).await.map_err(|error| self.base.cloud_error(operation, &error))?;
+        let missing = ports.iter().filter(|port| !cards.contains(&port.mac_addr)).count();
+        let cure = format!(
+            "server {server} was started while its ports were held, and has not {missing} of its network cards: openstack \
+             server reboot --hard {server}"
+        );
+        Ok((missing > 0).then_some(cure))
     }
 }
 
