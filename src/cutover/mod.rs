@@ -388,7 +388,8 @@ impl Walk<'_> {
             Next::Afresh => {
                 if self.journal.phase.is_outage() && !provider.by_hand() {
                     // Its next start is from where it runs, and what was saved of it is old.
-                    provider.settle(self.sides.to.other(), &mut self.journal.notes).await?;
+                    let remarks = provider.settle(self.sides.to.other(), &mut self.journal.notes).await?;
+                    self.remarks.extend(remarks);
                 }
                 return self.begin().await;
             }

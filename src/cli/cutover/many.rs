@@ -5,7 +5,7 @@ use std::time::Duration;
 use futures::stream::{self, StreamExt as _};
 use serde::Serialize;
 
-use super::look::{self, Looked, State, Summary};
+use super::look::{self, Looked, Summary};
 use super::open::{self, refuse_finalizing};
 use super::show::{self, Row};
 use super::{consent, wait};
@@ -75,14 +75,12 @@ pub(in crate::cli) async fn run(
 ) -> anyhow::Result<Exit> {
     let consent = way.consent();
     let looks = plan.servers.iter().map(|server| async {
-        refuse_finalizing(context, server).await?;
-        // One that was never begun with needs neither a target nor anybody who could stop it.
-        if way.to() == Side::Source && look::hands_off(context, server).await?.is_none() {
-            return Ok(None);
+        if way.to() == Side::Source {
+            refuse_finalizing(context, server).await?;
         }
-        look::look(context, plan, server, way.method(server), way.to()).await.map(Some)
+        look::look(context, plan, server, way.method(server), way.to()).await
     });
-    let looks: Vec<anyhow::Result<Option<Looked>>> = stream::iter(looks).buffered(LOOKS_AT_A_TIME).collect().await;
+    let looks: Vec<anyhow::Result<Looked>> = stream::iter(looks).buffered(LOOKS_AT_A_TIME).collect().await;
     if context.cancel.is_cancelled() {
         return Err(Interrupted.into());
     }
@@ -96,9 +94,8 @@ pub(in crate::cli) async fn run(
                 context.terminal.say(&format!("{}: {}", server.name, error::render(&error).trim_end()));
                 Some(End::Failed(error))
             }
-            Ok(None) => Some(End::There(way.to())),
-            Ok(Some(looked)) if looked.is_there(way.to()) => Some(End::There(way.to())),
-            Ok(Some(looked)) => {
+            Ok(looked) if looked.is_there(way.to()) => Some(End::There(way.to())),
+            Ok(looked) => {
                 context.terminal.say(show::looked(&looked, way.options()).trim_end());
                 way.refuse(&looked).err().map(|error| {
                     // What stands in the way of a server was just told.
@@ -131,19 +128,17 @@ pub(in crate::cli) async fn run(
     finish(consent, plan, &ends)
 }
 
-fn dry_run(way: &impl Way, plan: &Plan, looks: &[anyhow::Result<Option<Looked>>]) -> anyhow::Result<Exit> {
+fn dry_run(way: &impl Way, plan: &Plan, looks: &[anyhow::Result<Looked>]) -> anyhow::Result<Exit> {
     let options = way.options();
     if way.consent().json {
         #[derive(Serialize)]
         #[serde(untagged)]
         enum Look<'a> {
             Looked(Summary<'a>),
-            There { server: &'a str, state: State, ready: bool },
             Failed { server: &'a str, ready: bool, error: String },
         }
         let looks = plan.servers.iter().zip(looks).map(|(server, looked)| match looked {
-            Ok(Some(looked)) => Look::Looked(looked.summary(options)),
-            Ok(None) => Look::There { server: &server.name, state: State::OnSources, ready: true },
+            Ok(looked) => Look::Looked(looked.summary(options)),
             Err(error) => Look::Failed { server: &server.name, ready: false, error: format!("{error:#}") },
         });
         output::json(&looks.collect::<Vec<_>>())?;
@@ -151,15 +146,16 @@ fn dry_run(way: &impl Way, plan: &Plan, looks: &[anyhow::Result<Option<Looked>>]
         let mut text = String::new();
         for (server, looked) in plan.servers.iter().zip(looks) {
             text.push_str(&match looked {
-                Ok(Some(looked)) if !looked.is_there(way.to()) => show::looked(looked, options),
-                Ok(_) => format!("{}: runs from {} already\n", server.name, show::side(way.to())),
+                Ok(looked) if looked.is_there(way.to()) => {
+                    format!("{}: runs from {} already\n", server.name, show::side(way.to()))
+                }
+                Ok(looked) => show::looked(looked, options),
                 Err(error) => format!("{}: {}", server.name, error::render(error)),
             });
         }
         output::bytes(text.as_bytes())?;
     }
-    let is_ready = |looked: &Looked| looked.is_there(way.to()) || way.refuse(looked).is_ok();
-    let ready = looks.iter().all(|looked| looked.as_ref().is_ok_and(|looked| looked.as_ref().is_none_or(is_ready)));
+    let ready = looks.iter().all(|looked| looked.as_ref().is_ok_and(|looked| looked.is_ready(options)));
     Ok(if ready { Exit::Success } else { Exit::Failed })
 }
 

@@ -264,7 +264,7 @@ impl Provider for Recreate {
                     // Somebody may have started it before it was deleted.
                     self.give_ports(operation, &found.server.id, &remembered).await?;
                     if !remembered.interfaces.is_empty() {
-                        remarks.extend(self.missing_cards(operation, &found.server.id).await?);
+                        remarks.extend(self.missing(operation, &found.server.id, &remembered).await?);
                     }
                 }
             }

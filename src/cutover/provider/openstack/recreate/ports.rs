@@ -102,7 +102,7 @@ struct Held<'a> {
     port: &'a str,
     /// The server that is to be deleted.
     server: &'a str,
-    /// Whether it may never have got it.
+    /// Whether it never ran, or is deleted already: it may never have got it, and keeps nobody from what he did with it.
     has_failed: bool,
     held_by: &'a str,
 }
@@ -116,12 +116,16 @@ impl Effect for Held<'_> {
     async fn look(&self) -> Result<Look, CloudError> {
         let id = self.port;
         let Some(port) = port(self.cloud, id).await? else {
-            return Ok(Look::Hopeless(format!("its port {id} is gone: somebody has deleted it")));
+            return Ok(match self.has_failed {
+                true => Look::Done,
+                false => Look::Hopeless(format!("its port {id} is gone: somebody has deleted it")),
+            });
         };
         Ok(match port.device_id.as_str() {
             device if device == self.held_by => Look::Done,
             device if device == self.server => Look::NotYet("the server's".into()),
             "" if self.has_failed => Look::NotYet("nobody's".into()),
+            _ if self.has_failed => Look::Done,
             "" => Look::Hopeless(format!("its port {id} is nobody's: somebody has taken it from the server")),
             other => Look::Hopeless(format!("its port {id} is that of {other} by now")),
         })
@@ -200,6 +204,25 @@ pub(super) async fn free(cloud: &Cloud, planned: &str, remembered: &Remembered) 
     Ok(with)
 }
 
+/// Holds the ports of a server that was not made after all.
+pub(super) async fn hold_again(cloud: &Cloud, planned: &str, remembered: &Remembered) {
+    for interface in &remembered.interfaces {
+        let id = interface.port.as_str();
+        let held = async {
+            match port(cloud, id).await? {
+                Some(port) if port.device_id.is_empty() => cloud.set_port_device(id, &held_by(planned), None).await,
+                _ => Ok(()),
+            }
+        };
+        if let Err(error) = held.await {
+            tracing::warn!(
+                error = crate::fleet::chain_text(&error),
+                "port {id} is not kept from being given to another"
+            );
+        }
+    }
+}
+
 impl Recreate {
     /// No interface but those that were remembered ends with the server, and none of these does.
     pub(super) async fn hold_ports(
@@ -235,18 +258,36 @@ impl Recreate {
         join_all(all.iter().map(|given| self.base.bring_about(operation, given))).await.into_iter().collect()
     }
 
-    /// What is left to a person where somebody has started the server while its ports were held: Nova made it without their
-    /// cards. It is told where it is seen, by an administrator.
-    pub(super) async fn missing_cards(&self, operation: &str, server: &str) -> Result<Option<String>, ProviderError> {
+    /// What of its ports is left to a person: those that it has no more; and where somebody has started the server while
+    /// they were held, the cards that Nova made it without. These only an administrator sees.
+    pub(super) async fn missing(
+        &self,
+        operation: &str,
+        server: &str,
+        remembered: &Remembered,
+    ) -> Result<Vec<String>, ProviderError> {
         let cloud = self.base.cloud(operation).await?;
-        let Ok(cards) = cloud.network_cards(server).await else { return Ok(None) };
-        let ports = cloud.interfaces(server).await.map_err(|error| self.base.cloud_error(operation, &error))?;
-        let missing = ports.iter().filter(|port| !cards.contains(&port.mac_addr)).count();
-        let cure = format!(
-            "server {server} was started while its ports were held, and has not {missing} of its network cards: openstack \
-             server reboot --hard {server}"
-        );
-        Ok((missing > 0).then_some(cure))
+        let cloud_error = |error: CloudError| self.base.cloud_error(operation, &error);
+        let cards = cloud.network_cards(server).await.ok();
+        let (mut all, mut cardless) = (Vec::new(), 0);
+        for Interface { port: id, .. } in &remembered.interfaces {
+            match port(cloud, id).await.map_err(cloud_error)? {
+                None => all.push(format!("server {server} has not its port {id}, which is gone")),
+                Some(port) if port.device_id != server => {
+                    all.push(format!("server {server} has not its port {id}, which is that of {:?}", port.device_id));
+                }
+                Some(port) => {
+                    cardless += usize::from(cards.as_ref().is_some_and(|has| !has.contains(&port.mac_address)))
+                }
+            }
+        }
+        if cardless > 0 {
+            all.push(format!(
+                "server {server} was started while its ports were held, and has not {cardless} of its network cards: \
+                 openstack server reboot --hard {server}"
+            ));
+        }
+        Ok(all)
     }
 }
 

@@ -192,7 +192,13 @@ impl Effect for Made<'_> {
             disks.map(|(disk, volume)| (disk.volume.as_str(), volume.as_str())).collect();
         let remembered = ports::free(self.cloud, self.id, self.remembered).await?;
         let wanted = remembered.new_server(self.id, |id| now.get(id).copied().unwrap_or(id));
-        let made = self.cloud.create_server(&wanted).await?;
+        let made = match self.cloud.create_server(&wanted).await {
+            Err(error) if !error.is_passing() => {
+                ports::hold_again(self.cloud, self.id, &remembered).await;
+                return Err(error);
+            }
+            made => made?,
+        };
         tracing::info!(server = made, "it is made again");
         *self.made.lock().unwrap_or_else(PoisonError::into_inner) = Some(made);
         Ok(())
@@ -313,9 +319,17 @@ impl Recreate {
             return Err(self.base.error(operation, problem, Some("take it from the server, or begin anew")));
         }
         let volumes: Vec<&str> = attached.iter().map(|had| had.volume.as_str()).collect();
-        // Nova changes nothing of one that it will delete in a while: that was told before.
-        let told = if found.is_deleted() { &[][..] } else { &volumes[..] };
-        let ends: Vec<Ends<'_>> = told.iter().map(|volume| Ends { cloud, server: id, volume, ends: false }).collect();
+        // Of one that it will delete in a while Nova changes nothing. Where it was poolshift's doing, that was told before.
+        if let Some(ends) = attached.iter().find(|had| found.is_deleted() && had.delete_on_termination) {
+            let problem = format!("somebody has deleted it, and its volume {} would end with it", ends.volume);
+            return Err(self.base.error(
+                operation,
+                problem,
+                Some("openstack server restore it, then the same once more"),
+            ));
+        }
+        let ends: Vec<Ends<'_>> =
+            volumes.iter().map(|volume| Ends { cloud, server: id, volume, ends: false }).collect();
         for effect in &ends {
             self.base.bring_about(operation, effect).await?;
         }
