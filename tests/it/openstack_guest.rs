@@ -94,7 +94,12 @@ impl CloudGuest<'_> {
     /// Its ports, which are in use, in the order of its network cards.
     #[track_caller]
     pub(crate) fn ports(&self) -> Value {
-        let mut ports = self.env.ports(&self.id);
+        // Of a server that was started Neutron's agent says so a moment later.
+        let mut ports = self.env.wait_for("ports that are in use", || {
+            let ports = self.env.ports(&self.id);
+            let idle = ports.iter().find(|port| port["status"] != "ACTIVE");
+            idle.map_or_else(|| Ok(ports.clone()), |port| Err(port.to_string()))
+        });
         let xml = self.env.virsh(&["dumpxml", &self.domain]);
         let cards = xml.split("<mac address='").skip(1).filter_map(|rest| rest.split_once('\''));
         let cards: Vec<&str> = cards.map(|(mac, _)| mac).collect();
