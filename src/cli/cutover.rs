@@ -68,9 +68,9 @@ async fn one(
             open::open_server(context, plan, planned, settings.method).await?
         }
     };
-    let report = bring_over(context, settings, &server).await?;
+    let report = settings.bring(context, &server).await?;
     tell(context, &report, &server, consent.json)?;
-    Ok(exit_of(&report))
+    Ok(settings.exit(&report))
 }
 
 /// Refuses a server that is where it is to go.
@@ -113,20 +113,15 @@ impl Way for Cutover {
     }
 
     async fn bring(&self, context: &Context<'_>, server: &Server) -> Result<Report, CutoverError> {
-        bring_over(context, self, server).await
+        phases::shown(context, &server.name, async |observer| {
+            cutover::cutover(server, &self.options, observer, &context.cancel).await
+        })
+        .await
     }
 
     fn exit(&self, report: &Report) -> Exit {
-        exit_of(report)
+        if report.ended == Phase::Committed { Exit::Success } else { Exit::WentBack }
     }
-}
-
-/// Carries a cutover through, with its phases as they go by.
-async fn bring_over(context: &Context<'_>, settings: &Cutover, server: &Server) -> Result<Report, CutoverError> {
-    phases::shown(context, &server.name, async |observer| {
-        cutover::cutover(server, &settings.options, observer, &context.cancel).await
-    })
-    .await
 }
 
 /// Says how it ended. What is left to a person belongs to the result where poolshift swaps nothing.
@@ -142,8 +137,4 @@ pub(super) fn tell(context: &Context<'_>, report: &Report, server: &Server, json
         }
     }
     Ok(output::bytes(text.as_bytes())?)
-}
-
-fn exit_of(report: &Report) -> Exit {
-    if report.ended == Phase::Committed { Exit::Success } else { Exit::WentBack }
 }

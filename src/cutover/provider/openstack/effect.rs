@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
+use futures::future::join_all;
 
 use super::super::ProviderError;
 use super::OpenStack;
@@ -58,7 +59,13 @@ impl OpenStack {
         self.bring_about_from(operation, effect, None).await
     }
 
-    /// The same; `is` says how it is, where it was just seen that it is not so, and that nothing is under way.
+    /// The same for many, beside each other. All are seen to their ends, also where one fails: what was begun goes on in the
+    /// cloud, and nobody would look. Gives back the first failure.
+    pub(super) async fn bring_all_about<E: Effect>(&self, operation: &str, effects: &[E]) -> Result<(), ProviderError> {
+        join_all(effects.iter().map(|effect| self.bring_about(operation, effect))).await.into_iter().collect()
+    }
+
+    /// What [`Self::bring_about`] does; `is` says how it is, where it was just seen that it is not so, and that nothing is under way.
     pub(super) async fn bring_about_from(
         &self,
         operation: &str,

@@ -313,7 +313,7 @@ impl OpenStack {
         let ours = self.ours();
         let of_status = |volume| volumes::OfStatus { cloud, volume, status, ours };
         let effects: Vec<_> = self.volumes.iter().map(of_status).collect();
-        join_all(effects.iter().map(|effect| self.bring_about(operation, effect))).await.into_iter().collect()
+        self.bring_all_about(operation, &effects).await
     }
 }
 
@@ -465,8 +465,7 @@ impl Provider for OpenStack {
         // One of the placeholder's that came to nothing says nothing about the volume.
         let cloud = self.cloud(operation).await?;
         let effects: Vec<_> = self.volumes.iter().map(|volume| volumes::NoFailure { cloud, volume }).collect();
-        let forgotten = join_all(effects.iter().map(|effect| self.bring_about(operation, effect))).await;
-        forgotten.into_iter().collect::<Result<Vec<()>, _>>()?;
+        self.bring_all_about(operation, &effects).await?;
         Ok(Vec::new())
     }
 }

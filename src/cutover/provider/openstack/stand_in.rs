@@ -9,7 +9,6 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use futures::future::join_all;
 
 use super::super::rehearse::StandIn;
 use super::super::{ProviderError, ServerDisk};
@@ -245,9 +244,7 @@ impl OpenStack {
                 Taken { cloud, stand_in, managed }
             })
             .collect();
-        // All to their ends: what was begun goes on in Cinder, and nobody looks.
-        let ended = join_all(taken.iter().map(|taken| self.bring_about(operation, taken))).await;
-        ended.into_iter().collect::<Result<Vec<()>, _>>()?;
+        self.bring_all_about(operation, &taken).await?;
 
         let made = volumes_of(cloud, stand_in).await.map_err(|error| self.cloud_error(operation, &error))?;
         let of = |index: usize| {
@@ -340,8 +337,7 @@ impl OpenStack {
                 self.bring_about(operation, &Gone { cloud, id }).await?;
             }
             let parting: Vec<GivenUp<'_>> = volumes.iter().map(|volume| GivenUp { cloud, id: &volume.id }).collect();
-            let ended = join_all(parting.iter().map(|parting| self.bring_about(operation, parting))).await;
-            ended.into_iter().collect::<Result<Vec<()>, _>>()?;
+            self.bring_all_about(operation, &parting).await?;
         }
     }
 }

@@ -9,7 +9,6 @@
 //! Tried on Neutron 21 and Nova 26 (Zed) with ports of both kinds.
 
 use async_trait::async_trait;
-use futures::future::join_all;
 
 use super::super::super::ProviderError;
 use super::super::effect::{Effect, Look};
@@ -99,7 +98,7 @@ async fn port(cloud: &Cloud, id: &str) -> Result<Option<Port>, CloudError> {
 /// A port is held.
 struct Held<'a> {
     cloud: &'a Cloud,
-    port: &'a str,
+    interface: &'a Interface,
     /// The server that is to be deleted.
     server: &'a str,
     /// Whether it never ran, or is deleted already: it may never have got it, and keeps nobody from what he did with it.
@@ -110,11 +109,11 @@ struct Held<'a> {
 #[async_trait]
 impl Effect for Held<'_> {
     fn wanted(&self) -> String {
-        format!("port {} that outlives server {}", self.port, self.server)
+        format!("port {} that outlives server {}", self.interface.port, self.server)
     }
 
     async fn look(&self) -> Result<Look, CloudError> {
-        let id = self.port;
+        let id = self.interface.port.as_str();
         let Some(port) = port(self.cloud, id).await? else {
             return Ok(match self.has_failed {
                 true => Look::Done,
@@ -132,10 +131,10 @@ impl Effect for Held<'_> {
     }
 
     async fn ask(&self) -> Result<(), CloudError> {
-        let Some(port) = port(self.cloud, self.port).await? else { return Ok(()) };
+        let Some(port) = port(self.cloud, &self.interface.port).await? else { return Ok(()) };
         // Of a name that another server's host name is not, Nova makes nothing of the port.
         let name = (!port.dns_name.is_empty()).then_some("");
-        self.cloud.set_port_device(self.port, self.held_by, name).await
+        self.cloud.set_port_device(&port.id, self.held_by, name).await
     }
 }
 
@@ -239,9 +238,9 @@ impl Recreate {
             return Err(self.base.error(operation, problem, Some("take it from the server, or begin anew")));
         }
         let held_by = held_by(&self.id);
-        let held = |interface| Held { cloud, port: port_of(interface), server, has_failed, held_by: &held_by };
+        let held = |interface| Held { cloud, interface, server, has_failed, held_by: &held_by };
         let all: Vec<Held<'_>> = remembered.interfaces.iter().map(held).collect();
-        join_all(all.iter().map(|held| self.base.bring_about(operation, held))).await.into_iter().collect()
+        self.base.bring_all_about(operation, &all).await
     }
 
     /// The server has its ports: that it was made with them is looked after, and one that was not deleted after all gets
@@ -255,7 +254,7 @@ impl Recreate {
         let (cloud, held_by) = (self.base.cloud(operation).await?, held_by(&self.id));
         let given = |interface| Given { cloud, interface, server, held_by: &held_by };
         let all: Vec<Given<'_>> = remembered.interfaces.iter().map(given).collect();
-        join_all(all.iter().map(|given| self.base.bring_about(operation, given))).await.into_iter().collect()
+        self.base.bring_all_about(operation, &all).await
     }
 
     /// What of its ports is left to a person: those that it has no more; and where somebody has started the server while
@@ -289,10 +288,6 @@ impl Recreate {
         }
         Ok(all)
     }
-}
-
-fn port_of(interface: &Interface) -> &str {
-    &interface.port
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use async_trait::async_trait;
-use futures::future::{join_all, try_join_all};
+use futures::future::try_join_all;
 
 use super::super::super::{Notes, Power, ProviderError, Side};
 use super::super::effect::{Effect, Look};
@@ -337,7 +337,7 @@ impl Recreate {
         self.hold_ports(operation, (id, never_had_them), remembered).await?;
         self.base.bring_about(operation, &Gone { cloud, id }).await?;
         let left: Vec<Left<'_>> = volumes.iter().map(|volume| Left { cloud, volume, server: id }).collect();
-        join_all(left.iter().map(|effect| self.base.bring_about(operation, effect))).await.into_iter().collect()
+        self.base.bring_all_about(operation, &left).await
     }
 
     /// Makes the server from its volumes on that side, and waits until it runs.
