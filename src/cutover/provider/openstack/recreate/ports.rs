@@ -42,15 +42,13 @@ pub(super) async fn look(cloud: &Cloud, server: &str, planned: &str) -> Result<I
         Err(error) if error.fault == Fault::Config && found.is_empty() => Vec::new(),
         held => held?,
     };
-    let (mut ports, project) = (Vec::new(), cloud.project().await?);
-    for interface in &found {
-        let port = cloud.port(&interface.port_id).await?;
-        if port.device_id != server {
-            let detail =
-                format!("port {} is that of {:?}, and Nova says that this server has it", port.id, port.device_id);
-            return Err(CloudError::new(Fault::Strange, format!("look at server {server}"), cloud.name(), detail));
-        }
-        ports.push(port);
+    let (ports, project) = match found.is_empty() {
+        true => Default::default(),
+        false => (cloud.ports_of(server).await?, cloud.project().await?),
+    };
+    if let Some(other) = found.iter().find(|interface| ports.iter().all(|port| port.id != interface.port_id)) {
+        let detail = format!("Nova says that it has the port {}, and Neutron does not", other.port_id);
+        return Err(CloudError::new(Fault::Strange, format!("look at server {server}"), cloud.name(), detail));
     }
     let cards = match found.len() {
         0 | 1 => None,
