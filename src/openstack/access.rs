@@ -176,7 +176,7 @@ impl CloudAccess {
             }
             return Self::of("the cloud of the OS_* variables", &settings.into());
         }
-        let (clouds, file) = clouds_file(variable)?;
+        let (clouds, file) = clouds_file(named.as_deref(), variable)?;
         let names = || clouds.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
         let (name, settings) = match &named {
             Some(name) => {
@@ -291,8 +291,11 @@ fn setting(table: &serde_json::Value, key: &str) -> Option<String> {
     }
 }
 
-/// The clouds of the first `clouds.yaml` that is there, with what `secure.yaml` adds.
-fn clouds_file(variable: &dyn Fn(&str) -> Option<String>) -> Result<(BTreeMap<String, serde_json::Value>, PathBuf)> {
+/// The clouds of the first `clouds.yaml` that is there, with what `secure.yaml` adds. `named` is the one that is wanted.
+fn clouds_file(
+    named: Option<&str>,
+    variable: &dyn Fn(&str) -> Option<String>,
+) -> Result<(BTreeMap<String, serde_json::Value>, PathBuf)> {
     let home = variable("XDG_CONFIG_HOME")
         .map(PathBuf::from)
         .or_else(|| variable("HOME").map(|home| Path::new(&home).join(".config")));
@@ -311,8 +314,13 @@ fn clouds_file(variable: &dyn Fn(&str) -> Option<String>) -> Result<(BTreeMap<St
     let Some(file) = find(variable("OS_CLIENT_CONFIG_FILE"), "clouds") else {
         let looked: Vec<String> =
             folders.iter().map(|folder| folder.join("clouds.yaml").display().to_string()).collect();
-        return Err(bad("no cloud", "neither OS_AUTH_URL is set, nor is there a clouds.yaml")
-            .hint(format!("it is looked for at {}; or source the cloud's openrc file", looked.join(", "))));
+        let looked = looked.join(", ");
+        return Err(match named {
+            Some(name) => bad("no cloud", format!("there is no clouds.yaml, which would have the cloud {name:?}"))
+                .hint(format!("it is looked for at {looked}; the other OS_* variables are for no named cloud")),
+            None => bad("no cloud", "neither OS_AUTH_URL is set, nor is there a clouds.yaml")
+                .hint(format!("it is looked for at {looked}; or source the cloud's openrc file")),
+        });
     };
     let mut clouds = read(&file)?;
     if let Some(secure) = find(variable("OS_CLIENT_SECURE_FILE"), "secure") {
@@ -437,6 +445,8 @@ mod tests {
         assert!(without.contains("nothing about password"), "{without}");
         let nothing = said(load(None, &[("HOME", "/nowhere")]));
         assert!(nothing.contains("/nowhere/.config/openstack/clouds.yaml"), "{nothing}");
+        let named = said(load(None, &[("HOME", "/nowhere"), ("OS_CLOUD", "prod"), ("OS_AUTH_URL", "http://k:5000")]));
+        assert!(named.contains("\"prod\"") && !named.contains("neither OS_AUTH_URL"), "{named}");
         let url = said(load(None, &[("OS_AUTH_URL", "http://ann:hush@k:5000")]));
         assert!(!url.contains("hush"), "{url}");
         let broken = files("clouds:\n  prod:\n    auth: {password: hush, : }}\n", "");
