@@ -86,40 +86,25 @@ impl Volume {
         self.state().await?.in_flight.filter(|in_flight| in_flight.snapshot.is_some())
     }
 
-    /// The invariant. A removal that a killed run has asked for goes on without it, in whoever has the image's lock: a
-    /// snapshot that is gone once it was read is not looked at.
+    /// The invariant. A removal that a killed run has asked for goes on without it, in whoever has the source's lock: a
+    /// snapshot that is gone once it was read is not held.
     pub(crate) async fn check(&mut self, when: &str) {
-        let source = self.disk.image.clone();
-        for (name, digest) in self.digests(&source, when, |held, name| !held.contains_key(name)).await {
-            self.held.insert(name, digest);
-        }
-        let target = self.target.clone();
-        for (name, there) in self.digests(&target, when, |_, _| true).await {
-            assert_eq!(Some(&there), self.held.get(&name), "{when}: {target}@{name}");
-        }
-    }
-
-    /// The digests of the snapshots of an image that are of interest, and there before and after they were read.
-    async fn digests(
-        &mut self,
-        image: &str,
-        when: &str,
-        of_interest: impl Fn(&HashMap<String, String>, &str) -> bool,
-    ) -> Vec<(String, String)> {
-        let mut found = Vec::new();
-        for name in self.disk.librbd.snapshots(image).await {
-            if of_interest(&self.held, &name) {
-                let digest = self.disk.librbd.try_call(&format!("digest {image}@{name}"), b"").await;
-                found.push((name, digest));
+        let mut read = Vec::new();
+        for name in self.disk.librbd.snapshots(&self.disk.image).await {
+            if !self.held.contains_key(&name) {
+                let words = format!("digest {}@{name}", self.disk.image);
+                read.push((name, self.disk.librbd.try_call(&words, b"").await));
             }
         }
-        let still = self.disk.librbd.snapshots(image).await;
-        found.retain(|(name, _)| still.contains(name));
-        let read = |(name, digest): (String, Result<Vec<u8>, String>)| {
-            let digest = digest.unwrap_or_else(|error| panic!("{when}: {image}@{name}: {error}"));
-            (name, String::from_utf8(digest).expect("hexadecimal digits"))
-        };
-        found.into_iter().map(read).collect()
+        let still = self.disk.librbd.snapshots(&self.disk.image).await;
+        for (name, digest) in read.into_iter().filter(|(name, _)| still.contains(name)) {
+            let digest = digest.unwrap_or_else(|error| panic!("{when}: {}@{name}: {error}", self.disk.image));
+            self.held.insert(name, String::from_utf8(digest).expect("hexadecimal digits"));
+        }
+        for name in self.disk.librbd.snapshots(&self.target).await {
+            let there = self.disk.librbd.digest(&format!("{}@{name}", self.target)).await;
+            assert_eq!(Some(&there), self.held.get(&name), "{when}: {}@{name}", self.target);
+        }
     }
 
     /// Runs to the end; afterwards `verify` finds both sides equal, and the target holds what the writer wrote.
