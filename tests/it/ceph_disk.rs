@@ -96,11 +96,12 @@ async fn a_server_that_has_just_ended_is_waited_for() {
     let mut rig = Rig::lock(&env, "fence-exit").await;
     rig.write(0, b'a').await.unwrap();
     let (place, owner) = (rig.place.clone(), LeaseOwner::current().unwrap());
-    let (fenced, ()) = futures::join!(rig.disk.fence(&owner, LockHolder::Refuse), async {
-        tokio::time::sleep(Duration::from_millis(300)).await;
-        rig.librbd.call(format!("close {place}")).await;
-    });
-    fenced.unwrap();
+    let mut fenced = rig.disk.fence(&owner, LockHolder::Refuse);
+    // It is under way, and not over, when the server ends.
+    let early = tokio::time::timeout(Duration::from_millis(300), &mut fenced).await;
+    assert!(early.is_err(), "nobody was waited for: {early:?}");
+    rig.librbd.call(format!("close {place}")).await;
+    fenced.await.unwrap();
     rig.end().await;
 }
 
@@ -155,9 +156,15 @@ async fn nothing_of_a_server_that_goes_on_writing_lands_beyond_the_fence() {
     let Some(env) = ceph() else { return };
     let mut rig = Rig::lock(&env, "fence-hammer").await;
     rig.librbd.call(format!("hammer {} 7", rig.place)).await;
-    tokio::time::sleep(Duration::from_millis(500)).await;
-    rig.fence(LockHolder::Ask).await.unwrap();
     let place = rig.place.clone();
+    let (begun, mut writes) = (Instant::now(), 0);
+    while writes < 50 {
+        assert!(begun.elapsed() < Duration::from_secs(60), "it writes no more: {writes}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        let count = rig.librbd.call(format!("hammered {place}")).await;
+        writes = String::from_utf8(count).unwrap().parse().unwrap();
+    }
+    rig.fence(LockHolder::Ask).await.unwrap();
     let first = rig.librbd.digest(&place).await;
     let refused = rig.librbd.try_call(&format!("rest {place}"), b"").await.unwrap_err();
     assert!(refused.contains("ReadOnlyImage"), "{refused}");

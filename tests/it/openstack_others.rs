@@ -232,8 +232,12 @@ fn somebody_touches_a_server_that_is_switched() {
     // An administrator can.
     for place in ["step=Aside(Target)", "step=Place(Target)"] {
         let run = touched_at(&bed, place, || {
+            env.wait_for_server(&server, "SHELVED_OFFLOADED");
             println!("unshelved: {}", unshelve(&env, false));
-            std::thread::sleep(std::time::Duration::from_secs(3));
+            env.wait_for("the end of what was asked of Nova", || match &env.server(&server)["OS-EXT-STS:task_state"] {
+                Value::Null => Ok(()),
+                task => Err(task.to_string()),
+            });
         });
         let end = bed.brought_to_an_end(0, run.code, false);
         println!("unshelved at {place}: it is {end}");

@@ -9,8 +9,8 @@ use super::super::ProviderError;
 use super::OpenStack;
 use crate::openstack::{CloudError, Fault};
 
-/// How long it is waited between two looks, at least and at most. To look more often, or at who has the images open until
-/// a server is about to be so far, makes no outage shorter: measured on a cloud whose services share 2 cores.
+/// How long it is waited between two looks, at least and at most. Looking more often, or first at who has the images open,
+/// shortens no outage: measured on a cloud whose services share 2 cores.
 const POLL: [Duration; 2] = [Duration::from_millis(50), Duration::from_secs(1)];
 /// The part of the time that it takes which may be lost by looking late: what lasts is looked at less often.
 const POLL_SHARE: u32 = 20;
@@ -76,7 +76,8 @@ impl OpenStack {
         is: Option<String>,
     ) -> Result<(), ProviderError> {
         let wanted = effect.wanted();
-        let mut begun = Instant::now();
+        let since = Instant::now();
+        let mut begun = since;
         let (mut asks, mut asked, mut worked) = (0u32, None::<Instant>, false);
         let (mut seen, mut refused, mut unseen) = (String::from("not to be seen"), None, None::<CloudError>);
         let passing = |error: &CloudError| error.is_passing() || error.fault == Fault::Conflict;
@@ -128,7 +129,7 @@ impl OpenStack {
                 return Err(self.error(operation, problem, Some("see what keeps it, or raise the limit in the plan")));
             }
             let [least, most] = POLL;
-            tokio::time::sleep((begun.elapsed() / POLL_SHARE).clamp(least, most)).await;
+            tokio::time::sleep((since.elapsed() / POLL_SHARE).clamp(least, most)).await;
         }
     }
 }

@@ -1,7 +1,7 @@
 //! A server that runs from the volumes: shelved, so that it stops and leaves its host, and unshelved.
 
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -143,13 +143,23 @@ struct LetGo<'a> {
     volume: &'a CloudVolume,
     /// What Cinder shows of it then, where that was what told.
     found: OnceLock<Volume>,
-    /// How often it was looked.
-    looks: AtomicU32,
+    /// When its server was last looked at.
+    server_seen: Mutex<Instant>,
 }
 
 impl LetGo<'_> {
-    /// With every so many looks at a volume its server is looked at, too. It has all the cloud's attention that it can get.
-    const SERVER_EVERY: u32 = 8;
+    /// So seldom the server is looked at as well. It has all the cloud's attention that it can get.
+    const SERVER_EVERY: Duration = Duration::from_millis(800);
+
+    /// Whether it is the server's turn to be looked at.
+    fn is_servers_turn(&self) -> bool {
+        let mut seen = self.server_seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let due = seen.elapsed() >= Self::SERVER_EVERY;
+        if due {
+            *seen = Instant::now();
+        }
+        due
+    }
 }
 
 #[async_trait]
@@ -165,8 +175,7 @@ impl Effect for LetGo<'_> {
             let _ = self.found.set(shown);
             return Ok(Look::Done);
         }
-        let looks = self.looks.fetch_add(1, Ordering::Relaxed) + 1;
-        match looks.is_multiple_of(Self::SERVER_EVERY) {
+        match self.is_servers_turn() {
             true => self.leaves.look().await,
             false => Ok(Look::Working(shown.status)),
         }
@@ -315,8 +324,8 @@ impl OpenStack {
         (volume, id): (&CloudVolume, &str),
     ) -> Result<Volume, ProviderError> {
         let cloud = self.cloud(operation).await?;
-        let mut let_go =
-            LetGo { leaves: self.leaves(cloud, id), volume, found: OnceLock::new(), looks: AtomicU32::new(0) };
+        let server_seen = Mutex::new(Instant::now());
+        let mut let_go = LetGo { leaves: self.leaves(cloud, id), volume, found: OnceLock::new(), server_seen };
         self.bring_about(operation, &let_go).await?;
         match let_go.found.take() {
             Some(shown) => Ok(shown),
