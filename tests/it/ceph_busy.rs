@@ -87,9 +87,9 @@ async fn cycles_of_a_busy_image_hold_what_its_snapshots_hold() {
         let (ours, theirs) = (disk.librbd.digest(&sides[0]).await, disk.librbd.digest(&sides[1]).await);
         assert_eq!(ours, theirs, "cycle {cycle}");
         // It goes on writing with the lock that it had.
-        let count = disk.librbd.call(format!("hammered {image}")).await;
+        let count = disk.librbd.hammered(&image).await;
         let begun = Instant::now();
-        while disk.librbd.call(format!("hammered {image}")).await == count {
+        while disk.librbd.hammered(&image).await == count {
             assert!(begun.elapsed() < Duration::from_secs(60), "the writer is stuck after cycle {cycle}");
         }
     }

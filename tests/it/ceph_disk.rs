@@ -161,8 +161,7 @@ async fn nothing_of_a_server_that_goes_on_writing_lands_beyond_the_fence() {
     while writes < 50 {
         assert!(begun.elapsed() < Duration::from_secs(60), "it writes no more: {writes}");
         tokio::time::sleep(Duration::from_millis(10)).await;
-        let count = rig.librbd.call(format!("hammered {place}")).await;
-        writes = String::from_utf8(count).unwrap().parse().unwrap();
+        writes = rig.librbd.hammered(&place).await;
     }
     rig.fence(LockHolder::Ask).await.unwrap();
     let first = rig.librbd.digest(&place).await;

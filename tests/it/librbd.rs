@@ -69,6 +69,12 @@ impl Librbd {
         names.lines().map(str::to_owned).collect()
     }
 
+    /// How many writes and discards a hammer has done to an image.
+    pub(crate) async fn hammered(&mut self, image: &str) -> u64 {
+        let count = self.call(format!("hammered {image}")).await;
+        std::str::from_utf8(&count).ok().and_then(|count| count.parse().ok()).expect("a number")
+    }
+
     /// How many snapshots are half removed.
     pub(crate) async fn trashed(&mut self, image: &str) -> usize {
         self.call(format!("trashed {image}")).await.split(|byte| *byte == b'\n').filter(|name| !name.is_empty()).count()
