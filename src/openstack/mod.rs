@@ -57,6 +57,9 @@ const PAGE: &str = "500";
 /// How many pages are read at most: more volumes than a plan may have.
 const PAGES_MAX: usize = 200;
 
+/// How often a list is begun at most.
+const LISTS_MAX: u32 = 10;
+
 /// The version of Cinder's interface that is spoken: 3.27 (Pike) has attachments.
 pub const CINDER: Microversion = Microversion(3, 27);
 
@@ -121,7 +124,8 @@ impl Cloud {
         self.session.tell(Ask { service, method, path, query: &[], body, operation }).await
     }
 
-    /// All of a list that comes in pages: each begins behind the last one's last id.
+    /// All of a list that comes in pages: each begins behind the last one's last id. Where what has that id is gone by then,
+    /// Cinder answers 404 and Nova 400, and it is begun anew: the newest volume, which is the last, is often the next to go.
     async fn pages<A: DeserializeOwned, T>(
         &self,
         (service, path, operation): (Service, &str, &str),
@@ -130,14 +134,21 @@ impl Cloud {
         listed: fn(A) -> Vec<T>,
         id: fn(&T) -> &String,
     ) -> Result<Vec<T>> {
-        let mut all: Vec<T> = Vec::new();
+        let (mut all, mut begun) = (Vec::<T>::new(), 1);
         for _ in 0..PAGES_MAX {
             let marker = all.last().map(|last| id(last).clone());
             let mut query = vec![("limit", PAGE)];
             query.extend(order);
             query.extend(marker.as_deref().map(|marker| ("marker", marker)));
             whose.narrow(&mut query, "project_id");
-            let page = listed(self.ask(service, path, &query, operation).await?);
+            let page = match self.ask(service, path, &query, operation).await {
+                Err(error) if marker.is_some() && begun < LISTS_MAX && is_gone(&error) => {
+                    tracing::debug!(%error, "listing them anew");
+                    (all, begun) = (Vec::new(), begun + 1);
+                    continue;
+                }
+                page => listed(page?),
+            };
             match page.last() {
                 Some(last) if Some(id(last)) != marker.as_ref() => all.extend(page),
                 _ => return Ok(all),
@@ -161,6 +172,10 @@ impl Cloud {
     pub async fn is_admin(&self) -> Result<bool> {
         Ok(is_admin(&self.roles().await?))
     }
+}
+
+fn is_gone(error: &CloudError) -> bool {
+    matches!(error.fault, Fault::NotFound | Fault::Refused(400))
 }
 
 /// Whether one of these roles is that of an administrator. Their names are the same in capitals.

@@ -187,6 +187,37 @@ async fn long_lists_come_in_pages() {
 }
 
 #[tokio::test]
+async fn a_list_whose_last_is_gone_is_begun_anew() {
+    for gone in [404, 400] {
+        let fake = Fake::start(move |seen, before, _| {
+            seen.line.contains(VOLUMES).then(|| match seen.line.as_str() {
+                line if line.contains("marker=v2") => answer(gone, json!({"itemNotFound": {"message": "v2 is gone"}})),
+                line if line.contains("marker=v1") => answer(200, json!({"volumes": []})),
+                _ if before == 0 => answer(200, json!({"volumes": [volume(1), volume(2)]})),
+                _ => answer(200, json!({"volumes": [volume(1)]})),
+            })
+        })
+        .await;
+        let cloud = fake.connect().await.unwrap();
+        let ids: Vec<_> = cloud.volumes(&Whose::Own).await.unwrap().into_iter().map(|volume| volume.id).collect();
+        assert_eq!((ids, fake.count(VOLUMES)), (vec!["v1".to_owned()], 4));
+    }
+    // It is always gone, and what is not there at all is not asked for again.
+    let always = Fake::start(|seen, _, _| {
+        seen.line.contains(VOLUMES).then(|| match seen.line.contains("marker") {
+            true => answer(404, json!({"itemNotFound": {"message": "v1 is gone"}})),
+            false => answer(200, json!({"volumes": [volume(1)]})),
+        })
+    })
+    .await;
+    let error = always.connect().await.unwrap().volumes(&Whose::Own).await.unwrap_err();
+    assert_eq!((error.fault, always.count(VOLUMES)), (Fault::NotFound, 20));
+    let none = Fake::start(|_, _, _| None).await;
+    let error = none.connect().await.unwrap().volumes(&Whose::Own).await.unwrap_err();
+    assert_eq!((error.fault, none.count(VOLUMES)), (Fault::NotFound, 1));
+}
+
+#[tokio::test]
 async fn a_list_that_never_ends_does() {
     // It does not know of markers.
     let same = Fake::with(VOLUMES, json!({"volumes": [volume(1), volume(2)]})).await;
