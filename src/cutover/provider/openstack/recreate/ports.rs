@@ -6,6 +6,10 @@
 //! found again, and kept from everybody. The next server is made with them: the same ports, with their addresses, security
 //! groups and floating IPs. A server that was not deleted after all is given its ports back.
 //!
+//! A port of which Neutron says otherwise Nova forgets at its next look, and one that comes back it appends, as the last of
+//! the server's cards. So the last one is held first and given back last: what Nova knows is at any time a beginning of the
+//! list, and the cards stay in their order. Where it has forgotten all, it finds them by its own look only.
+//!
 //! Tried on Neutron 21 and Nova 26 (Zed) with ports of both kinds.
 
 use async_trait::async_trait;
@@ -236,9 +240,11 @@ impl Recreate {
             return Err(self.base.error(operation, problem, Some("take it from the server, or begin anew")));
         }
         let held_by = held_by(&self.id);
-        let held = |interface| Held { cloud, interface, server, has_failed, held_by: &held_by };
-        let all: Vec<Held<'_>> = remembered.interfaces.iter().map(held).collect();
-        self.base.bring_all_about(operation, &all).await
+        for interface in remembered.interfaces.iter().rev() {
+            let held = Held { cloud, interface, server, has_failed, held_by: &held_by };
+            self.base.bring_about(operation, &held).await?;
+        }
+        Ok(())
     }
 
     /// The server has its ports: that it was made with them is looked after, and one that was not deleted after all gets
@@ -250,9 +256,10 @@ impl Recreate {
         remembered: &Remembered,
     ) -> Result<(), ProviderError> {
         let (cloud, held_by) = (self.base.cloud(operation).await?, held_by(&self.id));
-        let given = |interface| Given { cloud, interface, server, held_by: &held_by };
-        let all: Vec<Given<'_>> = remembered.interfaces.iter().map(given).collect();
-        self.base.bring_all_about(operation, &all).await
+        for interface in &remembered.interfaces {
+            self.base.bring_about(operation, &Given { cloud, interface, server, held_by: &held_by }).await?;
+        }
+        Ok(())
     }
 
     /// What of its ports is left to a person: those that it has no more; and where somebody has started the server while
