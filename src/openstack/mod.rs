@@ -57,7 +57,7 @@ const PAGE: &str = "500";
 /// How many pages are read at most: more volumes than a plan may have.
 const PAGES_MAX: usize = 200;
 
-/// How often a list is begun at most.
+/// How often a list is read at most that changes meanwhile.
 const LISTS_MAX: u32 = 10;
 
 /// The version of Cinder's interface that is spoken: 3.27 (Pike) has attachments.
@@ -124,17 +124,36 @@ impl Cloud {
         self.session.tell(Ask { service, method, path, query: &[], body, operation }).await
     }
 
-    /// All of a list that comes in pages: each begins behind the last one's last id. Where what has that id is gone by then,
-    /// Cinder answers 404 and Nova 400, and it is begun anew: the newest volume, which is the last, is often the next to go.
+    /// All of a list that comes in pages. Where it changes while it is read it is read anew.
     async fn pages<A: DeserializeOwned, T>(
+        &self,
+        what: (Service, &str, &str),
+        order: &[(&str, &str)],
+        whose: &Whose,
+        listed: fn(A) -> Vec<T>,
+        id: fn(&T) -> &String,
+    ) -> Result<Vec<T>> {
+        for _ in 1..LISTS_MAX {
+            match self.pages_once(what, order, whose, listed, id).await? {
+                Ok(all) => return Ok(all),
+                Err(error) => tracing::debug!(%error, "listing them anew"),
+            }
+        }
+        let last = self.pages_once(what, order, whose, listed, id).await?;
+        last.map_err(|error| CloudError { fault: Fault::Busy, ..error })
+    }
+
+    /// Each page begins behind the last one's last id. Where what has that id is gone by then, Cinder answers 404 and Nova
+    /// 400, which is the inner error: the newest volume, which is the last, is often the next to go.
+    async fn pages_once<A: DeserializeOwned, T>(
         &self,
         (service, path, operation): (Service, &str, &str),
         order: &[(&str, &str)],
         whose: &Whose,
         listed: fn(A) -> Vec<T>,
         id: fn(&T) -> &String,
-    ) -> Result<Vec<T>> {
-        let (mut all, mut begun) = (Vec::<T>::new(), 1);
+    ) -> Result<Result<Vec<T>>> {
+        let mut all: Vec<T> = Vec::new();
         for _ in 0..PAGES_MAX {
             let marker = all.last().map(|last| id(last).clone());
             let mut query = vec![("limit", PAGE)];
@@ -142,16 +161,14 @@ impl Cloud {
             query.extend(marker.as_deref().map(|marker| ("marker", marker)));
             whose.narrow(&mut query, "project_id");
             let page = match self.ask(service, path, &query, operation).await {
-                Err(error) if marker.is_some() && begun < LISTS_MAX && is_gone(&error) => {
-                    tracing::debug!(%error, "listing them anew");
-                    (all, begun) = (Vec::new(), begun + 1);
-                    continue;
+                Err(error) if marker.is_some() && matches!(error.fault, Fault::NotFound | Fault::Refused(400)) => {
+                    return Ok(Err(error));
                 }
                 page => listed(page?),
             };
             match page.last() {
                 Some(last) if Some(id(last)) != marker.as_ref() => all.extend(page),
-                _ => return Ok(all),
+                _ => return Ok(Ok(all)),
             }
         }
         let detail = format!("it has more than {} of them", all.len());
@@ -172,10 +189,6 @@ impl Cloud {
     pub async fn is_admin(&self) -> Result<bool> {
         Ok(is_admin(&self.roles().await?))
     }
-}
-
-fn is_gone(error: &CloudError) -> bool {
-    matches!(error.fault, Fault::NotFound | Fault::Refused(400))
 }
 
 /// Whether one of these roles is that of an administrator. Their names are the same in capitals.
