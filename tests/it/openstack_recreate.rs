@@ -371,6 +371,10 @@ fn started_before_it_is_deleted(bed: &Again<'_>) {
         assert!(Instant::now() < deadline, "it was always killed before a port was held");
         assert!(bed.killed_at("cutover", &[], "give port"));
     }
+    // What it still has are its first ones: those that come back are Nova's last.
+    for (still, first) in bed.env.ports(&bed.planned).iter().zip(bed.facts["ports"].as_array().expect("a list")) {
+        assert_eq!(still["id"], first["id"]);
+    }
     bed.env.server_action(&bed.planned, &json!({"os-start": null}));
     bed.env.wait_for_server(&bed.planned, "ACTIVE");
     let run = bed.run("rollback", &["--with-changes", "--yes"]).expect_code(0);

@@ -8,7 +8,8 @@
 //!
 //! A port of which Neutron says otherwise Nova forgets at its next look, and one that comes back it appends, as the last of
 //! the server's cards. So the last one is held first and given back last: what Nova knows is at any time a beginning of the
-//! list, and the cards stay in their order. Where it has forgotten all, it finds them by its own look only.
+//! list, and the cards stay in their order, where that is known. Where it has forgotten all, it finds them by its own look
+//! only, and puts them in order.
 //!
 //! Tried on Neutron 21 and Nova 26 (Zed) with ports of both kinds.
 
@@ -140,14 +141,16 @@ impl Effect for Held<'_> {
     }
 }
 
-/// A server has a port that was held for it, and Nova knows that: it keeps a list of its own, which it compares with
-/// Neutron's from time to time (`heal_instance_info_cache_interval`, one server a minute). One that is gone, nobody's or
-/// another's the server does without.
+/// A server has a port that was held for it. One that is gone, nobody's or another's the server does without.
+#[derive(Clone, Copy)]
 struct Given<'a> {
     cloud: &'a Cloud,
     interface: &'a Interface,
     server: &'a str,
     held_by: &'a str,
+    /// Whether Nova knows that, too: it keeps a list of its own, which it compares with Neutron's from time to time
+    /// (`heal_instance_info_cache_interval`, one server of a host a minute).
+    known: bool,
 }
 
 #[async_trait]
@@ -163,12 +166,13 @@ impl Effect for Given<'_> {
             return Ok(Look::Done);
         };
         Ok(match port.device_id.as_str() {
+            device if device == server && !self.known => Look::Done,
             device if device == server => {
                 let known = self.cloud.definition(server).await?.mac_addresses().contains(&port.mac_address);
                 // Of one without an address Nova shows nothing.
                 match known || port.fixed_ips.is_empty() {
                     true => Look::Done,
-                    false => Look::Working("not yet shown by Nova".into()),
+                    false => Look::Working("Neutron's, and not yet Nova's, which looks for it by itself".into()),
                 }
             }
             device if device == self.held_by => Look::NotYet("held".into()),
@@ -240,11 +244,16 @@ impl Recreate {
             return Err(self.base.error(operation, problem, Some("take it from the server, or begin anew")));
         }
         let held_by = held_by(&self.id);
+        let mut all = Ok(());
         for interface in remembered.interfaces.iter().rev() {
             let held = Held { cloud, interface, server, has_failed, held_by: &held_by };
-            self.base.bring_about(operation, &held).await?;
+            all = all.and(self.base.bring_about(operation, &held).await);
+            // One that runs again is to know a beginning of its ports; of another one as many are to outlive it as can.
+            if all.is_err() && !has_failed {
+                break;
+            }
         }
-        Ok(())
+        all
     }
 
     /// The server has its ports: that it was made with them is looked after, and one that was not deleted after all gets
@@ -256,10 +265,16 @@ impl Recreate {
         remembered: &Remembered,
     ) -> Result<(), ProviderError> {
         let (cloud, held_by) = (self.base.cloud(operation).await?, held_by(&self.id));
-        for interface in &remembered.interfaces {
-            self.base.bring_about(operation, &Given { cloud, interface, server, held_by: &held_by }).await?;
+        let given = |interface| Given { cloud, interface, server, held_by: &held_by, known: false };
+        let all: Vec<Given<'_>> = remembered.interfaces.iter().map(given).collect();
+        // None is left behind because another one could not be given.
+        let mut given = Ok(());
+        for port in &all {
+            given = given.and(self.base.bring_about(operation, port).await);
         }
-        Ok(())
+        given?;
+        let known: Vec<Given<'_>> = all.into_iter().map(|port| Given { known: true, ..port }).collect();
+        self.base.bring_all_about(operation, &known).await
     }
 
     /// What of its ports is left to a person: those that it has no more; and where somebody has started the server while
