@@ -53,11 +53,8 @@ impl OpenStack {
         if !cloud.is_admin().await.map_err(|error| self.cloud_error(operation, &error))? {
             return Ok(());
         }
-        match self.bring_about(operation, &Locked { cloud, id, locked: true }).await {
-            Ok(()) => self.see_running(operation, id).await,
-            Err(error) => {
-                tracing::warn!(%error, "the server is not locked: nobody may start it before this is over");
-            }
+        if let Err(error) = self.bring_about(operation, &Locked { cloud, id, locked: true }).await {
+            tracing::warn!(%error, "the server is not locked: nobody may start it before this is over");
         }
         Ok(())
     }

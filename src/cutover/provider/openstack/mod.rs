@@ -53,9 +53,9 @@ mod stand_in;
 mod switch;
 mod volumes;
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, OnceLock};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use futures::future::{join, join_all, join3, try_join, try_join_all};
@@ -84,8 +84,6 @@ pub struct OpenStack {
     cloud: OnceCell<Cloud>,
     /// Whether this process has seen the server with nothing open while it was leaving its host, which it may not have yet.
     is_leaving: AtomicBool,
-    /// How the server was seen to run, and when, after this process had locked it.
-    seen_running: Mutex<Option<(Instant, String)>>,
     /// Whether all of a stand-in has come about that this process has asked for: nothing of it comes later.
     stand_in_is_complete: AtomicBool,
 }
@@ -100,7 +98,6 @@ impl OpenStack {
             volumes,
             cloud: OnceCell::new(),
             is_leaving: AtomicBool::new(false),
-            seen_running: Mutex::default(),
             stand_in_is_complete: AtomicBool::new(false),
         }
     }

@@ -10,7 +10,6 @@ use tokio::sync::OnceCell;
 
 use super::super::{Observed, Power, ProviderError, Side};
 use super::effect::{Effect, Look};
-use super::lock::is_ours;
 use super::switch::{CloudVolume, is_open};
 use super::{OpenStack, name};
 use crate::image::ImageError;
@@ -26,8 +25,6 @@ const OFFLOADED: &str = "SHELVED_OFFLOADED";
 
 /// How long Nova may take to forget the host of a server that has left it.
 const HOST_PATIENCE: Duration = Duration::from_secs(5);
-/// For so long it is believed of a server that poolshift has locked that it runs, once that was seen.
-const SEEN_FOR: Duration = Duration::from_secs(2);
 
 /// What it is doing, in the cloud's own words.
 pub(super) fn told(server: &Server) -> String {
@@ -306,28 +303,13 @@ impl OpenStack {
     pub(super) async fn stop_server(&self, id: &str) -> Result<(), ProviderError> {
         let operation = "stop";
         self.is_leaving.store(false, Ordering::Release);
-        let seen = self.seen_running.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let is = match seen.filter(|(at, _)| at.elapsed() < SEEN_FOR) {
-            Some((_, told)) => told,
-            None => {
-                let server = self.server_at_rest(operation, id).await?;
-                if server.status != ACTIVE {
-                    return self.leave_host(operation, id).await;
-                }
-                told(&server)
-            }
-        };
+        let server = self.server_at_rest(operation, id).await?;
+        if server.status != ACTIVE {
+            return self.leave_host(operation, id).await;
+        }
         let leaves = self.leaves(self.cloud(operation).await?, id);
         let closes = Closes { leaves, volumes: &self.volumes, images: OnceCell::new(), is_leaving: &self.is_leaving };
-        self.bring_about_from(operation, &closes, Some(is)).await
-    }
-
-    /// Notes that a server runs, which only an administrator could stop now: its outage need not begin with looking at it.
-    pub(super) async fn see_running(&self, operation: &str, id: &str) {
-        let found = self.server(operation, id).await.ok();
-        let runs = found.filter(|server| is_ours(server) && server.status == ACTIVE && server.task.is_none());
-        let seen = runs.map(|server| (Instant::now(), told(&server)));
-        *self.seen_running.lock().unwrap_or_else(PoisonError::into_inner) = seen;
+        self.bring_about_from(operation, &closes, Some(told(&server))).await
     }
 
     /// It has left its host, and that is asked for where it was given up.
