@@ -142,15 +142,11 @@ impl Effect for Held<'_> {
 }
 
 /// A server has a port that was held for it. One that is gone, nobody's or another's the server does without.
-#[derive(Clone, Copy)]
 struct Given<'a> {
     cloud: &'a Cloud,
     interface: &'a Interface,
     server: &'a str,
     held_by: &'a str,
-    /// Whether Nova knows that, too: it keeps a list of its own, which it compares with Neutron's from time to time
-    /// (`heal_instance_info_cache_interval`, one server of a host a minute).
-    known: bool,
 }
 
 #[async_trait]
@@ -166,15 +162,7 @@ impl Effect for Given<'_> {
             return Ok(Look::Done);
         };
         Ok(match port.device_id.as_str() {
-            device if device == server && !self.known => Look::Done,
-            device if device == server => {
-                let known = self.cloud.definition(server).await?.mac_addresses().contains(&port.mac_address);
-                // Of one without an address Nova shows nothing.
-                match known || port.fixed_ips.is_empty() {
-                    true => Look::Done,
-                    false => Look::Working("Neutron's, and not yet Nova's, which looks for it by itself".into()),
-                }
-            }
+            device if device == server => Look::Done,
             device if device == self.held_by => Look::NotYet("held".into()),
             other => {
                 tracing::warn!(device = other, "port {id} of server {server} is nobody's, or another's, by now");
@@ -186,6 +174,33 @@ impl Effect for Given<'_> {
     async fn ask(&self) -> Result<(), CloudError> {
         let Interface { port, dns_name, .. } = self.interface;
         self.cloud.set_port_device(port, self.server, dns_name.as_deref()).await
+    }
+}
+
+/// Nova knows of all ports that a server was given: it keeps a list of its own, which it compares with Neutron's from time to
+/// time (`heal_instance_info_cache_interval`, one server of a host a minute).
+struct Known<'a> {
+    cloud: &'a Cloud,
+    interfaces: &'a [Interface],
+    server: &'a str,
+}
+
+#[async_trait]
+impl Effect for Known<'_> {
+    fn wanted(&self) -> String {
+        format!("server {} whose ports Nova knows", self.server)
+    }
+
+    async fn look(&self) -> Result<Look, CloudError> {
+        let (ports, shown) = futures::try_join!(self.cloud.ports_of(self.server), self.cloud.definition(self.server))?;
+        let shown = shown.mac_addresses();
+        let given = |port: &&Port| self.interfaces.iter().any(|interface| interface.port == port.id);
+        // Of one without an address Nova shows nothing.
+        let is_known = |port: &Port| port.fixed_ips.is_empty() || shown.contains(&port.mac_address);
+        Ok(match ports.iter().filter(given).find(|port| !is_known(port)) {
+            None => Look::Done,
+            Some(port) => Look::Working(format!("Neutron's that has port {}, and not yet Nova's", port.id)),
+        })
     }
 }
 
@@ -265,16 +280,18 @@ impl Recreate {
         remembered: &Remembered,
     ) -> Result<(), ProviderError> {
         let (cloud, held_by) = (self.base.cloud(operation).await?, held_by(&self.id));
-        let given = |interface| Given { cloud, interface, server, held_by: &held_by, known: false };
-        let all: Vec<Given<'_>> = remembered.interfaces.iter().map(given).collect();
+        let interfaces = remembered.interfaces.as_slice();
         // None is left behind because another one could not be given.
-        let mut given = Ok(());
-        for port in &all {
-            given = given.and(self.base.bring_about(operation, port).await);
+        let mut all = Ok(());
+        for interface in interfaces {
+            all =
+                all.and(self.base.bring_about(operation, &Given { cloud, interface, server, held_by: &held_by }).await);
         }
-        given?;
-        let known: Vec<Given<'_>> = all.into_iter().map(|port| Given { known: true, ..port }).collect();
-        self.base.bring_all_about(operation, &known).await
+        all?;
+        if interfaces.is_empty() {
+            return Ok(());
+        }
+        self.base.bring_about(operation, &Known { cloud, interfaces, server }).await
     }
 
     /// What of its ports is left to a person: those that it has no more; and where somebody has started the server while
