@@ -33,7 +33,7 @@ use super::phase::Phase;
 use super::proof::{self, Proved};
 use super::provider::{Observed, Power, Side};
 use super::server::{CutoverError, Observer, Options, PhaseTime, Proof, Report, Result, Server};
-use super::sides::{Sides, store_journal};
+use super::sides::{HAS_IT_OPEN, Sides, store_journal};
 use super::warm_up;
 use crate::fleet::{chain_text, group};
 use crate::image::{DiskUser, ImageError, LeaseOwner, LockHolder};
@@ -368,7 +368,7 @@ impl<'a> Walk<'a> {
             operation: "final delta".to_owned(),
             server: self.server().name.clone(),
             problem: format!("{stranger}: somebody may still write to it"),
-            hint: Some("find out what has the image open (rbd status), and end it".to_owned()),
+            hint: Some(HAS_IT_OPEN.to_owned()),
         }
         .into()
     }

@@ -25,6 +25,10 @@ const CLOSE_PATIENCE: Duration = Duration::from_secs(5);
 /// How long a client that was killed is taken for one that has its image open: its watch times out after 30 s, which
 /// busy OSDs notice later.
 const WATCH_PATIENCE: Duration = Duration::from_secs(60);
+/// What to do about an image that is open elsewhere.
+pub(super) const HAS_IT_OPEN: &str = "find out what has the image open (rbd status), and end it; a watch that is still \
+                                      there a minute after its client's end goes when the image's OSD has peered anew \
+                                      (ceph osd down ID)";
 
 impl Volume {
     /// The image on that side.
@@ -126,9 +130,7 @@ impl Sides<'_> {
     /// What to do about the holder of a lease that is not, or no longer, waited for; `None`: it is.
     async fn why_not_to_wait(&self, holder: &str, since: Instant) -> Option<&'static str> {
         match () {
-            () if !LeaseOwner::is_description(holder) => {
-                Some("find out what has the image open (rbd status), and end it")
-            }
+            () if !LeaseOwner::is_description(holder) => Some(HAS_IT_OPEN),
             () if self.is_with_another_cutover(holder).await => Some(
                 "that process is at a cutover of it: wait for its end, and look with --dry-run where the server is then",
             ),

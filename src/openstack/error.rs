@@ -14,7 +14,7 @@ pub enum Fault {
     Forbidden,
     /// What was asked for is not there.
     NotFound,
-    /// It can't be done as things are (409): look at how they are, and decide anew.
+    /// It can't be done as things are (409, 412): look at how they are, and decide anew.
     Conflict,
     /// The request is refused for what it says, with that status.
     Refused(u16),
@@ -76,6 +76,17 @@ impl CloudError {
     /// Whether the same may well succeed a little later.
     pub fn is_passing(&self) -> bool {
         matches!(self.fault, Fault::Unavailable | Fault::Busy)
+    }
+}
+
+/// What was asked for, if it is there.
+///
+/// # Errors
+/// If that could not be asked.
+pub fn if_there<T>(asked: Result<T>) -> Result<Option<T>> {
+    match asked {
+        Err(error) if error.fault == Fault::NotFound => Ok(None),
+        asked => asked.map(Some),
     }
 }
 

@@ -43,7 +43,7 @@ mod session;
 mod tests;
 
 pub use access::CloudAccess;
-pub use error::{CloudError, Fault, Result};
+pub use error::{CloudError, Fault, Result, if_there};
 pub use session::Microversion;
 
 use nova::Whose;

@@ -31,6 +31,9 @@ pub struct Port {
     /// Its name for the DNS, where the cloud has one: Nova makes it that of the server's host.
     #[serde(default)]
     pub dns_name: String,
+    /// Counts its changes; `None` where the cloud does not count them.
+    #[serde(default)]
+    pub revision_number: Option<u64>,
 }
 
 impl Cloud {
@@ -58,18 +61,24 @@ impl Cloud {
     /// Says which server, or other device, has a port; with an empty text, that nobody has. Neutron believes it: Nova is not
     /// asked, and takes neither the interface from the server nor the port from where it is bound. With it goes a name for
     /// the DNS, if one is given.
-    pub async fn set_port_device(&self, port: &str, device: &str, dns_name: Option<&str>) -> Result<()> {
+    ///
+    /// # Errors
+    /// [`Fault::Conflict`](super::Fault::Conflict) if the port was changed since it was seen like that, by whomever.
+    pub async fn set_port_device(&self, port: &Port, device: &str, dns_name: Option<&str>) -> Result<()> {
         let operation = match device {
-            "" => format!("let go of port {port}"),
-            _ => format!("give port {port} to {device}"),
+            "" => format!("let go of port {}", port.id),
+            _ => format!("give port {} to {device}", port.id),
         };
-        let path = format!("ports/{}", checked(port, "port", &operation)?);
+        let path = format!("ports/{}", checked(&port.id, "port", &operation)?);
         let mut body = json!({"port": {"device_id": device}});
         if let Some(name) = dns_name {
             body["port"]["dns_name"] = name.into();
         }
         let (service, method) = (Service::Neutron, Method::PUT);
         let ask = Ask { service, method, path: &path, query: &[], body: Some(&body), operation: &operation };
-        self.session.tell(ask).await
+        match port.revision_number {
+            Some(revision) => self.session.tell_if_still(revision, ask).await,
+            None => self.session.tell(ask).await,
+        }
     }
 }

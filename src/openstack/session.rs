@@ -123,6 +123,15 @@ pub(super) struct Ask<'a> {
     pub(super) operation: &'a str,
 }
 
+/// What a request says besides.
+#[derive(Clone, Copy)]
+enum Special {
+    /// It is of another microversion than the usual one.
+    Version(Microversion),
+    /// It is to be carried out only while what it is about has that revision.
+    Revision(u64),
+}
+
 /// How long is waited before a request is made again: 0.2 s, and twice as long after each further one.
 struct Pause(Duration);
 
@@ -209,7 +218,13 @@ impl Session {
 
     /// The same in a microversion of the call's own, which the caller has made sure of.
     pub(super) async fn tell_in(&self, version: Microversion, ask: Ask<'_>) -> Result<()> {
-        self.send_in(Some(version), ask).await.map(drop)
+        self.send_as(Some(Special::Version(version)), ask).await.map(drop)
+    }
+
+    /// The same where what it is about still has the revision that it was seen with; otherwise that is a
+    /// [`Fault::Conflict`], and nothing was done.
+    pub(super) async fn tell_if_still(&self, revision: u64, ask: Ask<'_>) -> Result<()> {
+        self.send_as(Some(Special::Revision(revision)), ask).await.map(drop)
     }
 
     async fn place(&self, service: Service) -> Result<String> {
@@ -218,10 +233,10 @@ impl Session {
     }
 
     async fn send(&self, ask: Ask<'_>) -> Result<Vec<u8>> {
-        self.send_in(None, ask).await
+        self.send_as(None, ask).await
     }
 
-    async fn send_in(&self, own: Option<Microversion>, ask: Ask<'_>) -> Result<Vec<u8>> {
+    async fn send_as(&self, special: Option<Special>, ask: Ask<'_>) -> Result<Vec<u8>> {
         let reads = ask.method == Method::GET;
         let (mut refused_token, mut renewed) = (None, false);
         let mut pause = Pause::default();
@@ -238,8 +253,11 @@ impl Session {
             let mut request = self.http.request(ask.method.clone(), url);
             request = request.header("X-Auth-Token", token.text.expose_secret()).header("Accept", "application/json");
             if let Some((service, usual)) = ask.service.version() {
-                let version = own.unwrap_or(usual);
+                let version = if let Some(Special::Version(own)) = special { own } else { usual };
                 request = request.header("OpenStack-API-Version", format!("{service} {version}"));
+            }
+            if let Some(Special::Revision(revision)) = special {
+                request = request.header("If-Match", format!("revision_number={revision}"));
             }
             if let Some(body) = ask.body {
                 request = request.json(body);
@@ -569,7 +587,8 @@ fn fault(status: StatusCode, body: &[u8]) -> Fault {
         403 if over_quota() => Fault::OverQuota,
         403 => Fault::Forbidden,
         404 => Fault::NotFound,
-        409 => Fault::Conflict,
+        // 412: it has another revision by now.
+        409 | 412 => Fault::Conflict,
         406 => Fault::Version,
         429 => Fault::Busy,
         300..=499 => Fault::Refused(status.as_u16()),

@@ -178,7 +178,7 @@ async fn a_services_address_is_that_of_the_region_and_interface() {
     assert_eq!((fake.count("GET /cinder/v3/"), fake.count("GET /mine/v3/")), (1, 1));
     assert_eq!(cloud.port("p").await.unwrap().device_id, "s");
     let cloud = Cloud::connect(at("r2", Interface::Internal)).await.unwrap();
-    cloud.set_port_device("p", "", None).await.unwrap();
+    cloud.set_port_device(&cloud.port("p").await.unwrap(), "", None).await.unwrap();
     let asked = ["GET /mine/v2.0/ports/p", "PUT /network/v2.0/ports/p"].map(|line| fake.seen(line).len());
     assert_eq!(asked, [1, 1]);
     assert_eq!(fake.seen("PUT /network")[0].body, json!({"port": {"device_id": ""}}));

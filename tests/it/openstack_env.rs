@@ -108,21 +108,28 @@ impl Api {
         path: &str,
         body: Option<&Value>,
     ) -> Result<(u16, Value), String> {
+        if self.token.borrow().text.is_empty() {
+            self.authenticate()?;
+        }
+        let url = format!("{}/{path}", address(&self.auth_url, service, &self.token.borrow().project));
+        let version = match service {
+            Service::Cinder => "volume 3.27",
+            Service::Nova => "compute 2.79",
+            Service::Neutron => "network 2.0",
+            Service::Keystone => "identity 3.0",
+        };
+        // It makes key pairs up to there only.
+        let version = if path.starts_with("os-keypairs") { "compute 2.1" } else { version };
+        self.call_at(&url, method, version, body)
+    }
+
+    fn call_at(&self, url: &str, method: &Method, version: &str, body: Option<&Value>) -> Result<(u16, Value), String> {
         for fresh in [false, true] {
             if fresh || self.token.borrow().text.is_empty() {
                 self.authenticate()?;
             }
-            let token = self.token.borrow().clone();
-            let url = format!("{}/{path}", address(&self.auth_url, service, &token.project));
-            let version = match service {
-                Service::Cinder => "volume 3.27",
-                Service::Nova => "compute 2.79",
-                Service::Neutron => "network 2.0",
-                Service::Keystone => "identity 3.0",
-            };
-            // It makes key pairs up to there only.
-            let version = if path.starts_with("os-keypairs") { "compute 2.1" } else { version };
-            let mut request = self.http.request(method.clone(), url).header("X-Auth-Token", token.text);
+            let token = self.token.borrow().text.clone();
+            let mut request = self.http.request(method.clone(), url).header("X-Auth-Token", token);
             request = request.header("OpenStack-API-Version", version);
             if let Some(body) = body {
                 request = request.json(body);
@@ -131,7 +138,7 @@ impl Api {
                 let response = request.send().await?;
                 Ok::<_, reqwest::Error>((response.status().as_u16(), response.bytes().await?))
             });
-            let (status, body) = answer.map_err(|error| format!("{method} {path}: {error}"))?;
+            let (status, body) = answer.map_err(|error| format!("{method} {url}: {error}"))?;
             if status == 401 && !fresh {
                 continue;
             }
@@ -325,6 +332,52 @@ impl OpenStackEnv {
             let seen = || format!("{} {} {}", server["status"], server["OS-EXT-STS:task_state"], server["fault"]);
             if still { Ok(server.clone()) } else { Err(seen()) }
         })
+    }
+}
+
+/// A second API of Nova's, which keeps for a while what is deleted: it is the API that decides that. It ends when this goes.
+pub(crate) struct KeepingApi<'a> {
+    env: &'a OpenStackEnv,
+}
+
+impl<'a> KeepingApi<'a> {
+    const SERVICE: &'static str = "nova-api-keeping";
+    const PORT: u16 = 18774;
+
+    #[track_caller]
+    pub(crate) fn start(env: &'a OpenStackEnv) -> Self {
+        let file = |path: &str| env.folder.join(path).display().to_string();
+        let port = format!("osapi_compute_listen_port = {}", Self::PORT);
+        let text = format!("[DEFAULT]\nreclaim_instance_interval = 86400\n{port}\n");
+        std::fs::write(file("etc/nova-keeping.conf"), text).expect("it can be configured");
+        // As scripts/openstack-dev starts the first one.
+        let start = "log=$1 pid=$2; shift 2; setsid \"$@\" >>\"$log\" 2>&1 </dev/null & echo $! >\"$pid\"";
+        let main = "import sys; sys.argv[0] = 'nova-api'; from nova.cmd.api import main; sys.exit(main())";
+        let mut command = Command::new(env.folder.join("chroot"));
+        command.args(["sh", "-c", start, "sh"]);
+        command.args([file(&format!("log/{}.log", Self::SERVICE)), file(&format!("run/{}.pid", Self::SERVICE))]);
+        command.args(["/usr/bin/python3", "-W", "ignore", "-c", main]);
+        command.args(["--config-file", &file("etc/nova.conf"), "--config-file", &file("etc/nova-keeping.conf")]);
+        run(&mut command);
+        Self { env }
+    }
+
+    /// Deletes a server as its owner does: Nova stops it, and keeps it.
+    #[track_caller]
+    pub(crate) fn delete(&self, id: &str) {
+        let env = self.env;
+        let url = format!("{}:{}/v2.1/servers/{id}", host(&env.api.auth_url), Self::PORT);
+        env.wait_for("the second API", || match env.api.call_at(&url, &Method::DELETE, "compute 2.79", None) {
+            Ok((204, _)) => Ok(()),
+            other => Err(format!("{other:?}")),
+        });
+        env.wait_for_server(id, "SOFT_DELETED");
+    }
+}
+
+impl Drop for KeepingApi<'_> {
+    fn drop(&mut self) {
+        self.env.signal(Self::SERVICE, "TERM");
     }
 }
 

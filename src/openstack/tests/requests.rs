@@ -42,6 +42,33 @@ async fn each_service_is_told_its_exact_version() {
 }
 
 #[tokio::test]
+async fn a_port_is_changed_only_as_it_was_seen() {
+    let fake = Fake::start(|seen, before, _| match seen.line.as_str() {
+        "GET /network/v2.0/ports/old" => Some(answer(200, json!({"port": {"id": "old"}}))),
+        line if line.starts_with("GET /network/v2.0/ports/") => {
+            Some(answer(200, json!({"port": {"id": "p", "device_id": "s", "revision_number": 7 + before}})))
+        }
+        "PUT /network/v2.0/ports/p" if before == 0 => {
+            Some(answer(412, json!({"NeutronError": {"type": "RevisionNumberConstraintFailed", "message": "not 7"}})))
+        }
+        line if line.starts_with("PUT") => Some(answer(200, json!({"port": {"id": "p"}}))),
+        _ => None,
+    })
+    .await;
+    let mut access = fake.access();
+    access.endpoints.insert("network", format!("{}/network", fake.base()).parse().unwrap());
+    let cloud = Cloud::connect(access).await.unwrap();
+    let error = cloud.set_port_device(&cloud.port("p").await.unwrap(), "x", None).await.unwrap_err();
+    // It is for the caller to look at what it has become.
+    assert!(error.fault == Fault::Conflict && error.to_string().contains("not 7"), "{error}");
+    cloud.set_port_device(&cloud.port("p").await.unwrap(), "x", None).await.unwrap();
+    // Not every cloud counts what becomes of a port.
+    cloud.set_port_device(&cloud.port("old").await.unwrap(), "x", None).await.unwrap();
+    let told: Vec<_> = fake.seen("PUT ").iter().map(|seen| seen.header("If-Match").to_owned()).collect();
+    assert_eq!(told, ["revision_number=7", "revision_number=8", "-"]);
+}
+
+#[tokio::test]
 async fn a_service_that_has_too_much_to_do_is_asked_again() {
     let fake = Fake::start(|seen, before, _| match seen.line.as_str() {
         line if line.contains("/action") && before < 2 => {

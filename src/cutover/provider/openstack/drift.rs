@@ -6,7 +6,7 @@ use super::recreate::find_marked;
 use crate::fleet::Drift;
 use crate::openstack::cinder::Volume;
 use crate::openstack::nova::ServerAttachment;
-use crate::openstack::{Cloud, CloudError, Fault};
+use crate::openstack::{Cloud, CloudError, if_there};
 use crate::plan::{CinderVolume, Cutover, Holder, Server, Strategy};
 
 /// Asks.
@@ -17,7 +17,7 @@ pub async fn look(cloud: &Cloud, server: &Server) -> Result<Vec<Drift>, CloudErr
     let Cutover::OpenStack(config) = &server.cutover else { return Ok(Vec::new()) };
     let cinder = server.volumes.iter().filter_map(|volume| Some((volume.name.as_str(), volume.cinder.as_ref()?)));
     let shown = cinder.map(|(name, cinder)| async move {
-        Ok::<_, CloudError>((name, cinder, or_gone(cloud.volume(&cinder.volume).await)?))
+        Ok::<_, CloudError>((name, cinder, if_there(cloud.volume(&cinder.volume).await)?))
     });
     let shown = try_join_all(shown).await?;
     let mut drift: Vec<Drift> =
@@ -29,27 +29,19 @@ pub async fn look(cloud: &Cloud, server: &Server) -> Result<Vec<Drift>, CloudErr
     };
     match holder {
         Some((id, what)) => {
-            let mut attached = or_gone(cloud.server_attachments(id).await)?;
+            let mut attached = if_there(cloud.server_attachments(id).await)?;
             let is_server = what == "server";
             if attached.is_none()
                 && config.strategy == Strategy::Recreate
                 && let Some(now) = find_marked(cloud, id).await?
             {
-                attached = or_gone(cloud.server_attachments(&now.id).await)?;
+                attached = if_there(cloud.server_attachments(&now.id).await)?;
             }
             drift.extend(of_holder(server, (id, what), attached.as_deref(), is_server));
         }
         None => drift.extend(shown.iter().filter_map(|(name, _, shown)| of_detached(name, shown.as_ref()))),
     }
     Ok(drift)
-}
-
-fn or_gone<T>(found: Result<T, CloudError>) -> Result<Option<T>, CloudError> {
-    match found {
-        Ok(found) => Ok(Some(found)),
-        Err(error) if error.fault == Fault::NotFound => Ok(None),
-        Err(error) => Err(error),
-    }
 }
 
 /// One that is gone, or has another type, has no image any more where the plan has its source.

@@ -53,8 +53,8 @@ mod stand_in;
 mod switch;
 mod volumes;
 
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -185,6 +185,8 @@ impl OpenStack {
         let (mut seen, mut retyped, mut shut) = (Some(looked), false, false);
         let mut leaving = self.ours().filter(|_| self.is_leaving.load(Ordering::Acquire));
         for _ in 0..STEPS_MAX {
+            // Whether nothing was done since Cinder has shown it.
+            let mut fresh = seen.is_none();
             let (mut shown, mut known) = match seen.take() {
                 Some(seen) => seen,
                 None => self.look_at(operation, volume).await?,
@@ -196,6 +198,7 @@ impl OpenStack {
                 && let Some(server) = leaving.take()
             {
                 shown = self.until_let_go(operation, (volume, server)).await?;
+                fresh = true;
             }
             match &step {
                 Step::Done => return Ok(()),
@@ -207,18 +210,19 @@ impl OpenStack {
                 }
                 Step::Wait => self.until_still(operation, volume).await?,
                 Step::Retype => {
-                    seen = Some(self.retype(operation, (volume, &shown), to).await?);
+                    seen = Some(self.retype(operation, (volume, &shown, fresh), to).await?);
                     (retyped, shut) = (true, false);
                 }
                 // Cinder may still have a request that somebody has made in vain, and would move the image that is about
                 // to have the name: it does so for what is available only.
                 Step::Place(_) | Step::Aside(_) if !retyped && !shut => {
-                    self.shut(operation, cloud, volume).await?;
+                    self.shut(operation, (cloud, volume), None).await?;
                     shut = true;
                 }
                 // A server that was shelved expects it to be kept for it.
                 Step::Aside(_) if self.ours().is_some() && !shut => {
-                    let (aside, kept) = join(volume.rename(&step), self.shut(operation, cloud, volume)).await;
+                    let is = Some(shown.status.clone()).filter(|status| status == Status::Available.name());
+                    let (aside, kept) = join(volume.rename(&step), self.shut(operation, (cloud, volume), is)).await;
                     aside.map_err(image_error)?;
                     kept?;
                     known.after(&step);
@@ -234,10 +238,15 @@ impl OpenStack {
         Err(self.error(operation, format!("volume {} does not come to rest", volume.name), None))
     }
 
-    /// Gives a volume a status in which Cinder does nothing with it.
-    async fn shut(&self, operation: &str, cloud: &Cloud, volume: &CloudVolume) -> Result<(), ProviderError> {
+    /// Gives a volume a status in which Cinder does nothing with it; `is` says which one it was just seen with.
+    async fn shut(
+        &self,
+        operation: &str,
+        (cloud, volume): (&Cloud, &CloudVolume),
+        is: Option<String>,
+    ) -> Result<(), ProviderError> {
         let of_status = volumes::OfStatus { cloud, volume, status: self.shut_status(), ours: self.ours() };
-        self.bring_about(operation, &of_status).await
+        self.bring_about_from(operation, &of_status, is).await
     }
 
     /// Waits until Cinder is done with a volume.
@@ -254,11 +263,12 @@ impl OpenStack {
         Ok((shown, seen))
     }
 
-    /// Has Cinder give a volume, as it was just seen, the next type on its way to a side; and looks at what is there then.
+    /// Has Cinder give a volume, as it was seen, the next type on its way to a side; and looks at what is there then. It is
+    /// not looked at once more first where that was `fresh`.
     async fn retype(
         &self,
         operation: &str,
-        (volume, before): (&CloudVolume, &Volume),
+        (volume, before, fresh): (&CloudVolume, &Volume, bool),
         to: Side,
     ) -> Result<(Volume, Seen), ProviderError> {
         let cloud = self.cloud(operation).await?;
@@ -273,7 +283,8 @@ impl OpenStack {
         };
         let policy = if migrates { MigrationPolicy::OnDemand } else { MigrationPolicy::Never };
         let ours = self.ours();
-        let mut of_type = volumes::OfType { cloud, volume, now, next, policy, ours, found: OnceLock::new() };
+        let seen = Mutex::new(fresh.then(|| before.clone()));
+        let mut of_type = volumes::OfType { cloud, volume, now, next, policy, ours, seen, found: OnceLock::new() };
         let is = format!("{} of type {now:?}", before.status);
         self.bring_about_from(operation, &of_type, Some(is)).await?;
         let (after, seen) = match of_type.found.take() {

@@ -3,6 +3,7 @@
 use futures::future::join_all;
 
 use super::super::{Precondition, Side, Verdict};
+use super::server::why_not_active;
 use super::switch::{self, CloudVolume, Step};
 use super::{OpenStack, lock, name};
 use crate::openstack::cinder::{Status, Volume, VolumeType};
@@ -59,6 +60,7 @@ async fn server(provider: &OpenStack, cloud: &Cloud, id: &str) -> Precondition {
     let missing =
         provider.volumes.iter().find(|volume| !server.volumes.iter().any(|had| had.id == volume.cinder.volume));
     let more = server.volumes.len().saturating_sub(provider.volumes.len());
+    let idle = why_not_active(&server);
     match () {
         () if server.boots_from_image() => {
             wrong("it boots from a disk of its own, no volume: shelving it would make an image of that first".into())
@@ -67,9 +69,7 @@ async fn server(provider: &OpenStack, cloud: &Cloud, id: &str) -> Precondition {
             wrong(format!("it has an ephemeral disk of {} GiB, which shelving throws away", server.flavor.ephemeral))
         }
         () if server.task.is_some() => wrong(format!("{} is under way with it", server.task.unwrap_or_default())),
-        () if server.status != "ACTIVE" => {
-            wrong(format!("it is {}, and has to be ACTIVE: it runs when it comes back", server.status))
-        }
+        () if idle.is_some() => wrong(idle.unwrap_or_default()),
         () if missing.is_some() => {
             let volume = missing.map(|volume| volume.cinder.volume.clone()).unwrap_or_default();
             wrong(format!("it has not the volume {volume}: make the plan anew, with poolshift plan --openstack"))

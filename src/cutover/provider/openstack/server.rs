@@ -16,10 +16,12 @@ use crate::image::ImageError;
 use crate::image::rbd::RbdImage;
 use crate::openstack::cinder::{Status, Volume};
 use crate::openstack::nova::{Server, ServerAction};
-use crate::openstack::{Cloud, CloudError, Fault};
+use crate::openstack::{Cloud, CloudError, Fault, if_there};
 
 pub(super) const ACTIVE: &str = "ACTIVE";
 pub(super) const OFF: &str = "SHUTOFF";
+/// Stopped, and deleted for good one day, where its cloud keeps what is deleted for a while.
+pub(super) const DELETED_SOFTLY: &str = "SOFT_DELETED";
 const SHELVED: &str = "SHELVED";
 const OFFLOADED: &str = "SHELVED_OFFLOADED";
 
@@ -46,12 +48,24 @@ pub(super) fn power(server: &Server) -> Power {
     }
 }
 
+/// Why a server can't be brought over because of its status, which is that of a server that does not run.
+pub(super) fn why_not_active(server: &Server) -> Option<String> {
+    match server.status.as_str() {
+        ACTIVE => None,
+        DELETED_SOFTLY => {
+            let id = &server.id;
+            Some(format!("somebody has deleted it, and its cloud keeps it for a while: openstack server restore {id}"))
+        }
+        status => Some(format!("it is {status}, and has to be {ACTIVE}: it runs when it comes back")),
+    }
+}
+
 /// Begins to delete a server, which may be gone already, also where its cloud keeps what is deleted for a while, and its
 /// volumes with it.
 pub(super) async fn delete_for_good(cloud: &Cloud, id: &str) -> Result<(), CloudError> {
     let asked = async {
         match cloud.server(id).await?.status.as_str() {
-            "SOFT_DELETED" => cloud.act_on_server(id, ServerAction::ForceDelete).await,
+            DELETED_SOFTLY => cloud.act_on_server(id, ServerAction::ForceDelete).await,
             _ => cloud.delete_server(id).await,
         }
     };
@@ -223,10 +237,8 @@ impl OpenStack {
             let Some(attachment) = volume.attachments.first().filter(|found| !found.attachment_id.is_empty()) else {
                 return Ok(None);
             };
-            match cloud.attachment(&attachment.attachment_id).await {
-                Err(error) if error.fault == Fault::NotFound => Ok(None),
-                found => Ok::<_, CloudError>(found?.image().map(str::to_owned)),
-            }
+            let found = if_there(cloud.attachment(&attachment.attachment_id).await)?;
+            Ok::<_, CloudError>(found.and_then(|found| found.image().map(str::to_owned)))
         });
         try_join_all(told).await.map_err(|error| self.cloud_error(operation, &error))
     }
@@ -244,12 +256,9 @@ impl OpenStack {
     pub(super) async fn observe_server(&self, id: &str) -> Result<Observed, ProviderError> {
         let operation = "state";
         let cloud = self.cloud(operation).await?;
-        let found = match cloud.server(id).await {
-            // Whoever has deleted it has left its volumes.
-            Err(error) if error.fault == Fault::NotFound => None,
-            found => Some(found.map_err(|error| self.cloud_error(operation, &error))?),
-        };
+        let found = if_there(cloud.server(id).await).map_err(|error| self.cloud_error(operation, &error))?;
         let server = match found {
+            // Whoever has deleted it has left its volumes.
             None => return Ok(Observed { power: Power::Off, side: self.side_of(&self.look(operation).await?) }),
             Some(server) if server.task.is_none() => server,
             Some(server) if is_being_shelved(&server) && self.is_leaving.load(Ordering::Acquire) => {

@@ -1,7 +1,7 @@
 //! What Cinder is asked for, about one volume.
 
 use std::collections::BTreeMap;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use async_trait::async_trait;
 use serde_json::Value;
@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::effect::{Effect, Look};
 use super::switch::CloudVolume;
 use crate::openstack::cinder::{MigrationPolicy, Status, Volume};
-use crate::openstack::{Cloud, CloudError, Fault};
+use crate::openstack::{Cloud, CloudError, Fault, if_there};
 
 /// Cinder is not at it.
 pub(super) struct AtRest<'a> {
@@ -39,6 +39,8 @@ pub(super) struct OfType<'a> {
     pub(super) policy: MigrationPolicy,
     /// The server that has left its host, and may be said to have it all the same.
     pub(super) ours: Option<&'a str>,
+    /// What Cinder has shown of it just now, and before the first request is not asked for again.
+    pub(super) seen: Mutex<Option<Volume>>,
     /// What Cinder shows of it once it has the type.
     pub(super) found: OnceLock<Volume>,
 }
@@ -69,7 +71,11 @@ impl Effect for OfType<'_> {
 
     async fn ask(&self) -> Result<(), CloudError> {
         let id = self.volume.cinder.volume.as_str();
-        let shown = self.cloud.volume(id).await?;
+        let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let shown = match seen {
+            Some(shown) => shown,
+            None => self.cloud.volume(id).await?,
+        };
         // It may have become something else since it was looked at: that is looked at again.
         let as_seen = shown.volume_type.as_deref().unwrap_or_default() == self.now && self.volume.is_image_of(&shown);
         if shown.is_moving() || !as_seen {
@@ -155,10 +161,9 @@ impl Effect for NoFailure<'_> {
     }
 
     async fn look(&self) -> Result<Look, CloudError> {
-        let shown = match self.cloud.volume(&self.volume.cinder.volume).await {
-            // Whoever has deleted it has deleted that, too.
-            Err(error) if error.fault == Fault::NotFound => return Ok(Look::Done),
-            shown => shown?,
+        // Whoever has deleted it has deleted that, too.
+        let Some(shown) = if_there(self.cloud.volume(&self.volume.cinder.volume).await)? else {
+            return Ok(Look::Done);
         };
         let failed = shown.migration_status.as_deref() == Some("error");
         Ok(if failed { Look::NotYet("of a migration that failed".into()) } else { Look::Done })

@@ -26,7 +26,8 @@
 //!
 //! - The server of the plan is that with the plan's id; where there is none, that which is marked with it in its metadata
 //!   ([`SERVER_MARK`](remembered::SERVER_MARK)). One that was asked for is there, or is not; one is made only where there
-//!   is none, and a second one would not be given the volumes.
+//!   is none, and a second one would not be given the volumes. One that somebody has deleted, and that Nova keeps for a
+//!   while, it lists to nobody: the new volumes say who has them.
 //! - A target is found by its image, whatever the name: that names the volume of Cinder's. One that Cinder was asked for
 //!   and that has no image yet is marked as well.
 //! - A volume whose image is not the target's is never taken from Cinder, unless it carries the mark and has no image.

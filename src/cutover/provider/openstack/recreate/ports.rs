@@ -21,7 +21,7 @@ use super::Recreate;
 use super::remembered::{Interface, Remembered};
 use crate::openstack::definition::ServerInterface;
 use crate::openstack::neutron::Port;
-use crate::openstack::{Cloud, CloudError, Fault};
+use crate::openstack::{Cloud, CloudError, Fault, if_there};
 
 /// Who has the ports while a server is not there; `id` is the server's in the plan.
 fn held_by(id: &str) -> String {
@@ -92,10 +92,7 @@ fn sorted(mut found: Vec<ServerInterface>, ports: &[Port], cards: Option<&[Strin
 
 /// A port, if it is there.
 async fn port(cloud: &Cloud, id: &str) -> Result<Option<Port>, CloudError> {
-    match cloud.port(id).await {
-        Err(error) if error.fault == Fault::NotFound => Ok(None),
-        found => found.map(Some),
-    }
+    if_there(cloud.port(id).await)
 }
 
 /// A port is held.
@@ -109,6 +106,26 @@ struct Held<'a> {
     held_by: &'a str,
 }
 
+impl Held<'_> {
+    fn judge(&self, port: Option<&Port>) -> Look {
+        let id = self.interface.port.as_str();
+        let Some(port) = port else {
+            return match self.has_failed {
+                true => Look::Done,
+                false => Look::Hopeless(format!("its port {id} is gone: somebody has deleted it")),
+            };
+        };
+        match port.device_id.as_str() {
+            device if device == self.held_by => Look::Done,
+            device if device == self.server => Look::NotYet("the server's".into()),
+            "" if self.has_failed => Look::NotYet("nobody's".into()),
+            _ if self.has_failed => Look::Done,
+            "" => Look::Hopeless(format!("its port {id} is nobody's: somebody has taken it from the server")),
+            other => Look::Hopeless(format!("its port {id} is that of {other} by now")),
+        }
+    }
+}
+
 #[async_trait]
 impl Effect for Held<'_> {
     fn wanted(&self) -> String {
@@ -116,28 +133,19 @@ impl Effect for Held<'_> {
     }
 
     async fn look(&self) -> Result<Look, CloudError> {
-        let id = self.interface.port.as_str();
-        let Some(port) = port(self.cloud, id).await? else {
-            return Ok(match self.has_failed {
-                true => Look::Done,
-                false => Look::Hopeless(format!("its port {id} is gone: somebody has deleted it")),
-            });
-        };
-        Ok(match port.device_id.as_str() {
-            device if device == self.held_by => Look::Done,
-            device if device == self.server => Look::NotYet("the server's".into()),
-            "" if self.has_failed => Look::NotYet("nobody's".into()),
-            _ if self.has_failed => Look::Done,
-            "" => Look::Hopeless(format!("its port {id} is nobody's: somebody has taken it from the server")),
-            other => Look::Hopeless(format!("its port {id} is that of {other} by now")),
-        })
+        Ok(self.judge(port(self.cloud, &self.interface.port).await?.as_ref()))
     }
 
     async fn ask(&self) -> Result<(), CloudError> {
-        let Some(port) = port(self.cloud, &self.interface.port).await? else { return Ok(()) };
-        // Of a name that another server's host name is not, Nova makes nothing of the port.
-        let name = (!port.dns_name.is_empty()).then_some("");
-        self.cloud.set_port_device(&port.id, self.held_by, name).await
+        match port(self.cloud, &self.interface.port).await? {
+            Some(port) if matches!(self.judge(Some(&port)), Look::NotYet(_)) => {
+                // Of a name that another server's host name is not, Nova makes nothing of the port.
+                let name = (!port.dns_name.is_empty()).then_some("");
+                self.cloud.set_port_device(&port, self.held_by, name).await
+            }
+            // It has become something else since it was looked at: that is looked at again.
+            _ => Ok(()),
+        }
     }
 }
 
@@ -172,8 +180,14 @@ impl Effect for Given<'_> {
     }
 
     async fn ask(&self) -> Result<(), CloudError> {
-        let Interface { port, dns_name, .. } = self.interface;
-        self.cloud.set_port_device(port, self.server, dns_name.as_deref()).await
+        let Interface { port: id, dns_name, .. } = self.interface;
+        match port(self.cloud, id).await? {
+            Some(port) if port.device_id == self.held_by => {
+                self.cloud.set_port_device(&port, self.server, dns_name.as_deref()).await
+            }
+            // It has become something else since it was looked at: that is looked at again.
+            _ => Ok(()),
+        }
     }
 }
 
@@ -211,11 +225,12 @@ pub(super) async fn free(cloud: &Cloud, planned: &str, remembered: &Remembered) 
     with.interfaces.clear();
     for interface in &remembered.interfaces {
         let id = interface.port.as_str();
-        match port(cloud, id).await?.map(|port| port.device_id) {
-            Some(device) if device == held_by => cloud.set_port_device(id, "", None).await?,
-            Some(device) if device.is_empty() => {}
+        match port(cloud, id).await? {
+            Some(port) if port.device_id == held_by => cloud.set_port_device(&port, "", None).await?,
+            Some(port) if port.device_id.is_empty() => {}
             other => {
-                tracing::warn!(device = other, "port {id} is gone, or another's: the server is made without it");
+                let device = other.map(|port| port.device_id);
+                tracing::warn!(device, "port {id} is gone, or another's: the server is made without it");
                 continue;
             }
         }
@@ -230,7 +245,7 @@ pub(super) async fn hold_again(cloud: &Cloud, planned: &str, remembered: &Rememb
         let id = interface.port.as_str();
         let held = async {
             match port(cloud, id).await? {
-                Some(port) if port.device_id.is_empty() => cloud.set_port_device(id, &held_by(planned), None).await,
+                Some(port) if port.device_id.is_empty() => cloud.set_port_device(&port, &held_by(planned), None).await,
                 _ => Ok(()),
             }
         };

@@ -4,7 +4,7 @@ use futures::future::join_all;
 
 use super::super::super::{Precondition, Side, Verdict, name};
 use super::super::preconditions::obstacle;
-use super::super::server::ACTIVE;
+use super::super::server::why_not_active;
 use super::super::switch::CloudVolume;
 use super::ports::{self, Interfaces};
 use super::remembered::BYTES_MAX;
@@ -82,10 +82,9 @@ fn judge(facts: &Facts<'_>) -> Vec<(Verdict, String)> {
     let keep = |why: &str| format!("{why}; {KEEP_IDS}");
     let (own, ephemeral) = (facts.project, server.flavor.ephemeral);
     wrong(server.task.is_some(), format!("{} is under way with it", server.task.as_deref().unwrap_or_default()));
-    wrong(
-        server.status != ACTIVE,
-        format!("it is {}, and has to be {ACTIVE}: it runs when it comes back", server.status),
-    );
+    if let Some(why) = why_not_active(server) {
+        wrong(true, why);
+    }
     if let Some(missing) = facts.missing {
         wrong(true, format!("it has not the volume {missing}: make the plan anew, with poolshift plan --openstack"));
     }

@@ -7,14 +7,14 @@ use futures::future::try_join_all;
 
 use super::super::super::{Notes, Power, ProviderError, Side};
 use super::super::effect::{Effect, Look};
-use super::super::server::{ACTIVE, AtRest, delete_for_good, power, told};
+use super::super::server::{ACTIVE, AtRest, DELETED_SOFTLY, delete_for_good, power, told};
 use super::remembered::{BYTES_MAX, Remembered, SERVER_MARK};
 use super::volumes::State;
 use super::{Recreate, ports, volumes};
 use crate::image::{Disk as _, ErrorKind};
 use crate::openstack::cinder::Volume;
 use crate::openstack::nova::{Server, Whose};
-use crate::openstack::{Cloud, CloudError, Fault};
+use crate::openstack::{Cloud, CloudError, Fault, if_there};
 
 /// The server as it is found.
 #[derive(Debug)]
@@ -33,7 +33,7 @@ impl Found {
 
     /// Whether Nova deletes it for good one day, and has stopped it.
     pub(super) fn is_deleted(&self) -> bool {
-        self.server.status == "SOFT_DELETED"
+        self.server.status == DELETED_SOFTLY
     }
 
     pub(super) fn is_marked(&self) -> bool {
@@ -47,7 +47,7 @@ pub(in crate::cutover::provider::openstack) async fn find_marked(
     id: &str,
 ) -> Result<Option<Server>, CloudError> {
     let mut all = cloud.servers(&Whose::Own).await?;
-    all.retain(|server| server.metadata.get(SERVER_MARK).is_some_and(|mark| mark == id));
+    all.retain(|server| is_marked_with(server, id));
     if all.len() > 1 {
         let ids: Vec<&str> = all.iter().map(|server| server.id.as_str()).collect();
         let detail = format!("{} servers are marked with {SERVER_MARK}={id}: {}", ids.len(), ids.join(", "));
@@ -57,11 +57,15 @@ pub(in crate::cutover::provider::openstack) async fn find_marked(
     Ok(all.pop())
 }
 
+fn is_marked_with(server: &Server, id: &str) -> bool {
+    server.metadata.get(SERVER_MARK).is_some_and(|mark| mark == id)
+}
+
 /// The server that has that id in a plan, whatever it is now.
 async fn find(cloud: &Cloud, id: &str) -> Result<Option<Server>, CloudError> {
-    match cloud.server(id).await {
-        Err(error) if error.fault == Fault::NotFound => find_marked(cloud, id).await,
-        found => found.map(Some),
+    match if_there(cloud.server(id).await)? {
+        None => find_marked(cloud, id).await,
+        found => Ok(found),
     }
 }
 
@@ -78,10 +82,7 @@ impl Effect for Gone<'_> {
     }
 
     async fn look(&self) -> Result<Look, CloudError> {
-        let server = match self.cloud.server(self.id).await {
-            Err(error) if error.fault == Fault::NotFound => return Ok(Look::Done),
-            server => server?,
-        };
+        let Some(server) = if_there(self.cloud.server(self.id).await)? else { return Ok(Look::Done) };
         Ok(match () {
             () if server.task.is_some() || server.status == "DELETED" => Look::Working(told(&server)),
             () if power(&server) == Power::Running => Look::Hopeless(format!("it is {}: it runs", told(&server))),
@@ -164,9 +165,9 @@ impl Effect for Made<'_> {
         let made = self.made.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let found = match made {
             // One that is being built may be looked for too early.
-            Some(id) => match self.cloud.server(&id).await {
-                Err(error) if error.fault == Fault::NotFound => return Ok(Look::NotYet("gone".into())),
-                found => Some(found?),
+            Some(id) => match if_there(self.cloud.server(&id).await)? {
+                None => return Ok(Look::NotYet("gone".into())),
+                found => found,
             },
             None => find_marked(self.cloud, self.id).await?,
         };
@@ -210,21 +211,41 @@ impl Recreate {
     pub(super) async fn find(&self, operation: &str) -> Result<Option<Found>, ProviderError> {
         let cloud = self.base.cloud(operation).await?;
         let cloud_error = |error: CloudError| self.base.cloud_error(operation, &error);
-        let Some(mut server) = find(cloud, &self.id).await.map_err(cloud_error)? else { return Ok(None) };
+        let found = match find(cloud, &self.id).await.map_err(cloud_error)? {
+            None => self.find_deleted(operation).await?,
+            found => found,
+        };
+        let Some(mut server) = found else { return Ok(None) };
         if server.task.is_some() {
             let id = server.id.clone();
             // What was under way may have been its end.
             let rest = self.base.bring_about(operation, &AtRest { cloud, id: &id }).await;
-            match cloud.server(&id).await {
-                Err(error) if error.fault == Fault::NotFound => return Ok(None),
-                now => {
-                    rest?;
-                    server = now.map_err(cloud_error)?;
-                }
-            }
+            let Some(now) = if_there(cloud.server(&id).await).map_err(cloud_error)? else { return Ok(None) };
+            rest?;
+            server = now;
         }
         let side = self.side_of(operation, &server).await?;
         Ok(Some(Found { server, side }))
+    }
+
+    /// The server that was made again, where somebody has deleted it and Nova keeps what is deleted for a while: such a one it
+    /// lists to administrators only, and shows by its id to everybody. Its volumes still say who has them.
+    async fn find_deleted(&self, operation: &str) -> Result<Option<Server>, ProviderError> {
+        let cloud = self.base.cloud(operation).await?;
+        let targets = self.targets(operation).await?;
+        let found = async {
+            for target in targets.iter().flatten() {
+                let Some(shown) = if_there(cloud.volume(target).await)? else { continue };
+                for attachment in &shown.attachments {
+                    let server = if_there(cloud.server(&attachment.server_id).await)?;
+                    if let Some(server) = server.filter(|server| is_marked_with(server, &self.id)) {
+                        return Ok(Some(server));
+                    }
+                }
+            }
+            Ok(None)
+        };
+        found.await.map_err(|error: CloudError| self.base.cloud_error(operation, &error))
     }
 
     /// The volumes of Cinder's that the targets are, by the names of their images; `None` for one that is none. What is
@@ -322,11 +343,8 @@ impl Recreate {
         // Of one that it will delete in a while Nova changes nothing. Where it was poolshift's doing, that was told before.
         if let Some(ends) = attached.iter().find(|had| found.is_deleted() && had.delete_on_termination) {
             let problem = format!("somebody has deleted it, and its volume {} would end with it", ends.volume);
-            return Err(self.base.error(
-                operation,
-                problem,
-                Some("openstack server restore it, then the same once more"),
-            ));
+            let hint = format!("openstack server restore {id}, then the same once more");
+            return Err(self.base.error(operation, problem, Some(&hint)));
         }
         let ends: Vec<Ends<'_>> =
             volumes.iter().map(|volume| Ends { cloud, server: id, volume, ends: false }).collect();

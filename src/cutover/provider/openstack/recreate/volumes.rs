@@ -16,7 +16,7 @@ use crate::image::{Disk as _, ImageError, ImageSpec, SourceImage as _};
 use crate::openstack::cinder::{Status, Volume};
 use crate::openstack::manage::Managed;
 use crate::openstack::nova::Whose;
-use crate::openstack::{Cloud, CloudError, Fault};
+use crate::openstack::{Cloud, CloudError, if_there};
 
 /// How it is with a volume that Cinder has been given, or is being given.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -119,10 +119,7 @@ impl Effect for AtRest<'_> {
     }
 
     async fn look(&self) -> Result<Look, CloudError> {
-        let shown = match self.cloud.volume(self.id).await {
-            Err(error) if error.fault == Fault::NotFound => return Ok(Look::Done),
-            shown => shown?,
-        };
+        let Some(shown) = if_there(self.cloud.volume(self.id).await)? else { return Ok(Look::Done) };
         Ok(match State::of(&shown) {
             State::Moving => Look::Working(shown.status),
             State::Taken if self.to == Side::Source => Look::Working(shown.status),
@@ -144,15 +141,12 @@ impl Effect for Unmanaged<'_> {
     }
 
     async fn look(&self) -> Result<Look, CloudError> {
-        match self.cloud.volume(self.id).await {
-            Err(error) if error.fault == Fault::NotFound => Ok(Look::Done),
-            Ok(shown) => Ok(match State::of(&shown) {
-                State::Free | State::Failed => Look::NotYet(shown.status),
-                State::Taken => Look::Hopeless(format!("volume {} is {}: somebody has it", self.id, shown.status)),
-                State::Moving => Look::Working(shown.status),
-            }),
-            Err(error) => Err(error),
-        }
+        let Some(shown) = if_there(self.cloud.volume(self.id).await)? else { return Ok(Look::Done) };
+        Ok(match State::of(&shown) {
+            State::Free | State::Failed => Look::NotYet(shown.status),
+            State::Taken => Look::Hopeless(format!("volume {} is {}: somebody has it", self.id, shown.status)),
+            State::Moving => Look::Working(shown.status),
+        })
     }
 
     async fn ask(&self) -> Result<(), CloudError> {
@@ -271,13 +265,9 @@ impl OpenStack {
                 let hint = "it was switched with strategy \"keep-ids\": put that into the plan again";
                 return Err(self.error(operation, problem, Some(hint)));
             }
-            match cloud.volume(id).await {
-                Ok(found) => {
-                    let volume = Some((found.id.clone(), State::of(&found)));
-                    return Ok(Seen { idle, volume, others: Vec::new() });
-                }
-                Err(error) if error.fault == Fault::NotFound => {}
-                Err(error) => return Err(cloud_error(error)),
+            if let Some(found) = if_there(cloud.volume(id).await).map_err(cloud_error)? {
+                let volume = Some((found.id.clone(), State::of(&found)));
+                return Ok(Seen { idle, volume, others: Vec::new() });
             }
         }
         let mut others = Vec::new();
@@ -402,10 +392,7 @@ impl Effect for Deleted<'_> {
     }
 
     async fn look(&self) -> Result<Look, CloudError> {
-        let shown = match self.cloud.volume(self.id()).await {
-            Err(error) if error.fault == Fault::NotFound => return Ok(Look::Done),
-            shown => shown?,
-        };
+        let Some(shown) = if_there(self.cloud.volume(self.id()).await)? else { return Ok(Look::Done) };
         let now = shown.volume_type.as_deref().unwrap_or_default();
         if !self.volume.is_image_of(&shown) || now != self.volume.final_type(Side::Source) {
             return Ok(Look::Hopeless(format!(
