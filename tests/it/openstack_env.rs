@@ -377,7 +377,10 @@ impl<'a> KeepingApi<'a> {
 
 impl Drop for KeepingApi<'_> {
     fn drop(&mut self) {
-        self.env.signal(Self::SERVICE, "TERM");
+        // A second panic would end the process, and say nothing of the first.
+        if !std::thread::panicking() {
+            self.env.signal(Self::SERVICE, "TERM");
+        }
     }
 }
 

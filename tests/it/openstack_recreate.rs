@@ -216,13 +216,21 @@ impl<'a> Again<'a> {
     /// Runs a command and kills it once it has told a line with that; says whether it was killed.
     #[track_caller]
     fn killed_at(&self, command: &str, words: &[&str], place: &str) -> bool {
+        self.killed_after(command, words, &[place])
+    }
+
+    /// The same, once it has told one with each of these, in this order.
+    #[track_caller]
+    fn killed_after(&self, command: &str, words: &[&str], places: &[&str]) -> bool {
         let words: Vec<&str> = words.iter().copied().chain(["--yes"]).collect();
         let mut command = self.fleet.command("web", command, &words);
         command.env("POOLSHIFT_LOG", "poolshift=debug");
         let mut run = Running::start(command);
-        let told = run.until_line(|line| line.trim_end().ends_with(place) || line.contains(&format!("{place} ")));
+        let told = places.iter().all(|place| {
+            run.until_line(|line| line.trim_end().ends_with(place) || line.contains(&format!("{place} ")))
+        });
         let killed = run.kill() && told;
-        println!("killed at {place:?}: {killed}");
+        println!("killed at {places:?}: {killed}");
         killed
     }
 
@@ -390,23 +398,45 @@ fn started_before_it_is_deleted(bed: &Again<'_>) {
 #[track_caller]
 fn deleted_after_it_was_made_again(bed: &Again<'_>) {
     let (env, keeping) = (bed.env, KeepingApi::start(bed.env));
-    // A volume would end with it: it has to come back before its volumes can be taken from it.
-    let made = text(&bed.server().expect("it is there")["id"]);
-    keeping.delete(&made);
-    let run = bed.run("rollback", &["--with-changes", "--yes"]).expect_code(14);
-    assert!(run.stderr.contains(&format!("openstack server restore {made}")), "{run:?}");
-    assert_eq!(env.server(&made)["status"], "SOFT_DELETED");
-    env.server_action(&made, &json!({"restore": null}));
-    env.wait_for_server(&made, "ACTIVE");
-    bed.run("rollback", &["--with-changes", "--yes"]).expect_code(0);
-    // Nothing ends with it yet: it goes for good, and its volumes stay.
+    let made = || {
+        bed.follow();
+        let id = text(&bed.server().expect("it is there")["id"]);
+        env.wait_for_server(&id, "ACTIVE");
+        id
+    };
+    let refused_until_it_is_back = |command: &str, words: &[&str], id: &str| {
+        let run = bed.run(command, words);
+        assert!(run.code != Some(0) && run.stderr.contains(&format!("openstack server restore {id}")), "{run:?}");
+        let shown = env.server(id);
+        assert_eq!(shown["status"], "SOFT_DELETED");
+        let volumes = shown["os-extended-volumes:volumes_attached"].clone();
+        env.server_action(id, &json!({"restore": null}));
+        env.wait_for_server(id, "ACTIVE");
+        volumes
+    };
+    let back = ["--with-changes", "--yes"];
+    // It does not run, as it has to.
+    let id = made();
+    keeping.delete(&id);
+    refused_until_it_is_back("rollback", &back, &id);
+    bed.run("rollback", &back).expect_code(0);
+    // It was not told yet that a volume ends with it, and is not told so before it is back.
+    assert!(bed.killed_after("cutover", &[], &[": committed", "list the volumes of server"]));
+    let id = made();
+    keeping.delete(&id);
+    let volumes = refused_until_it_is_back("cutover", &["--yes"], &id);
+    let ends = |all: &Value| all.as_array().expect("a list").iter().any(|one| one["delete_on_termination"] == true);
+    assert!(!ends(&volumes), "{volumes}");
+    bed.run("cutover", &["--yes"]);
+    assert!(ends(&env.server(&id)["os-extended-volumes:volumes_attached"]));
+    bed.run("rollback", &back).expect_code(0);
+    // Nothing ends with it yet: it goes for good, and its volumes and ports stay.
     assert!(bed.killed_at("cutover", &[], "create server"));
-    bed.follow();
-    let made = text(&bed.server().expect("it is there")["id"]);
-    env.wait_for_server(&made, "ACTIVE");
-    keeping.delete(&made);
-    bed.run("rollback", &["--with-changes", "--yes"]).expect_code(0);
-    let (status, _) = env.ask(Service::Nova, &Method::GET, &format!("servers/{made}"), None).expect("Nova answers");
+    let id = made();
+    keeping.delete(&id);
+    bed.run("rollback", &back).expect_code(0);
+    assert_eq!(bed.guest.borrow().ports(), bed.facts["ports"]);
+    let (status, _) = env.ask(Service::Nova, &Method::GET, &format!("servers/{id}"), None).expect("Nova answers");
     assert_eq!(status, 404);
 }
 

@@ -185,20 +185,18 @@ impl OpenStack {
         let (mut seen, mut retyped, mut shut) = (Some(looked), false, false);
         let mut leaving = self.ours().filter(|_| self.is_leaving.load(Ordering::Acquire));
         for _ in 0..STEPS_MAX {
-            // Whether nothing was done since Cinder has shown it.
-            let mut fresh = seen.is_none();
             let (mut shown, mut known) = match seen.take() {
                 Some(seen) => seen,
                 None => self.look_at(operation, volume).await?,
             };
-            let step = switch::next(to, &known);
+            let (step, mut let_go) = (switch::next(to, &known), false);
             tracing::debug!(volume = volume.name, ?step, "{operation}");
             // The image has another name from then on, and nobody has it open. Cinder still has to do with the volume.
             if !matches!(step, Step::Hide(_) | Step::StandIn(_) | Step::Refuse(_))
                 && let Some(server) = leaving.take()
             {
                 shown = self.until_let_go(operation, (volume, server)).await?;
-                fresh = true;
+                let_go = true;
             }
             match &step {
                 Step::Done => return Ok(()),
@@ -210,7 +208,7 @@ impl OpenStack {
                 }
                 Step::Wait => self.until_still(operation, volume).await?,
                 Step::Retype => {
-                    seen = Some(self.retype(operation, (volume, &shown, fresh), to).await?);
+                    seen = Some(self.retype(operation, (volume, &shown, let_go), to).await?);
                     (retyped, shut) = (true, false);
                 }
                 // Cinder may still have a request that somebody has made in vain, and would move the image that is about
@@ -263,12 +261,12 @@ impl OpenStack {
         Ok((shown, seen))
     }
 
-    /// Has Cinder give a volume, as it was seen, the next type on its way to a side; and looks at what is there then. It is
-    /// not looked at once more first where that was `fresh`.
+    /// Has Cinder give a volume, as it was seen, the next type on its way to a side; and looks at what is there then. Where
+    /// its host has let go of it just now, and Cinder keeps it for its server, it is not looked at once more first.
     async fn retype(
         &self,
         operation: &str,
-        (volume, before, fresh): (&CloudVolume, &Volume, bool),
+        (volume, before, let_go): (&CloudVolume, &Volume, bool),
         to: Side,
     ) -> Result<(Volume, Seen), ProviderError> {
         let cloud = self.cloud(operation).await?;
@@ -283,7 +281,8 @@ impl OpenStack {
         };
         let policy = if migrates { MigrationPolicy::OnDemand } else { MigrationPolicy::Never };
         let ours = self.ours();
-        let seen = Mutex::new(fresh.then(|| before.clone()));
+        let is_kept = let_go && before.status == Status::Reserved.name();
+        let seen = Mutex::new(is_kept.then(|| before.clone()));
         let mut of_type = volumes::OfType { cloud, volume, now, next, policy, ours, seen, found: OnceLock::new() };
         let is = format!("{} of type {now:?}", before.status);
         self.bring_about_from(operation, &of_type, Some(is)).await?;

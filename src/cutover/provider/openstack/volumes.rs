@@ -39,7 +39,7 @@ pub(super) struct OfType<'a> {
     pub(super) policy: MigrationPolicy,
     /// The server that has left its host, and may be said to have it all the same.
     pub(super) ours: Option<&'a str>,
-    /// What Cinder has shown of it just now, and before the first request is not asked for again.
+    /// What Cinder has shown of it just now, kept for that server: before the first request it is not asked for again.
     pub(super) seen: Mutex<Option<Volume>>,
     /// What Cinder shows of it once it has the type.
     pub(super) found: OnceLock<Volume>,
@@ -106,8 +106,11 @@ impl Effect for OfType<'_> {
 
 /// Whether another server has it than the one that has left its host.
 fn is_taken(shown: &Volume, ours: Option<&str>) -> bool {
-    shown.status == Status::InUse.name()
-        && (ours.is_none() || shown.attachments.iter().any(|found| Some(found.server_id.as_str()) != ours))
+    shown.status == Status::InUse.name() && (ours.is_none() || has_other(shown, ours))
+}
+
+fn has_other(shown: &Volume, ours: Option<&str>) -> bool {
+    shown.attachments.iter().any(|found| Some(found.server_id.as_str()) != ours)
 }
 
 /// A server has it.
@@ -134,6 +137,8 @@ impl Effect for OfStatus<'_> {
     async fn look(&self) -> Result<Look, CloudError> {
         let shown = self.cloud.volume(&self.volume.cinder.volume).await?;
         Ok(match () {
+            // Its status may have been written over just when another server was given it.
+            () if self.status == Status::Reserved && has_other(&shown, self.ours) => taken(&shown),
             () if shown.status == self.status.name() => Look::Done,
             // It is to be kept from nobody, and somebody has it.
             () if self.status == Status::Available && shown.status == Status::InUse.name() => Look::Done,

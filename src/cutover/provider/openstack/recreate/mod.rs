@@ -27,7 +27,7 @@
 //! - The server of the plan is that with the plan's id; where there is none, that which is marked with it in its metadata
 //!   ([`SERVER_MARK`](remembered::SERVER_MARK)). One that was asked for is there, or is not; one is made only where there
 //!   is none, and a second one would not be given the volumes. One that somebody has deleted, and that Nova keeps for a
-//!   while, it lists to nobody: the new volumes say who has them.
+//!   while, is in no list that an owner gets: its volumes say who has them.
 //! - A target is found by its image, whatever the name: that names the volume of Cinder's. One that Cinder was asked for
 //!   and that has no image yet is marked as well.
 //! - A volume whose image is not the target's is never taken from Cinder, unless it carries the mark and has no image.
@@ -51,6 +51,7 @@ use super::switch::Connectors;
 use crate::openstack::nova::ServerAction;
 use crate::plan::{self, Holder, OpenStackCutover};
 use remembered::Remembered;
+use server::Found;
 
 pub(super) use server::find_marked;
 
@@ -108,6 +109,19 @@ impl Recreate {
             }
         }
         Ok(())
+    }
+
+    /// Nothing is told to a server that its cloud is about to delete: its volumes might be deleted with it.
+    fn refuse_deleted(&self, operation: &str, found: &Found) -> Result<(), ProviderError> {
+        match found.is_deleted() {
+            true => Err(self.deleted(operation, &found.server.id, "and its cloud keeps it for a while")),
+            false => Ok(()),
+        }
+    }
+
+    fn deleted(&self, operation: &str, id: &str, and: &str) -> ProviderError {
+        let hint = format!("openstack server restore {id}, then the same once more");
+        self.base.error(operation, format!("somebody has deleted it, {and}"), Some(&hint))
     }
 
     /// Holds the old volumes, and the others of the server, while it is not there.
@@ -235,6 +249,7 @@ impl Provider for Recreate {
                 Err(self.base.error(&operation, problem, Some("see with `openstack server show` which volumes it has")))
             }
             Some(found) => {
+                self.refuse_deleted(&operation, &found)?;
                 let id = found.server.id.as_str();
                 if let Some(remembered) = Remembered::noted(notes) {
                     self.give_ports(&operation, id, &remembered).await?;
@@ -259,6 +274,7 @@ impl Provider for Recreate {
         let operation = "cleaning up";
         let mut remarks = Vec::new();
         if let Some(found) = self.find(operation).await? {
+            self.refuse_deleted(operation, &found)?;
             if let Some(remembered) = Remembered::noted(notes) {
                 self.tell_what_ends_with_it(operation, &found, &remembered).await?;
                 if found.side == Some(on) {

@@ -95,6 +95,28 @@ async fn port(cloud: &Cloud, id: &str) -> Result<Option<Port>, CloudError> {
     if_there(cloud.port(id).await)
 }
 
+/// How often a port is looked at once more, because somebody has changed it since: Nova writes to ports, too.
+const CHANGED_MAX: u32 = 5;
+
+/// Gives a port to a device, if it `is_to_go` there, with a name for the DNS if it needs another one; gives back the port as
+/// it was seen before.
+async fn give(
+    cloud: &Cloud,
+    id: &str,
+    (device, dns_name): (&str, impl Fn(&Port) -> Option<String>),
+    is_to_go: impl Fn(&Port) -> bool,
+) -> Result<Option<Port>, CloudError> {
+    for tried in 1.. {
+        let found = port(cloud, id).await?;
+        let Some(port) = found.as_ref().filter(|port| is_to_go(port)) else { return Ok(found) };
+        match cloud.set_port_device(port, device, dns_name(port).as_deref()).await {
+            Err(error) if error.fault == Fault::Conflict && tried < CHANGED_MAX => {}
+            done => return done.map(|()| found),
+        }
+    }
+    unreachable!("the last try is given back")
+}
+
 /// A port is held.
 struct Held<'a> {
     cloud: &'a Cloud,
@@ -137,15 +159,10 @@ impl Effect for Held<'_> {
     }
 
     async fn ask(&self) -> Result<(), CloudError> {
-        match port(self.cloud, &self.interface.port).await? {
-            Some(port) if matches!(self.judge(Some(&port)), Look::NotYet(_)) => {
-                // Of a name that another server's host name is not, Nova makes nothing of the port.
-                let name = (!port.dns_name.is_empty()).then_some("");
-                self.cloud.set_port_device(&port, self.held_by, name).await
-            }
-            // It has become something else since it was looked at: that is looked at again.
-            _ => Ok(()),
-        }
+        // Of a name that another server's host name is not, Nova makes nothing of the port.
+        let no_name = |port: &Port| (!port.dns_name.is_empty()).then(String::new);
+        let is_to_go = |port: &Port| matches!(self.judge(Some(port)), Look::NotYet(_));
+        give(self.cloud, &self.interface.port, (self.held_by, no_name), is_to_go).await.map(drop)
     }
 }
 
@@ -181,13 +198,8 @@ impl Effect for Given<'_> {
 
     async fn ask(&self) -> Result<(), CloudError> {
         let Interface { port: id, dns_name, .. } = self.interface;
-        match port(self.cloud, id).await? {
-            Some(port) if port.device_id == self.held_by => {
-                self.cloud.set_port_device(&port, self.server, dns_name.as_deref()).await
-            }
-            // It has become something else since it was looked at: that is looked at again.
-            _ => Ok(()),
-        }
+        let is_held = |port: &Port| port.device_id == self.held_by;
+        give(self.cloud, id, (self.server, |_: &Port| dns_name.clone()), is_held).await.map(drop)
     }
 }
 
@@ -225,9 +237,8 @@ pub(super) async fn free(cloud: &Cloud, planned: &str, remembered: &Remembered) 
     with.interfaces.clear();
     for interface in &remembered.interfaces {
         let id = interface.port.as_str();
-        match port(cloud, id).await? {
-            Some(port) if port.device_id == held_by => cloud.set_port_device(&port, "", None).await?,
-            Some(port) if port.device_id.is_empty() => {}
+        match give(cloud, id, ("", |_: &Port| None), |port| port.device_id == held_by).await? {
+            Some(port) if port.device_id == held_by || port.device_id.is_empty() => {}
             other => {
                 let device = other.map(|port| port.device_id);
                 tracing::warn!(device, "port {id} is gone, or another's: the server is made without it");
@@ -243,13 +254,8 @@ pub(super) async fn free(cloud: &Cloud, planned: &str, remembered: &Remembered) 
 pub(super) async fn hold_again(cloud: &Cloud, planned: &str, remembered: &Remembered) {
     for interface in &remembered.interfaces {
         let id = interface.port.as_str();
-        let held = async {
-            match port(cloud, id).await? {
-                Some(port) if port.device_id.is_empty() => cloud.set_port_device(&port, &held_by(planned), None).await,
-                _ => Ok(()),
-            }
-        };
-        if let Err(error) = held.await {
+        let is_nobodys = |port: &Port| port.device_id.is_empty();
+        if let Err(error) = give(cloud, id, (&held_by(planned), |_: &Port| None), is_nobodys).await {
             tracing::warn!(
                 error = crate::fleet::chain_text(&error),
                 "port {id} is not kept from being given to another"

@@ -1,5 +1,6 @@
 //! The server: found by its id or its mark, deleted without its volumes, made again.
 
+use std::collections::BTreeSet;
 use std::sync::{Mutex, PoisonError};
 
 use async_trait::async_trait;
@@ -191,7 +192,13 @@ impl Effect for Made<'_> {
         let disks = self.remembered.disks.iter().zip(&self.volumes);
         let now: std::collections::HashMap<&str, &str> =
             disks.map(|(disk, volume)| (disk.volume.as_str(), volume.as_str())).collect();
-        let remembered = ports::free(self.cloud, self.id, self.remembered).await?;
+        let remembered = match ports::free(self.cloud, self.id, self.remembered).await {
+            Err(error) => {
+                ports::hold_again(self.cloud, self.id, self.remembered).await;
+                return Err(error);
+            }
+            with => with?,
+        };
         let wanted = remembered.new_server(self.id, |id| now.get(id).copied().unwrap_or(id));
         let made = match self.cloud.create_server(&wanted).await {
             Err(error) if !error.is_passing() => {
@@ -228,19 +235,21 @@ impl Recreate {
         Ok(Some(Found { server, side }))
     }
 
-    /// The server that was made again, where somebody has deleted it and Nova keeps what is deleted for a while: such a one it
-    /// lists to administrators only, and shows by its id to everybody. Its volumes still say who has them.
+    /// The server that was made again, where somebody has deleted it and Nova keeps what is deleted for a while: such a one is
+    /// in no list that its owner gets, and is shown to him by its id. Its volumes, new or old, still say who has them.
     async fn find_deleted(&self, operation: &str) -> Result<Option<Server>, ProviderError> {
         let cloud = self.base.cloud(operation).await?;
         let targets = self.targets(operation).await?;
+        let planned = self.base.volumes.iter().map(|volume| &volume.cinder.volume);
+        let volumes = targets.iter().flatten().chain(planned);
         let found = async {
-            for target in targets.iter().flatten() {
-                let Some(shown) = if_there(cloud.volume(target).await)? else { continue };
-                for attachment in &shown.attachments {
-                    let server = if_there(cloud.server(&attachment.server_id).await)?;
-                    if let Some(server) = server.filter(|server| is_marked_with(server, &self.id)) {
-                        return Ok(Some(server));
-                    }
+            let shown = try_join_all(volumes.map(|id| async move { if_there(cloud.volume(id).await) })).await?;
+            let attached = shown.iter().flatten().flat_map(|volume| &volume.attachments);
+            let ids: BTreeSet<&str> = attached.map(|attachment| attachment.server_id.as_str()).collect();
+            for id in ids {
+                let server = if_there(cloud.server(id).await)?;
+                if let Some(server) = server.filter(|server| is_marked_with(server, &self.id)) {
+                    return Ok(Some(server));
                 }
             }
             Ok(None)
@@ -340,11 +349,9 @@ impl Recreate {
             return Err(self.base.error(operation, problem, Some("take it from the server, or begin anew")));
         }
         let volumes: Vec<&str> = attached.iter().map(|had| had.volume.as_str()).collect();
-        // Of one that it will delete in a while Nova changes nothing. Where it was poolshift's doing, that was told before.
+        // Where it was poolshift's doing, that was told before: whoever has deleted it wanted the end of that volume, too.
         if let Some(ends) = attached.iter().find(|had| found.is_deleted() && had.delete_on_termination) {
-            let problem = format!("somebody has deleted it, and its volume {} would end with it", ends.volume);
-            let hint = format!("openstack server restore {id}, then the same once more");
-            return Err(self.base.error(operation, problem, Some(&hint)));
+            return Err(self.deleted(operation, id, &format!("and its volume {} would end with it", ends.volume)));
         }
         let ends: Vec<Ends<'_>> =
             volumes.iter().map(|volume| Ends { cloud, server: id, volume, ends: false }).collect();
