@@ -420,16 +420,18 @@ fn deleted_after_it_was_made_again(bed: &Again<'_>) {
     keeping.delete(&id);
     refused_until_it_is_back("rollback", &back, &id);
     bed.run("rollback", &back).expect_code(0);
-    // It was not told yet that a volume ends with it, and is not told so before it is back.
-    assert!(bed.killed_after("cutover", &[], &[": committed", "list the volumes of server"]));
-    let id = made();
-    keeping.delete(&id);
-    let volumes = refused_until_it_is_back("cutover", &["--yes"], &id);
-    let ends = |all: &Value| all.as_array().expect("a list").iter().any(|one| one["delete_on_termination"] == true);
-    assert!(!ends(&volumes), "{volumes}");
-    bed.run("cutover", &["--yes"]);
-    assert!(ends(&env.server(&id)["os-extended-volumes:volumes_attached"]));
-    bed.run("rollback", &back).expect_code(0);
+    if every_step() {
+        // It was not told yet that a volume ends with it, and is not told so before it is back.
+        assert!(bed.killed_after("cutover", &[], &[": committed", "list the volumes of server"]));
+        let id = made();
+        keeping.delete(&id);
+        let volumes = refused_until_it_is_back("cutover", &["--yes"], &id);
+        let ends = |all: &Value| all.as_array().expect("a list").iter().any(|one| one["delete_on_termination"] == true);
+        assert!(!ends(&volumes), "{volumes}");
+        bed.run("cutover", &["--yes"]);
+        assert!(ends(&env.server(&id)["os-extended-volumes:volumes_attached"]));
+        bed.run("rollback", &back).expect_code(0);
+    }
     // Nothing ends with it yet: it goes for good, and its volumes and ports stay.
     assert!(bed.killed_at("cutover", &[], "create server"));
     let id = made();

@@ -170,8 +170,8 @@ fn a_fleet_of_a_cloud_is_planned_replicated_rehearsed_and_cut_over() {
 
 #[test]
 fn ten_servers_of_a_cloud_are_cut_over_at_once() {
-    // Where not all is tried it is three of them: with ten emulated guests on two busy cores it takes twenty minutes.
-    let many = if every_step() { 10 } else { 3 };
+    // Where not all is tried it is two of them: with ten emulated guests on two busy cores it takes twenty minutes.
+    let many = if every_step() { 10 } else { 2 };
     let Some(env) = openstack() else { return };
     let mut bed = CloudBed::unplanned(&env, "many", many);
     let on_source = usage(&env);
