@@ -8,7 +8,7 @@ use reqwest::Method;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::error::{Fault, Result};
+use super::error::{Result, if_there};
 use super::session::{Ask, Service};
 use super::{Cloud, Microversion, checked};
 
@@ -140,11 +140,8 @@ impl Cloud {
         if name.contains(['/', '?', '#', '%']) {
             return Ok(false);
         }
-        match self.ask::<Value>(Service::Nova, &format!("os-keypairs/{name}"), &[], &operation).await {
-            Ok(_) => Ok(true),
-            Err(error) if error.fault == Fault::NotFound => Ok(false),
-            Err(error) => Err(error),
-        }
+        let found = self.ask::<Value>(Service::Nova, &format!("os-keypairs/{name}"), &[], &operation).await;
+        Ok(if_there(found)?.is_some())
     }
 
     /// Says whether a volume ends with the server that has it. Needs [`NOVA_ATTACHMENTS`].

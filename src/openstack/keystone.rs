@@ -5,7 +5,7 @@
 use serde::Deserialize;
 
 use super::Cloud;
-use super::error::{CloudError, Fault, Result};
+use super::error::{CloudError, Fault, Result, if_there};
 use super::session::Service;
 
 /// A project.
@@ -37,10 +37,9 @@ impl Cloud {
         let operation = format!("find project {wanted:?}");
         // Ids are 32 hexadecimal digits, or with dashes, or whatever another directory calls them.
         if super::checked(wanted, "project", &operation).is_ok() {
-            match self.ask::<One>(Service::Keystone, &format!("projects/{wanted}"), &[], &operation).await {
-                Ok(One { project }) => return Ok(project),
-                Err(error) if error.fault == Fault::NotFound => {}
-                Err(error) => return Err(error),
+            let found = self.ask::<One>(Service::Keystone, &format!("projects/{wanted}"), &[], &operation).await;
+            if let Some(One { project }) = if_there(found)? {
+                return Ok(project);
             }
         }
         let mut found: Several = self.ask(Service::Keystone, "projects", &[("name", wanted)], &operation).await?;

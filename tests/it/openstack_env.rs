@@ -101,6 +101,14 @@ impl Api {
         Ok(())
     }
 
+    /// The token, which is asked for where there is none yet.
+    fn token(&self) -> Result<Token, String> {
+        if self.token.borrow().text.is_empty() {
+            self.authenticate()?;
+        }
+        Ok(self.token.borrow().clone())
+    }
+
     fn call(
         &self,
         service: Service,
@@ -108,10 +116,7 @@ impl Api {
         path: &str,
         body: Option<&Value>,
     ) -> Result<(u16, Value), String> {
-        if self.token.borrow().text.is_empty() {
-            self.authenticate()?;
-        }
-        let url = format!("{}/{path}", address(&self.auth_url, service, &self.token.borrow().project));
+        let url = format!("{}/{path}", address(&self.auth_url, service, &self.token()?.project));
         let version = match service {
             Service::Cinder => "volume 3.27",
             Service::Nova => "compute 2.79",
@@ -125,11 +130,10 @@ impl Api {
 
     fn call_at(&self, url: &str, method: &Method, version: &str, body: Option<&Value>) -> Result<(u16, Value), String> {
         for fresh in [false, true] {
-            if fresh || self.token.borrow().text.is_empty() {
+            if fresh {
                 self.authenticate()?;
             }
-            let token = self.token.borrow().text.clone();
-            let mut request = self.http.request(method.clone(), url).header("X-Auth-Token", token);
+            let mut request = self.http.request(method.clone(), url).header("X-Auth-Token", self.token()?.text);
             request = request.header("OpenStack-API-Version", version);
             if let Some(body) = body {
                 request = request.json(body);
@@ -167,10 +171,7 @@ fn address(auth_url: &str, service: Service, project: &str) -> String {
 impl OpenStackEnv {
     /// The id of the project that the tests work in.
     pub(crate) fn project(&self) -> String {
-        if self.api.token.borrow().project.is_empty() {
-            self.api.authenticate().expect("the cloud knows its administrator");
-        }
-        self.api.token.borrow().project.clone()
+        self.api.token().expect("the cloud knows its administrator").project
     }
 
     /// Asks a service, and gives back what it says, whatever that is.

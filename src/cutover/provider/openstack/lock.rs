@@ -9,7 +9,7 @@ use super::super::ProviderError;
 use super::OpenStack;
 use super::effect::{Effect, Look};
 use crate::openstack::nova::{Server, ServerAction};
-use crate::openstack::{Cloud, CloudError, Fault};
+use crate::openstack::{Cloud, CloudError, if_there};
 
 /// By which a lock is known to be poolshift's.
 const REASON: &str = "poolshift: its volumes are being switched to another pool";
@@ -63,16 +63,14 @@ impl OpenStack {
     pub(super) async fn unlock_server(&self, id: &str) -> Result<(), ProviderError> {
         let operation = "unlock";
         let cloud = self.cloud(operation).await?;
-        match cloud.server(id).await {
-            // Whoever has deleted it has left no lock.
-            Err(error) if error.fault == Fault::NotFound => Ok(()),
-            Err(error) => Err(self.cloud_error(operation, &error)),
-            Ok(server) if is_ours(&server) => {
+        match if_there(cloud.server(id).await).map_err(|error| self.cloud_error(operation, &error))? {
+            Some(server) if is_ours(&server) => {
                 let unlocked = self.bring_about(operation, &Locked { cloud, id, locked: false }).await;
                 let by_hand = || format!("unlock it by hand: openstack server unlock {id}");
                 unlocked.map_err(|error| ProviderError { hint: Some(by_hand()), ..error })
             }
-            Ok(_) => Ok(()),
+            // Whoever has deleted it has left no lock.
+            _ => Ok(()),
         }
     }
 }

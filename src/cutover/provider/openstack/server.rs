@@ -16,7 +16,7 @@ use crate::image::ImageError;
 use crate::image::rbd::RbdImage;
 use crate::openstack::cinder::{Status, Volume};
 use crate::openstack::nova::{Server, ServerAction};
-use crate::openstack::{Cloud, CloudError, Fault, if_there};
+use crate::openstack::{Cloud, CloudError, if_there};
 
 pub(super) const ACTIVE: &str = "ACTIVE";
 pub(super) const OFF: &str = "SHUTOFF";
@@ -69,7 +69,7 @@ pub(super) async fn delete_for_good(cloud: &Cloud, id: &str) -> Result<(), Cloud
             _ => cloud.delete_server(id).await,
         }
     };
-    asked.await.or_else(|error| if error.fault == Fault::NotFound { Ok(()) } else { Err(error) })
+    if_there(asked.await).map(drop)
 }
 
 /// A server is in that state.

@@ -20,7 +20,7 @@ use crate::image::ImageSpec;
 use crate::openstack::cinder::{Status, Volume};
 use crate::openstack::manage::Managed;
 use crate::openstack::nova::{NewServer, Server};
-use crate::openstack::{Cloud, CloudError, Fault};
+use crate::openstack::{Cloud, CloudError, if_there};
 
 /// What carries the rehearsal's id.
 pub(super) const REHEARSAL: &str = "poolshift-rehearsal";
@@ -151,15 +151,13 @@ impl Effect for Gone<'_> {
     }
 
     async fn look(&self) -> Result<Look, CloudError> {
-        Ok(match self.cloud.server(self.id).await {
-            Err(error) if error.fault == Fault::NotFound => Look::Done,
-            found => match found? {
-                server if server.status == "DELETED" => Look::Done,
-                server if server.task.as_deref().is_some_and(|task| task.ends_with("deleting")) => {
-                    Look::Working(told(&server))
-                }
-                server => Look::NotYet(told(&server)),
-            },
+        Ok(match if_there(self.cloud.server(self.id).await)? {
+            None => Look::Done,
+            Some(server) if server.status == "DELETED" => Look::Done,
+            Some(server) if server.task.as_deref().is_some_and(|task| task.ends_with("deleting")) => {
+                Look::Working(told(&server))
+            }
+            Some(server) => Look::NotYet(told(&server)),
         })
     }
 
@@ -190,10 +188,8 @@ impl Effect for GivenUp<'_> {
     }
 
     async fn look(&self) -> Result<Look, CloudError> {
-        match self.cloud.volume(self.id).await {
-            Err(error) if error.fault == Fault::NotFound => Ok(Look::Done),
-            found => Ok(look_at_parting(&found?)),
-        }
+        let found = if_there(self.cloud.volume(self.id).await)?;
+        Ok(found.map_or(Look::Done, |volume| look_at_parting(&volume)))
     }
 
     async fn ask(&self) -> Result<(), CloudError> {
@@ -321,15 +317,14 @@ impl OpenStack {
                         continue;
                     }
                     // One that its cloud keeps for a while, or that was renamed.
-                    match cloud.server(&attachment.server_id).await {
-                        Ok(server) if is_of(&server.metadata, stand_in) => drop(servers.insert(server.id)),
-                        Ok(server) => {
+                    match if_there(cloud.server(&attachment.server_id).await).map_err(failed)? {
+                        None => {}
+                        Some(server) if is_of(&server.metadata, stand_in) => drop(servers.insert(server.id)),
+                        Some(server) => {
                             let problem = format!("volume {} is with server {}", volume.id, server.id);
                             let hint = "detach it there: poolshift has not made that server";
                             return Err(self.error(operation, problem, Some(hint)));
                         }
-                        Err(error) if error.fault == Fault::NotFound => {}
-                        Err(error) => return Err(failed(error)),
                     }
                 }
             }

@@ -222,5 +222,5 @@ pub(super) async fn give_up(cloud: &Cloud, id: &str) -> Result<(), CloudError> {
         }
         cloud.unmanage(id).await
     };
-    asked.await.or_else(|error| if error.fault == Fault::NotFound { Ok(()) } else { Err(error) })
+    if_there(asked.await).map(drop)
 }

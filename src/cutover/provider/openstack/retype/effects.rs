@@ -15,7 +15,7 @@ use super::{Copying, note};
 use crate::cutover::Observer;
 use crate::image::ImageError;
 use crate::openstack::cinder::{MigrationPolicy, Status, Volume};
-use crate::openstack::{Cloud, CloudError, Fault};
+use crate::openstack::{Cloud, CloudError, Fault, if_there};
 
 /// How often it is looked how much of an image has been copied.
 const MEASURE: Duration = Duration::from_secs(2);
@@ -211,12 +211,10 @@ impl Effect for CloneSettled<'_> {
     }
 
     async fn look(&self) -> Result<Look, CloudError> {
-        match self.cloud.volume(self.id).await {
-            Ok(shown) if shown.is_moving() => Ok(Look::Working(shown.status)),
-            Ok(_) => Ok(Look::Done),
-            Err(error) if error.fault == Fault::NotFound => Ok(Look::Done),
-            Err(error) => Err(error),
-        }
+        Ok(match if_there(self.cloud.volume(self.id).await)? {
+            Some(shown) if shown.is_moving() => Look::Working(shown.status),
+            _ => Look::Done,
+        })
     }
 }
 
@@ -245,10 +243,7 @@ impl Effect for Noted<'_> {
         let id = self.volume.cinder.volume.as_str();
         match &self.text {
             Some(text) => self.cloud.set_metadata(id, note::KEY, text).await,
-            None => match self.cloud.remove_metadata(id, note::KEY).await {
-                Err(error) if error.fault == Fault::NotFound => Ok(()),
-                done => done,
-            },
+            None => if_there(self.cloud.remove_metadata(id, note::KEY).await).map(drop),
         }
     }
 }
