@@ -3,18 +3,22 @@
 use std::time::Duration;
 
 use futures::future::try_join_all;
+use tokio::time::Instant;
 
 use super::provider::{Precondition, Side, Verdict};
 use super::server::{CutoverError, Options, Readiness, Result, Server, Volume};
 use super::sides::Sides;
 use crate::fleet::group;
-use crate::image::{DiskUser, LeaseOwner};
+use crate::image::{Disk, DiskUser, LeaseOwner};
 
 /// What a last delta is taken to move in a second, in bytes, before a cycle was measured. A pool of disks gives more; a
 /// prediction that is too long is the better mistake.
 const ASSUMED_RATE: f64 = (64 << 20) as f64;
 /// What fencing, looking and journaling take, however little has changed.
 const FIXED: Duration = Duration::from_millis(500);
+
+/// How long a worker may take to say who it is after it has opened an image, and to close one after its cycle.
+const WORKER_TURN: Duration = Duration::from_secs(2);
 
 /// Looks; changes nothing.
 pub(super) async fn look(sides: Sides<'_>) -> Result<Readiness> {
@@ -90,26 +94,41 @@ async fn volume_preconditions(sides: Sides<'_>, volume: &Volume) -> Result<Vec<P
         all.push(Precondition::new(format!("volume {}", volume.disk.volume), Verdict::Error, found));
     }
     let arriving = volume.on(sides.to);
-    let owner = arriving.lease_owner().await?;
-    let address = owner.as_ref().and_then(|owner| owner.client.clone());
-    // A worker of the fleet has a target open during its cycles.
-    let is_worker = |user: &&DiskUser| {
-        owner.as_ref().is_some_and(|owner| owner.pid != 0) && Some(&user.address) == address.as_ref()
-    };
-    let users = arriving.users().await?;
-    let stranger = users.iter().find(|user| !user.is_own && !is_worker(user));
-    let users = match (stranger, owner.filter(|owner| owner.pid != 0)) {
-        (Some(stranger), None) => {
+    let users = match users_of(arriving.as_ref()).await? {
+        Users::Worker(worker) => {
+            Precondition::new(arriving.location(), Verdict::Ok, format!("with {}, which is waited for", short(&worker)))
+        }
+        Users::Stranger(stranger) => {
             let found = format!("it is open at {}: nobody may have it open before the server does", stranger.address);
             Precondition::new(arriving.location(), Verdict::Error, found)
         }
-        (_, Some(worker)) => {
-            Precondition::new(arriving.location(), Verdict::Ok, format!("with {}, which is waited for", short(&worker)))
-        }
-        (None, None) => Precondition::new(arriving.location(), Verdict::Ok, "nobody has it open"),
+        Users::Nobody => Precondition::new(arriving.location(), Verdict::Ok, "nobody has it open"),
     };
     all.push(users);
     Ok(all)
+}
+
+/// Who has an image open that a server is to use.
+enum Users {
+    Nobody,
+    /// A worker of the fleet: it has a target open during its cycles.
+    Worker(LeaseOwner),
+    Stranger(DiskUser),
+}
+
+/// A worker that opens an image, or closes it, is not told from a stranger for a moment: it is looked again.
+async fn users_of(image: &dyn Disk) -> Result<Users> {
+    let begun = Instant::now();
+    loop {
+        if let Some(worker) = image.lease_owner().await?.filter(LeaseOwner::is_known) {
+            return Ok(Users::Worker(worker));
+        }
+        match image.users().await?.into_iter().find(|user| !user.is_own) {
+            None => return Ok(Users::Nobody),
+            Some(stranger) if begun.elapsed() >= WORKER_TURN => return Ok(Users::Stranger(stranger)),
+            Some(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+        }
+    }
 }
 
 fn short(owner: &LeaseOwner) -> String {

@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 
 use super::{Inner, RbdImage};
-use crate::ceph::{self, Features, Image, Locker, OpenMode};
+use crate::ceph::{self, CephError, Features, Image, Locker, OpenMode};
 use crate::image::{ErrorKind, ImageError, LeaseOwner, LockHolder, Result};
 
 /// The metadata key of the lease's record.
@@ -70,8 +70,8 @@ impl Purpose {
     /// For how long a live holder that left no record is waited for before it is reported; `None`: it is asked.
     fn patience(self) -> Option<Patience> {
         match self {
-            Self::Lease => Some(Patience::new(Patience::FOR_A_RECORD, Duration::from_millis(250))),
-            Self::Fence(LockHolder::Refuse) => Some(Patience::new(Patience::FOR_AN_EXIT, Duration::from_millis(50))),
+            Self::Lease => Some(Patience::new(Patience::FOR_A_RECORD)),
+            Self::Fence(LockHolder::Refuse) => Some(Patience::new(Patience::FOR_AN_EXIT)),
             Self::Fence(LockHolder::Ask) => None,
         }
     }
@@ -82,10 +82,11 @@ impl Purpose {
 struct Patience {
     since: Instant,
     limit: Duration,
-    step: Duration,
 }
 
 impl Patience {
+    /// How often it is looked.
+    const STEP: Duration = Duration::from_millis(50);
     /// To write the record, or to be found dead. It is a server that uses the image, a poolshift that has just begun,
     /// or one that was killed before it wrote the record: that one's watch times out after 30 s
     /// (`osd_client_watch_timeout`), and only then it is told from the first.
@@ -93,8 +94,11 @@ impl Patience {
     /// To close the image after its server has ended, while that server's users wait.
     const FOR_AN_EXIT: Duration = Duration::from_secs(2);
 
-    fn new(limit: Duration, step: Duration) -> Self {
-        Self { since: Instant::now(), limit, step }
+    /// To be through with taking the lock, or with giving it back.
+    const FOR_A_CHANGE: Duration = Duration::from_secs(2);
+
+    fn new(limit: Duration) -> Self {
+        Self { since: Instant::now(), limit }
     }
 
     /// Waits a moment, and says whether to look again. Not to be called on a thread that must not block.
@@ -103,10 +107,13 @@ impl Patience {
             return false;
         }
         tracing::debug!(address, "the lock's holder has left no record: waiting");
-        std::thread::sleep(self.step);
+        std::thread::sleep(Self::STEP);
         true
     }
 }
+
+/// Who holds a lock that can't be had and that nobody has.
+const JUST_GIVEN_BACK: &str = "a client that has just given it back; try again";
 
 /// How taking the lock went. Errors of the storage are apart.
 enum Taken {
@@ -274,45 +281,61 @@ fn is_watched(image: &Image, address: &str) -> ceph::Result<bool> {
     Ok(image.watchers()?.iter().any(|watcher| watcher.address == address))
 }
 
+/// Whether an error of asking for the lock says that somebody has it, and keeps it.
+fn is_held(error: &CephError) -> bool {
+    [Errno::ROFS, Errno::BUSY, Errno::AGAIN].iter().any(|&errno| error.is(errno))
+}
+
 fn take_exclusive(image: &Image, purpose: Purpose) -> ceph::Result<Taken> {
     let patience = purpose.patience();
-    while let Some(address) = image.lock_owner()? {
-        match parse_record(image.metadata(LEASE_KEY)?.as_deref(), &address) {
-            Some(record) if record.is_known_dead() => {
-                tracing::warn!(holder = %record, "the lease's holder is dead: breaking its lock");
-                match image.break_lock(&address) {
-                    // Somebody else was faster.
-                    Err(error) if error.is(Errno::NOENT) || error.is(Errno::BUSY) => {}
-                    result => result?,
-                }
-            }
-            // It would give the lock away, and stop writing. One without a watch is dead, and librbd breaks it.
-            None => match &patience {
-                Some(patience) if is_watched(image, &address)? => {
-                    if patience.wait(&address) {
-                        continue;
+    let mut refused = None;
+    loop {
+        if let Some(address) = image.lock_owner()? {
+            match parse_record(image.metadata(LEASE_KEY)?.as_deref(), &address) {
+                Some(record) if record.is_known_dead() => {
+                    tracing::warn!(holder = %record, "the lease's holder is dead: breaking its lock");
+                    match image.break_lock(&address) {
+                        // Somebody else was faster.
+                        Err(error) if error.is(Errno::NOENT) || error.is(Errno::BUSY) => {}
+                        result => result?,
                     }
-                    return Ok(Taken::HeldBy(describe(None, &address)));
                 }
-                _ => {}
-            },
-            _ => {}
+                Some(_) => {}
+                // It would give the lock away, and stop writing. One without a watch is dead, and librbd breaks it.
+                None => match &patience {
+                    Some(patience) if is_watched(image, &address)? => {
+                        if patience.wait(&address) {
+                            continue;
+                        }
+                        return Ok(Taken::HeldBy(describe(None, &address)));
+                    }
+                    _ => {}
+                },
+            }
         }
-        break;
-    }
-    match image.acquire_lock() {
-        Err(error) if [Errno::ROFS, Errno::BUSY, Errno::AGAIN].iter().any(|&errno| error.is(errno)) => {
-            let Some(address) = image.lock_owner()? else {
-                return Ok(Taken::HeldBy("a client that has just given it back; try again".into()));
-            };
-            let record = parse_record(image.metadata(LEASE_KEY)?.as_deref(), &address);
-            Ok(Taken::HeldBy(describe(record, &address)))
+        match image.acquire_lock() {
+            Ok(()) => {
+                let address = image.lock_owner()?.ok_or_else(|| super::view::no_entry("rbd_lock_get_owners"))?;
+                return Ok(Taken::Yes { address, size: image.size()? });
+            }
+            Err(error) if is_held(&error) => {}
+            Err(error) => return Err(error),
         }
-        Err(error) => Err(error),
-        Ok(()) => {
-            let address = image.lock_owner()?.ok_or_else(|| super::view::no_entry("rbd_lock_get_owners"))?;
-            Ok(Taken::Yes { address, size: image.size()? })
+        // Who refuses to give it has a record. One who gives it back has taken the record away first, and who takes it
+        // leaves one right after: neither is told from a stranger but by looking again.
+        let refused: &Patience = refused.get_or_insert_with(|| Patience::new(Patience::FOR_A_CHANGE));
+        let address = image.lock_owner()?;
+        let record = match &address {
+            Some(address) => parse_record(image.metadata(LEASE_KEY)?.as_deref(), address),
+            None => None,
+        };
+        if record.is_none() && refused.wait(address.as_deref().unwrap_or("nobody")) {
+            continue;
         }
+        return Ok(Taken::HeldBy(match address {
+            Some(address) => describe(record, &address),
+            None => JUST_GIVEN_BACK.into(),
+        }));
     }
 }
 
@@ -324,7 +347,7 @@ fn new_cookie(owner: &LeaseOwner) -> String {
 }
 
 fn take_advisory(inner: &Inner, image: &Image, cookie: &str) -> ceph::Result<Taken> {
-    let patience = Purpose::Lease.patience();
+    let patience = Patience::new(Patience::FOR_A_RECORD);
     let mut broken = false;
     loop {
         match image.acquire_advisory_lock(cookie) {
@@ -335,10 +358,15 @@ fn take_advisory(inner: &Inner, image: &Image, cookie: &str) -> ceph::Result<Tak
             Err(error) if error.is(Errno::BUSY) || error.is(Errno::EXIST) => {}
             Err(error) => return Err(error),
         }
-        let Some(locker) = image.advisory_lockers()?.into_iter().next() else { break };
+        let Some(locker) = image.advisory_lockers()?.into_iter().next() else {
+            if patience.wait("nobody") {
+                continue;
+            }
+            return Ok(Taken::HeldBy(JUST_GIVEN_BACK.into()));
+        };
         let record = parse_record(image.metadata(LEASE_KEY)?.as_deref(), &advisory_name(&locker));
         let watched = is_watched(image, &locker.address)?;
-        if record.is_none() && watched && patience.as_ref().is_some_and(|patience| patience.wait(&locker.address)) {
+        if record.is_none() && watched && patience.wait(&locker.address) {
             continue;
         }
         let dead = record.as_ref().is_some_and(LeaseOwner::is_known_dead) || !watched;
@@ -352,7 +380,6 @@ fn take_advisory(inner: &Inner, image: &Image, cookie: &str) -> ceph::Result<Tak
         }
         broken = true;
     }
-    Ok(Taken::HeldBy("a client that has just given it back; try again".into()))
 }
 
 #[cfg(test)]

@@ -87,10 +87,31 @@ async fn a_holder_of_a_lease() {
         let done = match word.unwrap().as_str() {
             "write" => target.write(0, noise(4096, 666)).await,
             "store" => target.store_state("late").await,
+            "turns" => take_turns(&target, 12).await,
             _ => target.release_lease().await,
         };
         println!("HOLDER {}", done.err().map_or("ok".into(), |error| format!("{:?}", error.kind)));
     }
+}
+
+/// Takes the lease, and gives it back, so many times. Who has it otherwise has to be known.
+async fn take_turns(target: &RbdImage, turns: usize) -> poolshift::image::Result<()> {
+    let owner = LeaseOwner::current().unwrap();
+    target.release_lease().await?;
+    let mut taken = 0;
+    while taken < turns {
+        match target.acquire_lease(&owner).await {
+            Ok(()) => {
+                target.release_lease().await?;
+                taken += 1;
+            }
+            Err(busy) => match &busy.kind {
+                ErrorKind::Busy { holder } if LeaseOwner::is_description(holder) => {}
+                _ => return Err(busy),
+            },
+        }
+    }
+    Ok(())
 }
 
 /// On an image with an exclusive lock and on one without.
@@ -129,6 +150,20 @@ async fn a_lease_that_is_held_is_busy() {
         target.release_lease().await.unwrap();
         leased(&other).await;
         drop((target, other, holder));
+        remove(&env, &format!("sas/{image}")).await;
+    }
+}
+
+/// While one gives it back, or takes it, the other is never told of somebody that is not poolshift.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lease_that_changes_hands_is_never_a_strangers() {
+    let Some(env) = ceph() else { return };
+    for (image, target) in lease_images(&env, "turns").await {
+        let mut holder = Holder::start(&image, false);
+        let other = std::thread::spawn(move || holder.tell("turns"));
+        take_turns(&target, 12).await.unwrap();
+        assert_eq!(other.join().unwrap(), "ok");
+        drop(target);
         remove(&env, &format!("sas/{image}")).await;
     }
 }
