@@ -118,14 +118,16 @@ enum Users {
 
 /// A worker that opens an image, or closes it, is not told from a stranger for a moment: it is looked again.
 async fn users_of(image: &dyn Disk) -> Result<Users> {
-    let begun = Instant::now();
+    let mut since = None;
     loop {
         if let Some(worker) = image.lease_owner().await?.filter(LeaseOwner::is_known) {
             return Ok(Users::Worker(worker));
         }
         match image.users().await?.into_iter().find(|user| !user.is_own) {
             None => return Ok(Users::Nobody),
-            Some(stranger) if begun.elapsed() >= WORKER_TURN => return Ok(Users::Stranger(stranger)),
+            Some(stranger) if since.get_or_insert_with(Instant::now).elapsed() >= WORKER_TURN => {
+                return Ok(Users::Stranger(stranger));
+            }
             Some(_) => tokio::time::sleep(Duration::from_millis(100)).await,
         }
     }

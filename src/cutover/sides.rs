@@ -173,7 +173,8 @@ impl Sides<'_> {
                 Ok::<_, CutoverError>(image.fence(&owner, holder).await?)
             }
         };
-        try_join_all(self.leaving().map(fence)).await.map(drop)
+        // All to their end: one that went on would ask a server for its lock that is running again by then.
+        join_all(self.leaving().map(fence)).await.into_iter().collect()
     }
 
     pub(super) async fn release_fences(&self) -> Result<()> {

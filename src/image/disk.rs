@@ -20,7 +20,7 @@ pub struct DiskUser {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LockHolder {
     /// It is named, and nothing changes ([`super::ErrorKind::Busy`]): nobody should have the image open. A server that
-    /// has just ended is given about 2 s to go.
+    /// has just ended is given some 2 s to go.
     Refuse,
     /// It is asked to give the lock, and refused it from then on, until the fence is taken down: a server that was
     /// suspended has the image open, and does not write. What it has in its cache is written first. From then on its

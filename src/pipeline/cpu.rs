@@ -25,8 +25,8 @@ pub async fn on_cpu<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static
 }
 
 /// A paused clock goes on by itself whenever the runtime has nothing to do, and the runtime knows nothing of the pool: what
-/// takes long there would seem to take as long as the next timer. It stands still as long as a blocking task does, which
-/// ends when what is given back is dropped.
+/// takes long there would seem to take as long as the next timer. It stands still as long as a blocking task runs: this one
+/// does until what is given back is dropped.
 #[cfg(test)]
 fn hold_paused_clock() -> std::sync::mpsc::Sender<()> {
     let (sender, ended) = std::sync::mpsc::channel();

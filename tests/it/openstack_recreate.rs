@@ -323,7 +323,7 @@ fn places() -> &'static [&'static str] {
         "create server",
         ": committed",
     ];
-    if every_step() { ALL } else { &["give port", "manage image", "delete server", "create server"] }
+    if every_step() { ALL } else { &["give port", "delete server", "create server"] }
 }
 
 #[test]

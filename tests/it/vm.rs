@@ -1,7 +1,7 @@
 //! A real server on RBD, as `scripts/vm-dev` makes it, and the oracle that says whether its disks lack anything.
 //!
-//! The guest appends numbered lines to a log on each of its two disks and acknowledges a line on its console when fsync
-//! has brought it to both; `scripts/vm-guest/init` describes what it prints and what it can be told.
+//! The guest appends numbered lines to a log on each of its two disks and acknowledges a line on its console when it has
+//! been brought to both; `scripts/vm-guest/init` describes what it prints and what it can be told.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -532,7 +532,7 @@ impl Log {
 }
 
 /// Whether the two logs, of the root and of the data disk, hold all that was acknowledged, and nothing that can't have
-/// been written: up to one line more, as a stop may fall between the fsync and the acknowledgement.
+/// been written: up to one line more, as a stop may fall between the writes and the acknowledgement.
 ///
 /// # Errors
 /// What is wrong.

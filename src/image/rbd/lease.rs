@@ -7,6 +7,8 @@
 //! - Any other live owner (a server with the image attached) would give it away when asked, and be unable to write
 //!   afterwards. It isn't asked: whoever has the image open and locked without a record is reported as the holder, after
 //!   its watch had the time to run out, for it could also be a poolshift that was killed before it wrote the record.
+//! - Who gives a lease back removes its record first, and who takes one leaves its record after: in between, neither is
+//!   told from a stranger but by looking again.
 //! - A silent owner is waited for until its watch has timed out (30 s), and blocklisted by librbd.
 //! - An owner that is known dead is broken at once, which blocklists it too. A blocklisted client writes nothing.
 //!
@@ -19,7 +21,7 @@
 //! doesn't time out; a holder that has no watch any more is taken for dead, and blocklisted.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
@@ -68,46 +70,48 @@ impl Purpose {
     }
 
     /// For how long a live holder that left no record is waited for before it is reported; `None`: it is asked.
-    fn patience(self) -> Option<Patience> {
+    fn patience(self) -> Option<Duration> {
         match self {
-            Self::Lease => Some(Patience::new(Patience::FOR_A_RECORD)),
-            Self::Fence(LockHolder::Refuse) => Some(Patience::new(Patience::FOR_AN_EXIT)),
+            Self::Lease => Some(Patience::FOR_A_RECORD),
+            Self::Fence(LockHolder::Refuse) => Some(Patience::FOR_AN_EXIT),
             Self::Fence(LockHolder::Ask) => None,
         }
     }
 }
 
-/// How long a holder that left no record is given.
+/// How long a holder that left no record is given, from the first wait on.
 #[derive(Debug)]
 struct Patience {
-    since: Instant,
     limit: Duration,
+    since: Option<Instant>,
+    /// Gone when nobody wants the lock any more.
+    wanted: Weak<()>,
 }
 
 impl Patience {
-    /// How often it is looked.
-    const STEP: Duration = Duration::from_millis(50);
     /// To write the record, or to be found dead. It is a server that uses the image, a poolshift that has just begun,
     /// or one that was killed before it wrote the record: that one's watch times out after 30 s
     /// (`osd_client_watch_timeout`), and only then it is told from the first.
     const FOR_A_RECORD: Duration = Duration::from_secs(35);
     /// To close the image after its server has ended, while that server's users wait.
     const FOR_AN_EXIT: Duration = Duration::from_secs(2);
-
     /// To be through with taking the lock, or with giving it back.
     const FOR_A_CHANGE: Duration = Duration::from_secs(2);
 
-    fn new(limit: Duration) -> Self {
-        Self { since: Instant::now(), limit }
+    fn new(limit: Duration, wanted: &Weak<()>) -> Self {
+        Self { limit, since: None, wanted: wanted.clone() }
     }
 
     /// Waits a moment, and says whether to look again. Not to be called on a thread that must not block.
-    fn wait(&self, address: &str) -> bool {
-        if self.since.elapsed() >= self.limit {
+    fn wait(&mut self, holder: &str) -> bool {
+        let waited = self.since.get_or_insert_with(Instant::now).elapsed();
+        if waited >= self.limit || self.wanted.strong_count() == 0 {
             return false;
         }
-        tracing::debug!(address, "the lock's holder has left no record: waiting");
-        std::thread::sleep(Self::STEP);
+        tracing::debug!(holder, "the lock is to be had from nobody who has left a record: waiting");
+        // What takes longer than a change of hands may take long.
+        let step = if waited < Self::FOR_A_CHANGE { 50 } else { 250 };
+        std::thread::sleep(Duration::from_millis(step));
         true
     }
 }
@@ -165,7 +169,10 @@ impl RbdImage {
         }
         let (inner, owner) = (Arc::clone(&self.inner), owner.clone());
         let limit = self.inner.timeout() + WATCH_TIMEOUT;
-        let take = move || take(&inner, &owner, purpose);
+        // The thread goes on when nobody waits for it any more: then it must not ask a server for its lock.
+        let wanted = Arc::new(());
+        let still = Arc::downgrade(&wanted);
+        let take = move || take(&inner, &owner, purpose, &still);
         match ceph::blocking("rbd_lock_acquire", limit, take).await {
             Ok((Taken::HeldBy(holder), _)) => {
                 Err(ImageError::new(ErrorKind::Busy { holder }, self.inner.location.clone(), operation))
@@ -256,13 +263,13 @@ fn stranger(client: String) -> LeaseOwner {
     }
 }
 
-fn take(inner: &Inner, owner: &LeaseOwner, purpose: Purpose) -> ceph::Result<(Taken, Option<Held>)> {
+fn take(inner: &Inner, owner: &LeaseOwner, purpose: Purpose, wanted: &Weak<()>) -> ceph::Result<(Taken, Option<Held>)> {
     let image = Image::open_by_id(&inner.pool, &inner.id, OpenMode::ReadWrite)?;
     let (taken, lock) = if inner.features.has(Features::EXCLUSIVE_LOCK) {
-        (take_exclusive(&image, purpose)?, Lock::Exclusive)
+        (take_exclusive(&image, purpose, wanted)?, Lock::Exclusive)
     } else {
         let cookie = new_cookie(owner);
-        (take_advisory(inner, &image, &cookie)?, Lock::Advisory { cookie })
+        (take_advisory(inner, &image, &cookie, wanted)?, Lock::Advisory { cookie })
     };
     let Taken::Yes { address, size } = &taken else { return Ok((taken, None)) };
     let owner = LeaseOwner { client: Some(address.clone()), ..owner.clone() };
@@ -286,9 +293,10 @@ fn is_held(error: &CephError) -> bool {
     [Errno::ROFS, Errno::BUSY, Errno::AGAIN].iter().any(|&errno| error.is(errno))
 }
 
-fn take_exclusive(image: &Image, purpose: Purpose) -> ceph::Result<Taken> {
-    let patience = purpose.patience();
-    let mut refused = None;
+fn take_exclusive(image: &Image, purpose: Purpose, wanted: &Weak<()>) -> ceph::Result<Taken> {
+    let mut patience = purpose.patience().map(|limit| Patience::new(limit, wanted));
+    let mut change = Patience::new(Patience::FOR_A_CHANGE, wanted);
+    let mut refused = false;
     loop {
         if let Some(address) = image.lock_owner()? {
             match parse_record(image.metadata(LEASE_KEY)?.as_deref(), &address) {
@@ -302,9 +310,9 @@ fn take_exclusive(image: &Image, purpose: Purpose) -> ceph::Result<Taken> {
                 }
                 Some(_) => {}
                 // It would give the lock away, and stop writing. One without a watch is dead, and librbd breaks it.
-                None => match &patience {
+                None => match &mut patience {
                     Some(patience) if is_watched(image, &address)? => {
-                        if patience.wait(&address) {
+                        if patience.wait(&address) || refused && change.wait(&address) {
                             continue;
                         }
                         return Ok(Taken::HeldBy(describe(None, &address)));
@@ -321,15 +329,14 @@ fn take_exclusive(image: &Image, purpose: Purpose) -> ceph::Result<Taken> {
             Err(error) if is_held(&error) => {}
             Err(error) => return Err(error),
         }
-        // Who refuses to give it has a record. One who gives it back has taken the record away first, and who takes it
-        // leaves one right after: neither is told from a stranger but by looking again.
-        let refused: &Patience = refused.get_or_insert_with(|| Patience::new(Patience::FOR_A_CHANGE));
+        // Most who refuse to give it have a record; who gives it back has one no more, and who has just taken it not yet.
+        refused = true;
         let address = image.lock_owner()?;
         let record = match &address {
             Some(address) => parse_record(image.metadata(LEASE_KEY)?.as_deref(), address),
             None => None,
         };
-        if record.is_none() && refused.wait(address.as_deref().unwrap_or("nobody")) {
+        if record.is_none() && change.wait(address.as_deref().unwrap_or("nobody")) {
             continue;
         }
         return Ok(Taken::HeldBy(match address {
@@ -346,8 +353,8 @@ fn new_cookie(owner: &LeaseOwner) -> String {
     format!("poolshift-{}-{}-{}-{number}", owner.boot_id, owner.pid, owner.start_ticks)
 }
 
-fn take_advisory(inner: &Inner, image: &Image, cookie: &str) -> ceph::Result<Taken> {
-    let patience = Patience::new(Patience::FOR_A_RECORD);
+fn take_advisory(inner: &Inner, image: &Image, cookie: &str, wanted: &Weak<()>) -> ceph::Result<Taken> {
+    let mut patience = Patience::new(Patience::FOR_A_RECORD, wanted);
     let mut broken = false;
     loop {
         match image.acquire_advisory_lock(cookie) {
@@ -373,12 +380,22 @@ fn take_advisory(inner: &Inner, image: &Image, cookie: &str) -> ceph::Result<Tak
         if !dead || broken {
             return Ok(Taken::HeldBy(describe(record, &locker.address)));
         }
+        // One that has given it back and closed the image has no watch either, and breaking a lock is told by the client.
+        if image.advisory_lockers()?.into_iter().next() != Some(locker.clone()) {
+            if patience.wait(&locker.address) {
+                continue;
+            }
+            return Ok(Taken::HeldBy(describe(record, &locker.address)));
+        }
         tracing::warn!(holder = %describe(record, &locker.address), "the lease's holder is dead: breaking its lock");
         match image.break_advisory_lock(&locker) {
+            // It is gone by now.
             Err(error) if error.is(Errno::NOENT) => {}
-            result => result?,
+            result => {
+                result?;
+                broken = true;
+            }
         }
-        broken = true;
     }
 }
 
