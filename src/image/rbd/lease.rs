@@ -377,24 +377,26 @@ fn take_advisory(inner: &Inner, image: &Image, cookie: &str, wanted: &Weak<()>) 
             continue;
         }
         let dead = record.as_ref().is_some_and(LeaseOwner::is_known_dead) || !watched;
+        let holder = describe(record, &locker.address);
         if !dead || broken {
-            return Ok(Taken::HeldBy(describe(record, &locker.address)));
+            return Ok(Taken::HeldBy(holder));
         }
-        // One that has given it back and closed the image has no watch either, and breaking a lock is told by the client.
-        if image.advisory_lockers()?.into_iter().next() != Some(locker.clone()) {
-            if patience.wait(&locker.address) {
-                continue;
+        // One that has given it back and closed the image has no watch either; and it may have taken it once more since.
+        let is_still_there = image.advisory_lockers()?.into_iter().next().as_ref() == Some(&locker);
+        if is_still_there {
+            tracing::warn!(%holder, "the lease's holder is dead: breaking its lock");
+            match image.break_advisory_lock(&locker) {
+                Err(error) if error.is(Errno::NOENT) => {}
+                result => {
+                    result?;
+                    broken = true;
+                    continue;
+                }
             }
-            return Ok(Taken::HeldBy(describe(record, &locker.address)));
         }
-        tracing::warn!(holder = %describe(record, &locker.address), "the lease's holder is dead: breaking its lock");
-        match image.break_advisory_lock(&locker) {
-            // It is gone by now.
-            Err(error) if error.is(Errno::NOENT) => {}
-            result => {
-                result?;
-                broken = true;
-            }
+        // It has gone meanwhile.
+        if !patience.wait(&locker.address) {
+            return Ok(Taken::HeldBy(holder));
         }
     }
 }
