@@ -249,6 +249,11 @@ fn parse_record(record: Option<&str>, client: &str) -> Option<LeaseOwner> {
     (owner.client.as_deref() == Some(client)).then_some(owner)
 }
 
+/// What the holder of the lock has left of itself, if it has.
+fn record_of(image: &Image, client: &str) -> ceph::Result<Option<LeaseOwner>> {
+    Ok(parse_record(image.metadata(LEASE_KEY)?.as_deref(), client))
+}
+
 /// A holder that left no record: something other than poolshift, or a poolshift that has just begun.
 fn stranger(client: String) -> LeaseOwner {
     let unknown = || "unknown".to_owned();
@@ -299,7 +304,7 @@ fn take_exclusive(image: &Image, purpose: Purpose, wanted: &Weak<()>) -> ceph::R
     let mut refused = false;
     loop {
         if let Some(address) = image.lock_owner()? {
-            match parse_record(image.metadata(LEASE_KEY)?.as_deref(), &address) {
+            match record_of(image, &address)? {
                 Some(record) if record.is_known_dead() => {
                     tracing::warn!(holder = %record, "the lease's holder is dead: breaking its lock");
                     match image.break_lock(&address) {
@@ -332,10 +337,7 @@ fn take_exclusive(image: &Image, purpose: Purpose, wanted: &Weak<()>) -> ceph::R
         // Most who refuse to give it have a record; who gives it back has one no more, and who has just taken it not yet.
         refused = true;
         let address = image.lock_owner()?;
-        let record = match &address {
-            Some(address) => parse_record(image.metadata(LEASE_KEY)?.as_deref(), address),
-            None => None,
-        };
+        let record = address.as_deref().map(|address| record_of(image, address)).transpose()?.flatten();
         if record.is_none() && change.wait(address.as_deref().unwrap_or("nobody")) {
             continue;
         }
@@ -371,7 +373,7 @@ fn take_advisory(inner: &Inner, image: &Image, cookie: &str, wanted: &Weak<()>) 
             }
             return Ok(Taken::HeldBy(JUST_GIVEN_BACK.into()));
         };
-        let record = parse_record(image.metadata(LEASE_KEY)?.as_deref(), &advisory_name(&locker));
+        let record = record_of(image, &advisory_name(&locker))?;
         let watched = is_watched(image, &locker.address)?;
         if record.is_none() && watched && patience.wait(&locker.address) {
             continue;
