@@ -96,6 +96,55 @@ struct Script {
     each: Option<Trouble>,
     /// The process that is at it.
     caller: Option<u32>,
+    /// What Nova lags behind with, if it is to.
+    lag: Option<Lag>,
+}
+
+/// A Nova that goes on saying for a while that a server has a volume which Cinder has taken from it, and does not give it
+/// to it again in that time.
+#[derive(Default)]
+struct Lag {
+    /// The volumes that the server had before the first was taken from it.
+    list: Bytes,
+    taken: bool,
+    /// How often it is still to be told.
+    reads: usize,
+    /// How often it was.
+    told: usize,
+    /// The requests for a volume that were refused once.
+    refused: BTreeSet<String>,
+}
+
+impl Lag {
+    const READS: usize = 3;
+
+    fn is_list(call: &str) -> bool {
+        call.starts_with("GET ") && call.trim_end().ends_with("/os-volume_attachments")
+    }
+
+    /// What is answered, if it is not to be passed on.
+    fn answer(&mut self, call: &str) -> Option<Answer> {
+        if Self::is_list(call) && self.reads > 0 {
+            (self.reads, self.told) = (self.reads - 1, self.told + 1);
+            return Some(json_answer(200, Full::from(self.list.clone())));
+        }
+        if call.starts_with("DELETE ") && call.contains("/os-volume_attachments/") {
+            (self.reads, self.taken) = (Self::READS, true);
+        }
+        let give = call.starts_with("POST ") && call.contains("/os-volume_attachments ");
+        if give && self.refused.insert(call.to_owned()) {
+            self.reads = 1;
+            let body = r#"{"badRequest": {"message": "Invalid volume: it is already attached", "code": 400}}"#;
+            return Some(json_answer(400, Full::from(body)));
+        }
+        None
+    }
+
+    fn passed_on(&mut self, call: &str, answer: &Bytes) {
+        if Self::is_list(call) && !self.taken {
+            self.list = answer.clone();
+        }
+    }
 }
 
 /// What is to become of a call, or the status that it is answered with at once.
@@ -192,6 +241,11 @@ impl Proxy {
         *lock(&self.script) = Script { each: Some(trouble), ..Script::default() };
     }
 
+    /// Has Nova lag behind.
+    fn lag(&self) {
+        *lock(&self.script) = Script { lag: Some(Lag::default()), ..Script::default() };
+    }
+
     /// Has a call fail.
     fn fail(&self, call: usize, trouble: Trouble) {
         *lock(&self.script) = Script { call, trouble: Some(trouble), ..Script::default() };
@@ -218,12 +272,16 @@ type Answer = Response<Full<Bytes>>;
 #[error("the connection is cut")]
 struct Cut;
 
+fn json_answer(status: u16, body: Full<Bytes>) -> Answer {
+    Response::builder().status(status).header("Content-Type", "application/json").body(body).expect("an answer")
+}
+
 fn plain(status: u16, body: &'static str, retry_after: bool) -> Answer {
-    let mut answer = Response::builder().status(status).header("Content-Type", "application/json");
+    let mut answer = json_answer(status, Full::from(body));
     if retry_after {
-        answer = answer.header("Retry-After", "1");
+        answer.headers_mut().insert("Retry-After", hyper::header::HeaderValue::from_static("1"));
     }
-    answer.body(Full::from(body)).expect("an answer")
+    answer
 }
 
 fn token_ended() -> Answer {
@@ -252,6 +310,9 @@ async fn answer(request: Request<Incoming>, script: &Mutex<Script>, http: &reqwe
         let fate = script.decide(&call, changes, token.as_deref());
         if token.is_some() && token == script.ended {
             return Ok(token_ended());
+        }
+        if let Some(answer) = script.lag.as_mut().and_then(|lag| lag.answer(&call)) {
+            return Ok(answer);
         }
         match fate {
             Fate::Trouble(trouble) => trouble,
@@ -282,6 +343,9 @@ async fn answer(request: Request<Incoming>, script: &Mutex<Script>, http: &reqwe
         }
     }
     let body = answered.bytes().await.map_err(|_| Cut)?;
+    if let Some(lag) = lock(script).lag.as_mut() {
+        lag.passed_on(&call, &body);
+    }
     if let (Some(Trouble::TokenRevoked), Some(token)) = (trouble, &token) {
         revoke(token, http).await?;
     }
@@ -417,6 +481,23 @@ fn with_reads_that_fail(bed: &CloudBed<'_>, proxy: &Proxy, trouble: Trouble, (co
     bed.expect_well(0, if command == "cutover" { "target" } else { "source" });
 }
 
+/// A cutover and the way back, in which Nova lags behind Cinder.
+fn with_a_nova_that_lags(bed: &CloudBed<'_>, proxy: &Proxy) {
+    for (command, words, side) in [("cutover", &[][..], "target"), ("rollback", &["--with-changes"], "source")] {
+        proxy.lag();
+        let words: Vec<&str> = words.iter().copied().chain(["--yes", "--json"]).collect();
+        let mut told = bed.command(0, command, &words);
+        proxy.lead(&mut told);
+        let run = Running::start(told).finish();
+        println!("{command}, with a Nova that lags: {run:?}");
+        run.expect_code(0);
+        let script = lock(&proxy.script);
+        let lag = script.lag.as_ref().expect("it was told to");
+        assert!(lag.told > Lag::READS && lag.reads == 0 && lag.refused.len() == 2, "it was told {} times", lag.told);
+        bed.expect_well(0, side);
+    }
+}
+
 fn every_read_with_every_trouble(bed: &CloudBed<'_>, proxy: &Proxy) {
     for trouble in OF_READS {
         with_reads_that_fail(bed, proxy, trouble, ("cutover", &[]));
@@ -437,6 +518,7 @@ fn a_call_of_a_cloud_that_fails_anywhere_loses_nothing() {
     let proxy = Proxy::start(&env);
     let make = || replicated(CloudBed::gateway(&env, 1, ""));
     if every_step() {
+        with_a_nova_that_lags(&make(), &proxy);
         return every_call_with_every_trouble(&proxy, make);
     }
     let bed = make();
@@ -453,6 +535,7 @@ fn a_call_of_a_cloud_that_fails_anywhere_loses_nothing() {
     };
     assert_eq!(over(2, Trouble::Unanswered), "over");
     back(4, Trouble::TokenEnded);
+    with_a_nova_that_lags(&bed, &proxy);
     // It is waited for as long as the plan says.
     bed.change_plan("limit = \"90s\"", "limit = \"45s\"");
     assert_eq!(over(3, Trouble::AlwaysPretended), "back");

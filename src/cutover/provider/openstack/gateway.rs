@@ -1,6 +1,9 @@
 //! A server that has the volumes as data disks: it gives them away, and gets them back, while it goes on with its others.
 
+use std::sync::{Mutex, PoisonError};
+
 use async_trait::async_trait;
+use futures::future::try_join_all;
 use serde_json::json;
 use tokio::process::Command;
 
@@ -9,38 +12,55 @@ use super::super::{Notes, Observed, Power, ProviderError, Side};
 use super::effect::{Effect, Look};
 use super::switch::CloudVolume;
 use super::{OpenStack, name};
-use crate::openstack::cinder::Status;
+use crate::openstack::cinder::{Status, Volume};
 use crate::openstack::nova::ServerAttachment;
-use crate::openstack::{Cloud, CloudError};
+use crate::openstack::{Cloud, CloudError, Fault};
 
 /// The note of a volume's attachment, by its id.
 fn note(volume: &str) -> String {
     format!("attachment-{volume}")
 }
 
-/// Whether Nova is at giving a reserved volume to a server: it names it among those that the server has.
-async fn is_attaching(cloud: &Cloud, server: &str, volume: &str) -> Result<bool, CloudError> {
+/// Whether Nova names a volume among those that a server has.
+async fn is_named(cloud: &Cloud, server: &str, volume: &str) -> Result<bool, CloudError> {
     Ok(cloud.server_attachments(server).await?.iter().any(|found| found.volume == volume))
 }
 
-/// Neither Cinder nor Nova is at it.
+/// Neither Cinder nor Nova is at any of them: nothing moves, and what nobody has for Cinder, the gateway has not for Nova.
+///
+/// Nova writes down a volume before it reserves it, and crosses it out after Cinder has been told that the server has it no
+/// more (`attach_volume` and `_detach_volume` of `nova.compute`): in between they disagree.
 struct Still<'a> {
     cloud: &'a Cloud,
     gateway: &'a str,
-    volume: &'a CloudVolume,
+    volumes: &'a [CloudVolume],
+    /// Those of them that the gateway has then.
+    found: Mutex<Vec<ServerAttachment>>,
 }
 
 #[async_trait]
 impl Effect for Still<'_> {
     fn wanted(&self) -> String {
-        format!("volume {} at rest", self.volume.name)
+        "gateway of which Cinder and Nova say the same".into()
     }
 
     async fn look(&self) -> Result<Look, CloudError> {
-        let shown = self.cloud.volume(&self.volume.cinder.volume).await?;
-        let attaching =
-            shown.status == Status::Reserved.name() && is_attaching(self.cloud, self.gateway, &shown.id).await?;
-        Ok(if shown.is_moving() || attaching { Look::Working(shown.status) } else { Look::Done })
+        let shown = self.volumes.iter().map(|volume| self.cloud.volume(&volume.cinder.volume));
+        let shown = try_join_all(shown).await?;
+        if let Some(moving) = shown.iter().find(|volume| volume.is_moving()) {
+            return Ok(Look::Working(format!("{}, with volume {}", moving.status, moving.id)));
+        }
+        // Nova is asked after Cinder: what it has begun to give to the gateway meanwhile is among these.
+        let mut attached = self.cloud.server_attachments(self.gateway).await?;
+        attached.retain(|found| shown.iter().any(|volume| volume.id == found.volume));
+        let nobodys = |volume: &&Volume| volume.attachments.is_empty() && volume.status != Status::InUse.name();
+        let between = |volume: &&Volume| attached.iter().any(|found| found.volume == volume.id);
+        if let Some(between) = shown.iter().filter(nobodys).find(between) {
+            let Volume { id, status, .. } = between;
+            return Ok(Look::Working(format!("one that has volume {id} for Nova, which is {status} for Cinder")));
+        }
+        *self.found.lock().unwrap_or_else(PoisonError::into_inner) = attached;
+        Ok(Look::Done)
     }
 }
 
@@ -61,9 +81,7 @@ impl Effect for Detached<'_> {
         let shown = self.cloud.volume(&self.volume.cinder.volume).await?;
         Ok(match () {
             () if shown.is_moving() => Look::Working(shown.status),
-            () if shown.status == Status::Reserved.name()
-                && is_attaching(self.cloud, self.gateway, &shown.id).await? =>
-            {
+            () if shown.status == Status::Reserved.name() && is_named(self.cloud, self.gateway, &shown.id).await? => {
                 Look::Working(shown.status)
             }
             () if shown.attachments.is_empty() && shown.status != Status::InUse.name() => Look::Done,
@@ -111,7 +129,17 @@ impl Effect for Attached<'_> {
         if self.cloud.volume(id).await?.status == Status::Maintenance.name() {
             self.cloud.reset_status(id, Status::Available).await?;
         }
-        self.cloud.attach(self.gateway, self.attachment).await
+        match self.cloud.attach(self.gateway, self.attachment).await {
+            // Nova has not yet crossed out that the gateway had it, and refuses to give it a second time.
+            Err(mut error)
+                if error.fault == Fault::Refused(400)
+                    && is_named(self.cloud, self.gateway, id).await.unwrap_or(true) =>
+            {
+                error.fault = Fault::Conflict;
+                Err(error)
+            }
+            asked => asked,
+        }
     }
 }
 
@@ -123,15 +151,18 @@ impl OpenStack {
         Ok(all.into_iter().filter(ours).collect())
     }
 
-    /// Running: the gateway has any of them, so that something may be written. Off: it has none. Once nothing is under way
-    /// with any.
+    /// Those of the volumes that the gateway has, once nothing is under way with any.
+    async fn attached_at_rest(&self, operation: &str, gateway: &str) -> Result<Vec<ServerAttachment>, ProviderError> {
+        let cloud = self.cloud(operation).await?;
+        let still = Still { cloud, gateway, volumes: &self.volumes, found: Mutex::default() };
+        self.bring_about(operation, &still).await?;
+        Ok(still.found.into_inner().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Running: the gateway has any of them, so that something may be written. Off: it has none.
     pub(super) async fn observe_gateway(&self, gateway: &str) -> Result<Observed, ProviderError> {
         let operation = "state";
-        let cloud = self.cloud(operation).await?;
-        for volume in &self.volumes {
-            self.bring_about(operation, &Still { cloud, gateway, volume }).await?;
-        }
-        let attached = self.attachments(operation, gateway).await?;
+        let attached = self.attached_at_rest(operation, gateway).await?;
         let volumes = self.look(operation).await?;
         let power = if attached.is_empty() { Power::Off } else { Power::Running };
         Ok(Observed { power, side: self.side_of(&volumes) })
@@ -168,7 +199,7 @@ impl OpenStack {
     /// Where a process that is gone has begun to detach them: the others, too.
     pub(super) async fn finish_detaching(&self, gateway: &str) -> Result<(), ProviderError> {
         let operation = "detach";
-        match self.attachments(operation, gateway).await?.len() {
+        match self.attached_at_rest(operation, gateway).await?.len() {
             some if some < self.volumes.len() => self.detach_all(operation, gateway).await,
             _ => Ok(()),
         }
