@@ -66,6 +66,10 @@ const ALL: [Trouble; 12] = [
 const OF_READS: [Trouble; 5] =
     [Trouble::Refused(500), Trouble::Refused(429), Trouble::Lost, Trouble::Unanswered, Trouble::TokenEnded];
 
+/// The two ways: the command, what it is told, and the side that the server is on then.
+const OVER_AND_BACK: [(&str, &[&str], &str); 2] =
+    [("cutover", &[], "target"), ("rollback", &["--with-changes"], "source")];
+
 /// How long an outage is: longer than any call is repeated by itself.
 const OUTAGE: Duration = Duration::from_secs(20);
 
@@ -231,6 +235,16 @@ impl Proxy {
         command.env("OS_COMPUTE_ENDPOINT_OVERRIDE", below("compute/v2.1"));
     }
 
+    /// Has `poolshift` do it by way of this.
+    fn run(&self, bed: &CloudBed<'_>, command: &str, words: &[&str]) -> Run {
+        let words: Vec<&str> = words.iter().copied().chain(["--yes", "--json"]).collect();
+        let mut told = bed.command(0, command, &words);
+        self.lead(&mut told);
+        let run = Running::start(told);
+        lock(&self.script).caller = Some(run.id());
+        run.finish()
+    }
+
     /// Has each call that only reads fail once.
     fn fail_reads(&self, trouble: Trouble) {
         *lock(&self.script) = Script { reads: Some(trouble), ..Script::default() };
@@ -369,13 +383,8 @@ fn with_trouble_on_the_way(
     (call, trouble): (usize, Trouble),
 ) -> (Option<String>, Run) {
     proxy.fail(call, trouble);
-    let words: Vec<&str> = words.iter().copied().chain(["--yes", "--json"]).collect();
-    let mut told = bed.command(0, command, &words);
-    proxy.lead(&mut told);
     let begun = Instant::now();
-    let run = Running::start(told);
-    lock(&proxy.script).caller = Some(run.id());
-    let run = run.finish();
+    let run = proxy.run(bed, command, words);
     let failed = lock(&proxy.script).calls.get(call - 1).cloned();
     println!("{command}, call {call}, {trouble:?}: {:?} in {:?}: {failed:?}\n{run:?}", run.code, begun.elapsed());
     (failed, run)
@@ -415,12 +424,9 @@ fn expect_end(call: usize, trouble: Trouble, end: &str) {
 
 /// A cutover in which each call that changes something has the same trouble once, and the way back.
 fn each_call_with(bed: &CloudBed<'_>, proxy: &Proxy, trouble: Trouble) {
-    for (command, words, side) in [("cutover", &[][..], "target"), ("rollback", &["--with-changes"], "source")] {
+    for (command, words, side) in OVER_AND_BACK {
         proxy.fail_each(trouble);
-        let words: Vec<&str> = words.iter().copied().chain(["--yes", "--json"]).collect();
-        let mut told = bed.command(0, command, &words);
-        proxy.lead(&mut told);
-        let run = Running::start(told).finish();
+        let run = proxy.run(bed, command, words);
         let calls = lock(&proxy.script).calls.clone();
         let failed = calls.iter().collect::<BTreeSet<_>>().len();
         let end = match command {
@@ -468,27 +474,26 @@ fn every_call_with_every_trouble<'a>(proxy: &Proxy, make: impl Fn() -> CloudBed<
 }
 
 /// A cutover, or the way back, in which all that is read is read in vain first.
-fn with_reads_that_fail(bed: &CloudBed<'_>, proxy: &Proxy, trouble: Trouble, (command, words): (&str, &[&str])) {
+fn with_reads_that_fail(
+    bed: &CloudBed<'_>,
+    proxy: &Proxy,
+    trouble: Trouble,
+    (command, words, side): (&str, &[&str], &str),
+) {
     proxy.fail_reads(trouble);
-    let words: Vec<&str> = words.iter().copied().chain(["--yes", "--json"]).collect();
-    let mut told = bed.command(0, command, &words);
-    proxy.lead(&mut told);
-    let run = Running::start(told).finish();
+    let run = proxy.run(bed, command, words);
     let failed = lock(&proxy.script).read.len();
     println!("{command}, {failed} calls that read, {trouble:?}: {run:?}");
     run.expect_code(0);
     assert!(failed > 5, "{failed}");
-    bed.expect_well(0, if command == "cutover" { "target" } else { "source" });
+    bed.expect_well(0, side);
 }
 
 /// A cutover and the way back, in which Nova lags behind Cinder.
 fn with_a_nova_that_lags(bed: &CloudBed<'_>, proxy: &Proxy) {
-    for (command, words, side) in [("cutover", &[][..], "target"), ("rollback", &["--with-changes"], "source")] {
+    for (command, words, side) in OVER_AND_BACK {
         proxy.lag();
-        let words: Vec<&str> = words.iter().copied().chain(["--yes", "--json"]).collect();
-        let mut told = bed.command(0, command, &words);
-        proxy.lead(&mut told);
-        let run = Running::start(told).finish();
+        let run = proxy.run(bed, command, words);
         println!("{command}, with a Nova that lags: {run:?}");
         run.expect_code(0);
         let script = lock(&proxy.script);
@@ -500,8 +505,9 @@ fn with_a_nova_that_lags(bed: &CloudBed<'_>, proxy: &Proxy) {
 
 fn every_read_with_every_trouble(bed: &CloudBed<'_>, proxy: &Proxy) {
     for trouble in OF_READS {
-        with_reads_that_fail(bed, proxy, trouble, ("cutover", &[]));
-        with_reads_that_fail(bed, proxy, trouble, ("rollback", &["--with-changes"]));
+        for way in OVER_AND_BACK {
+            with_reads_that_fail(bed, proxy, trouble, way);
+        }
     }
 }
 
@@ -540,7 +546,7 @@ fn a_call_of_a_cloud_that_fails_anywhere_loses_nothing() {
     bed.change_plan("limit = \"90s\"", "limit = \"45s\"");
     assert_eq!(over(3, Trouble::AlwaysPretended), "back");
     bed.change_plan("limit = \"45s\"", "limit = \"90s\"");
-    with_reads_that_fail(&bed, &proxy, Trouble::Lost, ("cutover", &[]));
+    with_reads_that_fail(&bed, &proxy, Trouble::Lost, OVER_AND_BACK[0]);
 }
 
 #[test]
