@@ -300,6 +300,12 @@ impl Walk<'_> {
         }
     }
 
+    /// Whether the journal is still what it was when this began.
+    async fn is_as_found(&self) -> Result<bool> {
+        let now = sides::load_journal(self.server()).await?;
+        Ok(now.is_some_and(|now| now == Journal { worker: now.worker.clone(), ..self.journal.clone() }))
+    }
+
     /// Makes sure that the process that began this is gone, and that nobody else goes on with it: the leases of the side
     /// that the server was to go to decide, or the fence on the other one where the server may run there. Gives back what
     /// is true of the server, and whether what is left is as that process has left it.
@@ -307,9 +313,12 @@ impl Walk<'_> {
         let mut tries = 0;
         let (observed, untouched) = loop {
             let (observed, untouched) = (self.observe().await?, self.is_untouched().await?);
+            // Who has gone on meanwhile gives the leases back for the server, which must not find them taken then.
+            if !self.is_as_found().await? {
+                return Err(self.overtaken());
+            }
             self.keep_others_out(&observed).await?;
-            let now = sides::load_journal(self.server()).await?;
-            let same = now.is_some_and(|now| now == Journal { worker: now.worker.clone(), ..self.journal.clone() });
+            let same = self.is_as_found().await?;
             if same && self.observe().await? == observed {
                 break (observed, untouched);
             }

@@ -18,7 +18,7 @@ const ASSUMED_RATE: f64 = (64 << 20) as f64;
 const FIXED: Duration = Duration::from_millis(500);
 
 /// How long a worker may take to say who it is after it has opened an image, and to close one after its cycle.
-const WORKER_TURN: Duration = Duration::from_secs(2);
+const WORKER_TURN: Duration = Duration::from_secs(5);
 
 /// Looks; changes nothing.
 pub(super) async fn look(sides: Sides<'_>) -> Result<Readiness> {

@@ -227,7 +227,7 @@ mod tests {
     #[tokio::test]
     async fn a_freeze_beyond_its_limit_is_thawed_and_refused() {
         let folder = tempfile::tempdir().unwrap();
-        let quiesce = hooks(folder.path(), "true", Duration::from_millis(200));
+        let quiesce = hooks(folder.path(), "true", Duration::from_secs(3));
         let frozen = freeze(&quiesce, "web", "p1").await.unwrap().unwrap();
         until_thawed(folder.path()).await;
         assert!(matches!(frozen.thaw().await, Err(QuiesceError::TooLong { .. })));

@@ -106,7 +106,7 @@ fn an_osd_that_stays_away(bed: &Bed<'_>) {
     let report = expect_back(bed, run, "the outage has passed its limit of 20s");
     let outage = Duration::from_secs_f64(report["outage_seconds"].as_f64().expect("it stood still"));
     // What comes on top is the way back: its memory is restored.
-    assert!(outage < limit + Duration::from_secs(20), "{outage:?}");
+    assert!(outage < limit + Duration::from_secs(60), "{outage:?}");
     bed.switch("cutover", &[], "target");
 }
 
@@ -209,7 +209,7 @@ fn a_guest_that_won_t_stop(bed: &Bed<'_>) {
         all.filter(|entry| entry["phase"] == phase).filter_map(|entry| entry["seconds"].as_f64()).sum::<f64>()
     };
     // A question is asked once more at the end.
-    assert!((20.0..25.0).contains(&seconds("quiescing")), "{report:#}");
+    assert!((20.0..45.0).contains(&seconds("quiescing")), "{report:#}");
     guest.command("deaf off");
     assert_eq!(guest.console().boot_ids().len(), 1, "it never stopped");
     bed.expect_guest_well(guest, "source");

@@ -74,7 +74,7 @@ async fn the_fence_refuses_a_server_that_is_there() {
     let took = begun.elapsed();
     println!("refused after {took:?}");
     assert!(matches!(&busy.kind, ErrorKind::Busy { holder } if holder.contains(&users[0].address)), "{busy}");
-    assert!(took > Duration::from_secs(2) && took < Duration::from_secs(10), "{took:?}");
+    assert!(took > Duration::from_secs(2) && took < Duration::from_secs(25), "{took:?}");
     // Nothing has changed for it.
     assert_eq!(rig.librbd.call(format!("owns {}", rig.place)).await, b"1");
     rig.write(0, b'b').await.unwrap();
@@ -92,7 +92,7 @@ async fn the_fence_refuses_a_server_that_is_there() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_has_just_ended_is_waited_for() {
-    let Some(env) = ceph() else { return };
+    let Some(env) = ceph_alone() else { return };
     let mut rig = Rig::lock(&env, "fence-exit").await;
     rig.write(0, b'a').await.unwrap();
     let (place, owner) = (rig.place.clone(), LeaseOwner::current().unwrap());
@@ -188,7 +188,7 @@ async fn the_fence_of_another_process_stands_until_that_is_dead() {
         let busy = rig.fence(how).await.unwrap_err();
         let process = format!("process {} on ", holder.child.id());
         assert!(matches!(&busy.kind, ErrorKind::Busy { holder } if holder.contains(&process)), "{busy}");
-        assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+        assert!(begun.elapsed() < Duration::from_secs(25), "{:?}", begun.elapsed());
     }
     assert!(rig.write(0, b'b').await.is_err());
     // `kill -9`.
@@ -196,7 +196,7 @@ async fn the_fence_of_another_process_stands_until_that_is_dead() {
     let begun = Instant::now();
     rig.fence(LockHolder::Refuse).await.unwrap();
     println!("a dead holder was broken in {:?}", begun.elapsed());
-    assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(25), "{:?}", begun.elapsed());
     assert!(rig.write(0, b'c').await.is_err());
     assert_eq!(rig.byte(0).await, b'a');
     rig.disk.release_lease().await.unwrap();

@@ -57,6 +57,7 @@ async fn an_osd_that_comes_back_and_one_that_does_not() {
     let run = run.finish().await;
     let waited = begun.elapsed();
     stopped.undo();
+    volume.no_throttle().await;
     let run = run.expect_code(7);
     assert!(run.stderr.contains("did not answer in time") && run.stderr.contains("hint: "), "{}", run.stderr);
     assert!(waited < Duration::from_secs(60), "{waited:?}");

@@ -74,7 +74,15 @@ impl Fleet {
         self.daemon = Some(command.expect("the daemon starts"));
     }
 
+    /// In good order: what a killed one has open would stay open for half a minute.
     pub(crate) fn stop_daemon(&mut self) {
+        if let Some(mut daemon) = self.daemon.take() {
+            send(&daemon, Signal::TERM);
+            daemon.wait().expect("it can be waited for");
+        }
+    }
+
+    fn kill_daemon(&mut self) {
         if let Some(mut daemon) = self.daemon.take() {
             let _ = daemon.kill();
             let _ = daemon.wait();
@@ -88,10 +96,7 @@ impl Fleet {
         for server in 0..servers {
             self.wait_for_server(server, "a point", |status| status["point"].is_object());
         }
-        // In good order: what a killed one has open would stay open for half a minute.
-        let mut daemon = self.daemon.take().expect("it was started");
-        send(&daemon, Signal::TERM);
-        daemon.wait().expect("it can be waited for");
+        self.stop_daemon();
     }
 
     /// `poolshift` with a command on a server.
@@ -123,7 +128,7 @@ impl Fleet {
 
 impl Drop for Fleet {
     fn drop(&mut self) {
-        self.stop_daemon();
+        self.kill_daemon();
     }
 }
 
@@ -243,8 +248,10 @@ impl<'a> Bed<'a> {
         for GuestDisk { source, target, .. } in &guest.disks {
             let kept = format!("{source}.poolshift-kept");
             let (used, left) = if on_targets { (target, &kept) } else { (source, target) };
+            // A worker of the fleet may be at both, for a moment.
+            let begun = Instant::now();
+            while self.fleet.daemon.is_some() && self.env.watchers(used) != 1 && begun.elapsed() < PATIENCE {}
             assert_eq!(self.env.watchers(used), 1, "{used}");
-            // A worker of the fleet may be at it.
             assert!(on_targets || self.fleet.daemon.is_some() || self.env.watchers(left) == 0, "{left}");
             assert!(!on_targets || self.env.watchers(left) == 0, "{left}");
         }
@@ -261,7 +268,7 @@ impl<'a> Bed<'a> {
 
 impl Drop for Bed<'_> {
     fn drop(&mut self) {
-        self.stop_daemon();
+        self.fleet.kill_daemon();
         for disk in self.others.iter().chain([&self.guest]).flat_map(|guest| &guest.disks) {
             let kept = format!("{}.poolshift-kept", disk.source);
             // Back to the name under which the guest removes it.

@@ -172,7 +172,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let pid = folder.path().join("pid");
         let script = format!("sleep 600 & echo $! > {}; echo still here >&2; exec >&- 2>&-; wait", pid.display());
-        let error = run(shell(&script), Vec::new(), Duration::from_secs(1)).await.unwrap_err();
+        let error = run(shell(&script), Vec::new(), Duration::from_secs(5)).await.unwrap_err();
         assert!(error.to_string().ends_with("and was killed: still here"), "{error}");
         let pid = std::fs::read_to_string(pid).unwrap();
         let gone = || {

@@ -22,7 +22,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, Weak};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::io::Errno;
 
@@ -79,11 +79,12 @@ impl Purpose {
     }
 }
 
-/// How long a holder that left no record is given, from the first wait on.
+/// How long a holder that left no record is given. What counts is what was waited between looks: where looking itself is slow,
+/// as asking for a lock that changes hands may be for half a minute, there are as many looks as elsewhere.
 #[derive(Debug)]
 struct Patience {
     limit: Duration,
-    since: Option<Instant>,
+    waited: Duration,
     /// Gone when nobody wants the lock any more.
     wanted: Weak<()>,
 }
@@ -99,19 +100,19 @@ impl Patience {
     const FOR_A_CHANGE: Duration = Duration::from_secs(2);
 
     fn new(limit: Duration, wanted: &Weak<()>) -> Self {
-        Self { limit, since: None, wanted: wanted.clone() }
+        Self { limit, waited: Duration::ZERO, wanted: wanted.clone() }
     }
 
     /// Waits a moment, and says whether to look again. Not to be called on a thread that must not block.
     fn wait(&mut self, holder: &str) -> bool {
-        let waited = self.since.get_or_insert_with(Instant::now).elapsed();
-        if waited >= self.limit || self.wanted.strong_count() == 0 {
+        if self.waited >= self.limit || self.wanted.strong_count() == 0 {
             return false;
         }
         tracing::debug!(holder, "the lock is to be had from nobody who has left a record: waiting");
         // What takes longer than a change of hands may take long.
-        let step = if waited < Self::FOR_A_CHANGE { 50 } else { 250 };
-        std::thread::sleep(Duration::from_millis(step));
+        let step = Duration::from_millis(if self.waited < Self::FOR_A_CHANGE { 50 } else { 250 });
+        std::thread::sleep(step);
+        self.waited += step;
         true
     }
 }

@@ -16,7 +16,7 @@ use tracing_subscriber::registry::Registry;
 
 use super::{connect, name, noise, rbd};
 use crate::librbd::{Disk, KIB, Librbd, MIB, open_source};
-use crate::support::{CephEnv, ceph};
+use crate::support::{CephEnv, ceph, ceph_alone};
 
 /// The images of which librbd was asked because a map could not be read, as `POOL/[NAMESPACE/]IMAGE`.
 static ASKED: Mutex<Vec<String>> = Mutex::new(Vec::new());
@@ -377,7 +377,7 @@ async fn a_quiet_token_stays_only_while_nothing_happens() {
 /// The cost of what an image's size alone costs, on 262,144 objects.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_large_image_costs_less_than_librbds_look_at_it() {
-    let Some(env) = ceph() else { return };
+    let Some(env) = ceph_alone() else { return };
     let image = format!("sas/{}", name("map-large"));
     listen();
     let pool_image = image.split_once('/').unwrap().1;
