@@ -147,8 +147,8 @@ impl Volume {
         self.disk.librbd.throttle(&self.target, 0).await;
     }
 
-    /// Starts a sync, slowed down, and lets it come to where it writes the target; gives it back, still slow, with what is in
-    /// flight.
+    /// Starts a sync, slowed down, and lets it come to where it writes the target; gives it back, still slow, with what
+    /// is in flight.
     pub(crate) async fn caught(&mut self, words: &[&str]) -> (Running, InFlight) {
         self.disk.librbd.throttle(&self.target, 4 * MIB).await;
         let target =
@@ -306,8 +306,8 @@ async fn what_a_lost_snapshot_left_behind_is_put_right() {
     volume.remove().await;
 }
 
-/// Freezes a run in the middle of its writes, or when only the commit is missing: that is short, and may pass between two
-/// looks on a host with much else to do.
+/// Freezes a run in the middle of its writes, or when only the commit is missing: that is short, and may pass between
+/// two looks on a host with much else to do.
 async fn freeze(volume: &mut Volume, when_applied: bool) -> (Running, InFlight) {
     for _ in 0..10 {
         let (mut run, _) = volume.caught_writing().await;

@@ -80,8 +80,8 @@ impl Librbd {
         self.call(format!("trashed {image}")).await.split(|byte| *byte == b'\n').filter(|name| !name.is_empty()).count()
     }
 
-    /// Has librbd write no more than so many bytes a second to an image; 0: all it can. Not while somebody who has it open is
-    /// stopped: it would be waited for to hear of it.
+    /// Has librbd write no more than so many bytes a second to an image; 0: all it can. Not while somebody who has it
+    /// open is stopped: it would be waited for to hear of it.
     pub(crate) async fn throttle(&mut self, image: &str, bytes_per_second: u64) {
         self.call(format!("throttle {image} {bytes_per_second}")).await;
     }

@@ -47,7 +47,8 @@ enum Trouble {
     Killed,
 }
 
-const ALL: [Trouble; 12] = [
+const ALL: [Trouble; 13] = [
+    Trouble::Refused(400),
     Trouble::Refused(500),
     Trouble::Refused(409),
     Trouble::Refused(429),
@@ -104,8 +105,8 @@ struct Script {
     lag: Option<Lag>,
 }
 
-/// A Nova that goes on saying for a while that a server has a volume which Cinder has taken from it, and does not give it
-/// to it again in that time.
+/// A Nova that goes on saying for a while that a server has a volume which Cinder has taken from it, and does not give
+/// it to it again in that time; and a Cinder that has it reserved for somebody as soon as nobody has it.
 #[derive(Default)]
 struct Lag {
     /// The volumes that the server had before the first was taken from it.
@@ -117,10 +118,16 @@ struct Lag {
     told: usize,
     /// The requests for a volume that were refused once.
     refused: BTreeSet<String>,
+    /// Until when volumes are reserved.
+    reserved: BTreeMap<String, Instant>,
+    /// What was to be done with them in that time.
+    hasty: Vec<String>,
 }
 
 impl Lag {
     const READS: usize = 3;
+    /// Longer than it takes from a detach to where its images are given other names.
+    const RESERVED: Duration = Duration::from_secs(5);
 
     fn is_list(call: &str) -> bool {
         call.starts_with("GET ") && call.trim_end().ends_with("/os-volume_attachments")
@@ -132,22 +139,44 @@ impl Lag {
             (self.reads, self.told) = (self.reads - 1, self.told + 1);
             return Some(json_answer(200, Full::from(self.list.clone())));
         }
-        if call.starts_with("DELETE ") && call.contains("/os-volume_attachments/") {
+        if call.starts_with("DELETE ")
+            && let Some((_, volume)) = call.trim_end().split_once("/os-volume_attachments/")
+        {
             (self.reads, self.taken) = (Self::READS, true);
+            self.reserved.insert(volume.to_owned(), Instant::now() + Self::RESERVED);
+        }
+        if call.contains("/action ") && self.is_reserved(call) {
+            self.hasty.push(call.to_owned());
         }
         let give = call.starts_with("POST ") && call.contains("/os-volume_attachments ");
         if give && self.refused.insert(call.to_owned()) {
-            self.reads = 1;
+            // Nova has crossed it out when it is asked about the second.
+            self.reads = usize::from(self.refused.len() == 1);
             let body = r#"{"badRequest": {"message": "Invalid volume: it is already attached", "code": 400}}"#;
             return Some(json_answer(400, Full::from(body)));
         }
         None
     }
 
-    fn passed_on(&mut self, call: &str, answer: &Bytes) {
+    fn is_reserved(&self, call: &str) -> bool {
+        self.reserved
+            .iter()
+            .any(|(volume, until)| call.contains(&format!("/volumes/{volume}")) && Instant::now() < *until)
+    }
+
+    /// What is answered in the place of what the cloud has answered.
+    fn passed_on(&mut self, call: &str, answer: Bytes) -> Bytes {
         if Self::is_list(call) && !self.taken {
             self.list = answer.clone();
         }
+        if call.starts_with("GET ") && self.is_reserved(call) {
+            let mut shown: serde_json::Value = serde_json::from_slice(&answer).expect("one JSON value");
+            if shown["volume"]["status"] == "available" {
+                shown["volume"]["status"] = "reserved".into();
+                return shown.to_string().into();
+            }
+        }
+        answer
     }
 }
 
@@ -356,9 +385,9 @@ async fn answer(request: Request<Incoming>, script: &Mutex<Script>, http: &reqwe
             answer = answer.header(name, value);
         }
     }
-    let body = answered.bytes().await.map_err(|_| Cut)?;
+    let mut body = answered.bytes().await.map_err(|_| Cut)?;
     if let Some(lag) = lock(script).lag.as_mut() {
-        lag.passed_on(&call, &body);
+        body = lag.passed_on(&call, body);
     }
     if let (Some(Trouble::TokenRevoked), Some(token)) = (trouble, &token) {
         revoke(token, http).await?;
@@ -499,6 +528,7 @@ fn with_a_nova_that_lags(bed: &CloudBed<'_>, proxy: &Proxy) {
         let script = lock(&proxy.script);
         let lag = script.lag.as_ref().expect("it was told to");
         assert!(lag.told > Lag::READS && lag.reads == 0 && lag.refused.len() == 2, "it was told {} times", lag.told);
+        assert!(lag.reserved.len() == 2 && lag.hasty.is_empty(), "{:?}", lag.hasty);
         bed.expect_well(0, side);
     }
 }

@@ -79,8 +79,8 @@ impl Purpose {
     }
 }
 
-/// How long a holder that left no record is given. What counts is what was waited between looks: where looking itself is slow,
-/// as asking for a lock that changes hands may be for half a minute, there are as many looks as elsewhere.
+/// How long a holder that left no record is given. What counts is what was waited between looks: where looking itself
+/// is slow, as asking for a lock that changes hands may be for half a minute, there are as many looks as elsewhere.
 #[derive(Debug)]
 struct Patience {
     limit: Duration,

@@ -57,7 +57,8 @@ pub(super) trait Effect: Send + Sync {
 
 impl OpenStack {
     /// Looks, asks if need be, and looks until it is so, for as long as the plan allows. What passes is no failure: a
-    /// service that does not answer, a conflict with what is still under way, a yes that comes to nothing twice.
+    /// service that does not answer, a conflict with what is still under way, a yes that comes to nothing twice, a no
+    /// that may be for how it was in that moment.
     pub(super) async fn bring_about(&self, operation: &str, effect: &dyn Effect) -> Result<(), ProviderError> {
         self.bring_about_from(operation, effect, None).await
     }
@@ -78,7 +79,7 @@ impl OpenStack {
         let wanted = effect.wanted();
         let since = Instant::now();
         let mut begun = since;
-        let (mut asks, mut asked, mut worked) = (0u32, None::<Instant>, false);
+        let (mut asks, mut asked, mut worked, mut doubted) = (0u32, None::<Instant>, false, false);
         let (mut seen, mut refused, mut unseen) = (String::from("not to be seen"), None, None::<CloudError>);
         let passing = |error: &CloudError| error.is_passing() || error.fault == Fault::Conflict;
         let mut known = is.map(Look::NotYet);
@@ -113,6 +114,7 @@ impl OpenStack {
                         match effect.ask().await {
                             Ok(()) => {}
                             Err(error) if passing(&error) => refused = Some(error),
+                            Err(error) if is_of_a_state(&error) && !doubted => (doubted, refused) = (true, Some(error)),
                             Err(error) => return Err(self.cloud_error(operation, &error)),
                         }
                         continue;
@@ -132,6 +134,12 @@ impl OpenStack {
             tokio::time::sleep((since.elapsed() / POLL_SHARE).clamp(least, most)).await;
         }
     }
+}
+
+/// Whether a refusal may be for how things are just now, and not for what was asked: Cinder says 400 for both, and Nova
+/// passes it on, and says 404 of an attachment that is going. Looked at once more it may be as wanted, or be granted.
+fn is_of_a_state(error: &CloudError) -> bool {
+    matches!(error.fault, Fault::Refused(400) | Fault::NotFound)
 }
 
 fn also(error: Option<&CloudError>) -> String {

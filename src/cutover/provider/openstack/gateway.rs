@@ -26,10 +26,11 @@ async fn is_named(cloud: &Cloud, server: &str, volume: &str) -> Result<bool, Clo
     Ok(cloud.server_attachments(server).await?.iter().any(|found| found.volume == volume))
 }
 
-/// Neither Cinder nor Nova is at any of them: nothing moves, and what nobody has for Cinder, the gateway has not for Nova.
+/// Neither Cinder nor Nova is at any of them: nothing moves, and what nobody has for Cinder, the gateway has not for
+/// Nova.
 ///
-/// Nova writes down a volume before it reserves it, and crosses it out after Cinder has been told that the server has it no
-/// more (`attach_volume` and `_detach_volume` of `nova.compute`): in between they disagree.
+/// Nova writes down a volume before it reserves it, and crosses it out after Cinder has been told that the server has
+/// it no more (`attach_volume` and `_detach_volume` of `nova.compute`): in between they disagree.
 struct Still<'a> {
     cloud: &'a Cloud,
     gateway: &'a str,

@@ -25,8 +25,13 @@ pub(super) const DELETED_SOFTLY: &str = "SOFT_DELETED";
 const SHELVED: &str = "SHELVED";
 const OFFLOADED: &str = "SHELVED_OFFLOADED";
 
-/// How long Nova may take to forget the host of a server that has left it.
-const HOST_PATIENCE: Duration = Duration::from_secs(5);
+/// Gone, and still to be seen: Nova takes what it had out of its accounts, and then the server out of its lists.
+const DELETED: &str = "DELETED";
+
+/// How long Nova may take to forget the host of a server that has left it: before that, it takes what the server had
+/// out of the host's accounts, and may have to wait there until it has counted all that the host has. For ever, if that
+/// has failed.
+const HOST_PATIENCE: Duration = Duration::from_secs(60);
 
 /// What it is doing, in the cloud's own words.
 pub(super) fn told(server: &Server) -> String {
@@ -206,6 +211,16 @@ fn is_at_rest(server: &Server) -> bool {
     server.task.is_none() && !(server.status == OFFLOADED && server.host.is_some())
 }
 
+/// Whether something is under way with it.
+pub(super) fn is_moving(server: &Server) -> bool {
+    server.task.is_some() || server.status == DELETED
+}
+
+/// Whether it is being deleted for good.
+pub(super) fn is_going(server: &Server) -> bool {
+    server.status == DELETED || server.task.as_deref().is_some_and(|task| task.ends_with("deleting"))
+}
+
 /// Whether its cloud takes it from its host.
 fn is_being_shelved(server: &Server) -> bool {
     server.task.as_deref().is_some_and(|task| task.starts_with("shelving"))
@@ -225,7 +240,7 @@ impl Effect for AtRest<'_> {
 
     async fn look(&self) -> Result<Look, CloudError> {
         let server = self.cloud.server(self.id).await?;
-        Ok(if server.task.is_some() { Look::Working(told(&server)) } else { Look::Done })
+        Ok(if is_moving(&server) { Look::Working(told(&server)) } else { Look::Done })
     }
 }
 
@@ -355,7 +370,11 @@ impl OpenStack {
             server = self.server(operation, id).await?;
         }
         let begun = Instant::now();
-        while !is_at_rest(&server) && begun.elapsed() < HOST_PATIENCE {
+        while !is_at_rest(&server) {
+            if begun.elapsed() >= HOST_PATIENCE {
+                tracing::warn!(server = id, "it has left its host, and Nova has not written that down: going on");
+                break;
+            }
             tokio::time::sleep(Duration::from_millis(50)).await;
             server = self.server(operation, id).await?;
         }

@@ -14,7 +14,7 @@ use super::super::rehearse::StandIn;
 use super::super::{ProviderError, ServerDisk};
 use super::OpenStack;
 use super::effect::{Effect, Look};
-use super::server::{ACTIVE, delete_for_good, told};
+use super::server::{ACTIVE, delete_for_good, is_going, told};
 use super::volumes::{Described, give_up};
 use crate::image::ImageSpec;
 use crate::openstack::cinder::{Status, Volume};
@@ -153,10 +153,7 @@ impl Effect for Gone<'_> {
     async fn look(&self) -> Result<Look, CloudError> {
         Ok(match if_there(self.cloud.server(self.id).await)? {
             None => Look::Done,
-            Some(server) if server.status == "DELETED" => Look::Done,
-            Some(server) if server.task.as_deref().is_some_and(|task| task.ends_with("deleting")) => {
-                Look::Working(told(&server))
-            }
+            Some(server) if is_going(&server) => Look::Working(told(&server)),
             Some(server) => Look::NotYet(told(&server)),
         })
     }

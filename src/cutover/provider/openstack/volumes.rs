@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use serde_json::Value;
@@ -39,6 +40,8 @@ pub(super) struct OfType<'a> {
     pub(super) policy: MigrationPolicy,
     /// The server that has left its host, and may be said to have it all the same.
     pub(super) ours: Option<&'a str>,
+    /// Since when that is wanted.
+    pub(super) since: Instant,
     /// What Cinder has shown of it just now, kept for that server: before the first request it is not asked for again.
     pub(super) seen: Mutex<Option<Volume>>,
     /// What Cinder shows of it once it has the type.
@@ -55,7 +58,7 @@ impl Effect for OfType<'_> {
         let shown = self.cloud.volume(&self.volume.cinder.volume).await?;
         let now = shown.volume_type.as_deref().unwrap_or_default();
         Ok(match () {
-            () if shown.is_moving() => Look::Working(shown.status),
+            () if shown.is_moving() || is_being_given(&shown, self.ours, self.since) => Look::Working(shown.status),
             () if now == self.next => {
                 let _ = self.found.set(shown);
                 Look::Done
@@ -78,7 +81,7 @@ impl Effect for OfType<'_> {
         };
         // It may have become something else since it was looked at: that is looked at again.
         let as_seen = shown.volume_type.as_deref().unwrap_or_default() == self.now && self.volume.is_image_of(&shown);
-        if shown.is_moving() || !as_seen {
+        if shown.is_moving() || is_being_given(&shown, self.ours, self.since) || !as_seen {
             return Ok(());
         }
         if shown.migration_status.as_deref() == Some("error") {
@@ -104,6 +107,16 @@ impl Effect for OfType<'_> {
     }
 }
 
+/// How long what is reserved for somebody may take to be his. Beyond that it is what is left of an attachment that came
+/// to nothing.
+const RESERVED: Duration = Duration::from_secs(10);
+
+/// Whether another server than that which has left its host is about to get it: Cinder reserves it, and does not show
+/// for whom before he has it.
+fn is_being_given(shown: &Volume, ours: Option<&str>, since: Instant) -> bool {
+    ours.is_none() && shown.status == Status::Reserved.name() && since.elapsed() < RESERVED
+}
+
 /// Whether another server has it than the one that has left its host.
 fn is_taken(shown: &Volume, ours: Option<&str>) -> bool {
     shown.status == Status::InUse.name() && (ours.is_none() || has_other(shown, ours))
@@ -126,6 +139,8 @@ pub(super) struct OfStatus<'a> {
     pub(super) status: Status,
     /// The server that has left its host, and may be said to have it all the same.
     pub(super) ours: Option<&'a str>,
+    /// Since when that is wanted.
+    pub(super) since: Instant,
 }
 
 #[async_trait]
@@ -142,7 +157,7 @@ impl Effect for OfStatus<'_> {
             () if shown.status == self.status.name() => Look::Done,
             // It is to be kept from nobody, and somebody has it.
             () if self.status == Status::Available && shown.status == Status::InUse.name() => Look::Done,
-            () if shown.is_moving() => Look::Working(shown.status),
+            () if shown.is_moving() || is_being_given(&shown, self.ours, self.since) => Look::Working(shown.status),
             () if is_taken(&shown, self.ours) => taken(&shown),
             () => Look::NotYet(shown.status),
         })

@@ -8,7 +8,7 @@ use futures::future::try_join_all;
 
 use super::super::super::{Notes, Power, ProviderError, Side};
 use super::super::effect::{Effect, Look};
-use super::super::server::{ACTIVE, AtRest, DELETED_SOFTLY, delete_for_good, power, told};
+use super::super::server::{ACTIVE, AtRest, DELETED_SOFTLY, delete_for_good, is_moving, power, told};
 use super::remembered::{BYTES_MAX, Remembered, SERVER_MARK};
 use super::volumes::State;
 use super::{Recreate, ports, volumes};
@@ -85,7 +85,7 @@ impl Effect for Gone<'_> {
     async fn look(&self) -> Result<Look, CloudError> {
         let Some(server) = if_there(self.cloud.server(self.id).await)? else { return Ok(Look::Done) };
         Ok(match () {
-            () if server.task.is_some() || server.status == "DELETED" => Look::Working(told(&server)),
+            () if is_moving(&server) => Look::Working(told(&server)),
             () if power(&server) == Power::Running => Look::Hopeless(format!("it is {}: it runs", told(&server))),
             () => Look::NotYet(told(&server)),
         })
@@ -223,7 +223,7 @@ impl Recreate {
             found => found,
         };
         let Some(mut server) = found else { return Ok(None) };
-        if server.task.is_some() {
+        if is_moving(&server) {
             let id = server.id.clone();
             // What was under way may have been its end.
             let rest = self.base.bring_about(operation, &AtRest { cloud, id: &id }).await;

@@ -50,8 +50,8 @@ pub(super) struct Judged {
 /// The image that is in the way of a volume's own.
 pub(super) fn taken_by(image: &str) -> String {
     format!(
-        "{image} is there already, and Cinder deletes what has that name when its own copy fails: see whose it is, and give \
-         it another name"
+        "{image} is there already, and Cinder deletes what has that name when its own copy fails: wait \
+         where Cinder is still removing what it has copied; else see whose it is, and give it another name"
     )
 }
 

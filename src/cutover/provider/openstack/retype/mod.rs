@@ -61,6 +61,8 @@ use note::Note;
 const RELEASE: Duration = Duration::from_secs(45);
 /// How often that is looked at.
 const POLL: Duration = Duration::from_millis(500);
+/// How long Cinder may take to remove what it has copied before it is spoken of. With much in it, that takes longer.
+const REMOVAL: Duration = Duration::from_secs(30);
 /// How many types a volume goes through at most.
 const TYPES_MAX: usize = 8;
 
@@ -522,9 +524,18 @@ impl Retype {
         if images::in_the_way(volume, to).await?.is_none() {
             return Err(self.not_there(volume, to).into());
         }
-        if let Some(left) = images::in_the_way(volume, to.other()).await? {
-            remarks
-                .push(format!("Cinder could not remove what it has copied, {left}: remove it once nothing needs it"));
+        // Where its driver can't move an image itself, Cinder removes what it has copied after it has said that it is
+        // done.
+        let begun = Instant::now();
+        while let Some(left) = images::in_the_way(volume, to.other()).await? {
+            if begun.elapsed() >= REMOVAL {
+                remarks.push(format!(
+                    "Cinder has not removed what it has copied, {left}: if it is not still at it, remove it once nothing \
+                     needs it"
+                ));
+                break;
+            }
+            tokio::time::sleep(POLL).await;
         }
         Ok(())
     }
