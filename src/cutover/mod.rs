@@ -313,7 +313,8 @@ impl Walk<'_> {
         let mut tries = 0;
         let (observed, untouched) = loop {
             let (observed, untouched) = (self.observe().await?, self.is_untouched().await?);
-            // Who has gone on meanwhile gives the leases back for the server, which must not find them taken then.
+            // Who has gone on meanwhile gives the leases back for the server, which is not to find them taken then. What is
+            // left is the moment between this look and the leases.
             if !self.is_as_found().await? {
                 return Err(self.overtaken());
             }

@@ -180,7 +180,9 @@ impl Running {
 
     pub(crate) fn signal(&mut self, signal: Signal) {
         // It may have ended by itself; then there is nobody to be signalled any more.
-        let _ = kill_process(Pid::from_child(self.child()), signal);
+        if self.is_running() {
+            let _ = kill_process(Pid::from_child(self.child()), signal);
+        }
     }
 
     pub(crate) async fn finish(mut self) -> Run {

@@ -78,7 +78,14 @@ impl Fleet {
     pub(crate) fn stop_daemon(&mut self) {
         if let Some(mut daemon) = self.daemon.take() {
             send(&daemon, Signal::TERM);
-            daemon.wait().expect("it can be waited for");
+            let begun = Instant::now();
+            while daemon.try_wait().expect("it can be waited for").is_none() {
+                if begun.elapsed() >= PATIENCE {
+                    let _ = daemon.kill();
+                    panic!("the daemon does not end");
+                }
+                std::thread::sleep(Duration::from_millis(20));
+            }
         }
     }
 
@@ -250,8 +257,13 @@ impl<'a> Bed<'a> {
             let (used, left) = if on_targets { (target, &kept) } else { (source, target) };
             // A worker of the fleet may be at both, for a moment.
             let begun = Instant::now();
-            while self.fleet.daemon.is_some() && self.env.watchers(used) != 1 && begun.elapsed() < PATIENCE {}
-            assert_eq!(self.env.watchers(used), 1, "{used}");
+            let users = loop {
+                let users = self.env.watchers(used);
+                if users == 1 || self.fleet.daemon.is_none() || begun.elapsed() >= PATIENCE {
+                    break users;
+                }
+            };
+            assert_eq!(users, 1, "{used}");
             assert!(on_targets || self.fleet.daemon.is_some() || self.env.watchers(left) == 0, "{left}");
             assert!(!on_targets || self.env.watchers(left) == 0, "{left}");
         }

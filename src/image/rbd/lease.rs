@@ -22,7 +22,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
@@ -85,6 +85,7 @@ impl Purpose {
 struct Patience {
     limit: Duration,
     waited: Duration,
+    since: Option<Instant>,
     /// Gone when nobody wants the lock any more.
     wanted: Weak<()>,
 }
@@ -99,13 +100,18 @@ impl Patience {
     /// To be through with taking the lock, or with giving it back.
     const FOR_A_CHANGE: Duration = Duration::from_secs(2);
 
+    /// What all looks together may take: the caller gives up a little later, and would not know who has it.
+    const FOR_SLOW_LOOKS: Duration = Duration::from_secs(60);
+
     fn new(limit: Duration, wanted: &Weak<()>) -> Self {
-        Self { limit, waited: Duration::ZERO, wanted: wanted.clone() }
+        Self { limit, waited: Duration::ZERO, since: None, wanted: wanted.clone() }
     }
 
     /// Waits a moment, and says whether to look again. Not to be called on a thread that must not block.
     fn wait(&mut self, holder: &str) -> bool {
-        if self.waited >= self.limit || self.wanted.strong_count() == 0 {
+        let since = *self.since.get_or_insert_with(Instant::now);
+        let is_over = self.waited >= self.limit || since.elapsed() >= self.limit + Self::FOR_SLOW_LOOKS;
+        if is_over || self.wanted.strong_count() == 0 {
             return false;
         }
         tracing::debug!(holder, "the lock is to be had from nobody who has left a record: waiting");

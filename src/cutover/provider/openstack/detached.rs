@@ -4,9 +4,9 @@ use super::super::{Observed, Power, ProviderError};
 use super::OpenStack;
 use crate::openstack::cinder::Status;
 
-/// Whether a volume of that status is kept from nobody.
+/// Whether a volume of that status is kept from nobody: somebody has it, or is about to, or may.
 fn is_free(status: &str) -> bool {
-    [Status::Available, Status::InUse].iter().any(|free| free.name() == status)
+    [Status::Available, Status::Reserved, Status::InUse].iter().any(|free| free.name() == status)
 }
 
 impl OpenStack {
@@ -30,7 +30,7 @@ mod tests {
 
     #[test]
     fn what_somebody_has_is_kept_from_nobody() {
-        let found = ["available", "in-use", "maintenance", "reserved", "error", "retyping"].map(is_free);
-        assert_eq!(found, [true, true, false, false, false, false]);
+        let found = ["available", "reserved", "in-use", "maintenance", "error", "retyping"].map(is_free);
+        assert_eq!(found, [true, true, true, false, false, false]);
     }
 }

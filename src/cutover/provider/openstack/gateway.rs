@@ -42,7 +42,7 @@ struct Still<'a> {
 #[async_trait]
 impl Effect for Still<'_> {
     fn wanted(&self) -> String {
-        "gateway of which Cinder and Nova say the same".into()
+        format!("gateway {} of which Cinder and Nova say the same", self.gateway)
     }
 
     async fn look(&self) -> Result<Look, CloudError> {
@@ -58,7 +58,9 @@ impl Effect for Still<'_> {
         let between = |volume: &&Volume| attached.iter().any(|found| found.volume == volume.id);
         if let Some(between) = shown.iter().filter(nobodys).find(between) {
             let Volume { id, status, .. } = between;
-            return Ok(Look::Working(format!("one that has volume {id} for Nova, which is {status} for Cinder")));
+            let how =
+                format!("one that has volume {id} for Nova, which is {status} for Cinder: see nova-compute's log");
+            return Ok(Look::Working(how));
         }
         *self.found.lock().unwrap_or_else(PoisonError::into_inner) = attached;
         Ok(Look::Done)

@@ -55,7 +55,7 @@ mod volumes;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use futures::future::{join, join_all, join3, try_join, try_join_all};
@@ -243,8 +243,13 @@ impl OpenStack {
         (cloud, volume): (&Cloud, &CloudVolume),
         is: Option<String>,
     ) -> Result<(), ProviderError> {
-        let of_status =
-            volumes::OfStatus { cloud, volume, status: self.shut_status(), ours: self.ours(), since: Instant::now() };
+        let of_status = volumes::OfStatus {
+            cloud,
+            volume,
+            status: self.shut_status(),
+            ours: self.ours(),
+            reserved: OnceLock::new(),
+        };
         self.bring_about_from(operation, &of_status, is).await
     }
 
@@ -284,8 +289,8 @@ impl OpenStack {
         let ours = self.ours();
         let is_kept = let_go && before.status == Status::Reserved.name();
         let seen = Mutex::new(is_kept.then(|| before.clone()));
-        let (since, found) = (Instant::now(), OnceLock::new());
-        let mut of_type = volumes::OfType { cloud, volume, now, next, policy, ours, since, seen, found };
+        let (reserved, found) = (OnceLock::new(), OnceLock::new());
+        let mut of_type = volumes::OfType { cloud, volume, now, next, policy, ours, reserved, seen, found };
         let is = format!("{} of type {now:?}", before.status);
         self.bring_about_from(operation, &of_type, Some(is)).await?;
         let (after, seen) = match of_type.found.take() {
@@ -323,8 +328,7 @@ impl OpenStack {
     async fn reset_all(&self, operation: &str, status: Status) -> Result<(), ProviderError> {
         let cloud = self.cloud(operation).await?;
         let ours = self.ours();
-        let since = Instant::now();
-        let of_status = |volume| volumes::OfStatus { cloud, volume, status, ours, since };
+        let of_status = |volume| volumes::OfStatus { cloud, volume, status, ours, reserved: OnceLock::new() };
         let effects: Vec<_> = self.volumes.iter().map(of_status).collect();
         self.bring_all_about(operation, &effects).await
     }

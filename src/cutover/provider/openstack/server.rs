@@ -216,7 +216,7 @@ pub(super) fn is_moving(server: &Server) -> bool {
     server.task.is_some() || server.status == DELETED
 }
 
-/// Whether it is being deleted for good.
+/// Whether it is being deleted, for good or for a while.
 pub(super) fn is_going(server: &Server) -> bool {
     server.status == DELETED || server.task.as_deref().is_some_and(|task| task.ends_with("deleting"))
 }
@@ -369,13 +369,19 @@ impl OpenStack {
             self.bring_about(operation, &AtRest { cloud, id }).await?;
             server = self.server(operation, id).await?;
         }
-        let begun = Instant::now();
+        Ok(server)
+    }
+
+    /// A server that nothing is under way with, once Nova has written down that it is on no host, if it is on none.
+    async fn off_its_host(&self, operation: &str, id: &str) -> Result<Server, ProviderError> {
+        let mut server = self.server_at_rest(operation, id).await?;
+        let (begun, limit) = (Instant::now(), HOST_PATIENCE.min(self.config.limit));
         while !is_at_rest(&server) {
-            if begun.elapsed() >= HOST_PATIENCE {
+            if begun.elapsed() >= limit {
                 tracing::warn!(server = id, "it has left its host, and Nova has not written that down: going on");
                 break;
             }
-            tokio::time::sleep(Duration::from_millis(50)).await;
+            tokio::time::sleep((begun.elapsed() / 20).clamp(Duration::from_millis(50), Duration::from_secs(1))).await;
             server = self.server(operation, id).await?;
         }
         Ok(server)
@@ -435,7 +441,7 @@ impl OpenStack {
         let (mut server, mut volumes) = try_join(self.server(operation, id), self.look(operation)).await?;
         self.is_leaving.store(false, Ordering::Release);
         if !is_at_rest(&server) {
-            server = self.server_at_rest(operation, id).await?;
+            server = self.off_its_host(operation, id).await?;
             volumes = self.look(operation).await?;
         }
         if self.side_of(&volumes) != Some(on) {
@@ -459,6 +465,7 @@ impl OpenStack {
         }
         if status != OFFLOADED {
             self.leave_host(operation, id).await?;
+            self.off_its_host(operation, id).await?;
         }
         // Whoever has it shelved expects them to be kept for it.
         if shown.iter().any(|volume| volume.status != Status::Reserved.name()) {

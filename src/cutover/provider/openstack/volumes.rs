@@ -40,8 +40,8 @@ pub(super) struct OfType<'a> {
     pub(super) policy: MigrationPolicy,
     /// The server that has left its host, and may be said to have it all the same.
     pub(super) ours: Option<&'a str>,
-    /// Since when that is wanted.
-    pub(super) since: Instant,
+    /// Since when it was seen to be reserved.
+    pub(super) reserved: OnceLock<Instant>,
     /// What Cinder has shown of it just now, kept for that server: before the first request it is not asked for again.
     pub(super) seen: Mutex<Option<Volume>>,
     /// What Cinder shows of it once it has the type.
@@ -58,7 +58,7 @@ impl Effect for OfType<'_> {
         let shown = self.cloud.volume(&self.volume.cinder.volume).await?;
         let now = shown.volume_type.as_deref().unwrap_or_default();
         Ok(match () {
-            () if shown.is_moving() || is_being_given(&shown, self.ours, self.since) => Look::Working(shown.status),
+            () if shown.is_moving() || is_being_given(&shown, self.ours, &self.reserved) => Look::Working(shown.status),
             () if now == self.next => {
                 let _ = self.found.set(shown);
                 Look::Done
@@ -81,7 +81,7 @@ impl Effect for OfType<'_> {
         };
         // It may have become something else since it was looked at: that is looked at again.
         let as_seen = shown.volume_type.as_deref().unwrap_or_default() == self.now && self.volume.is_image_of(&shown);
-        if shown.is_moving() || is_being_given(&shown, self.ours, self.since) || !as_seen {
+        if shown.is_moving() || is_being_given(&shown, self.ours, &self.reserved) || !as_seen {
             return Ok(());
         }
         if shown.migration_status.as_deref() == Some("error") {
@@ -113,8 +113,9 @@ const RESERVED: Duration = Duration::from_secs(10);
 
 /// Whether another server than that which has left its host is about to get it: Cinder reserves it, and does not show
 /// for whom before he has it.
-fn is_being_given(shown: &Volume, ours: Option<&str>, since: Instant) -> bool {
-    ours.is_none() && shown.status == Status::Reserved.name() && since.elapsed() < RESERVED
+fn is_being_given(shown: &Volume, ours: Option<&str>, reserved: &OnceLock<Instant>) -> bool {
+    let is_reserved = ours.is_none() && shown.status == Status::Reserved.name();
+    is_reserved && reserved.get_or_init(Instant::now).elapsed() < RESERVED
 }
 
 /// Whether another server has it than the one that has left its host.
@@ -139,8 +140,8 @@ pub(super) struct OfStatus<'a> {
     pub(super) status: Status,
     /// The server that has left its host, and may be said to have it all the same.
     pub(super) ours: Option<&'a str>,
-    /// Since when that is wanted.
-    pub(super) since: Instant,
+    /// Since when it was seen to be reserved.
+    pub(super) reserved: OnceLock<Instant>,
 }
 
 #[async_trait]
@@ -155,9 +156,13 @@ impl Effect for OfStatus<'_> {
             // Its status may have been written over just when another server was given it.
             () if self.status == Status::Reserved && has_other(&shown, self.ours) => taken(&shown),
             () if shown.status == self.status.name() => Look::Done,
-            // It is to be kept from nobody, and somebody has it.
-            () if self.status == Status::Available && shown.status == Status::InUse.name() => Look::Done,
-            () if shown.is_moving() || is_being_given(&shown, self.ours, self.since) => Look::Working(shown.status),
+            // It is to be kept from nobody, and somebody has it, or is about to.
+            () if self.status == Status::Available
+                && [Status::InUse, Status::Reserved].iter().any(|taken| taken.name() == shown.status) =>
+            {
+                Look::Done
+            }
+            () if shown.is_moving() || is_being_given(&shown, self.ours, &self.reserved) => Look::Working(shown.status),
             () if is_taken(&shown, self.ours) => taken(&shown),
             () => Look::NotYet(shown.status),
         })

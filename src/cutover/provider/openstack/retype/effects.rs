@@ -146,8 +146,7 @@ impl Effect for Retyped<'_> {
         match self.asks.fetch_add(1, Ordering::Relaxed) {
             0 => self.observer.note(&format!("{name}: asking Cinder for type {:?}", self.next)),
             asks => {
-                let text =
-                    format!("{name}: Cinder has said yes and given it up; asking once more, {} in all", asks + 1);
+                let text = format!("{name}: Cinder has given it up; asking once more, {} in all", asks + 1);
                 self.observer.note(&text);
             }
         }

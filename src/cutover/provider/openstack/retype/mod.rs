@@ -527,8 +527,14 @@ impl Retype {
         // Where its driver can't move an image itself, Cinder removes what it has copied after it has said that it is
         // done.
         let begun = Instant::now();
-        while let Some(left) = images::in_the_way(volume, to.other()).await? {
-            if begun.elapsed() >= REMOVAL {
+        loop {
+            let left = images::in_the_way(volume, to.other()).await;
+            if matches!(left, Ok(None)) {
+                break;
+            }
+            if begun.elapsed() >= REMOVAL
+                && let Some(left) = left?
+            {
                 remarks.push(format!(
                     "Cinder has not removed what it has copied, {left}: if it is not still at it, remove it once nothing \
                      needs it"
