@@ -130,10 +130,15 @@ impl OpenStack {
                     format!("after {limit:?} there is no {wanted}: it is {seen}{}", also(refused.or(unseen).as_ref()));
                 return Err(self.error(operation, problem, Some("see what keeps it, or raise the limit in the plan")));
             }
-            let [least, most] = POLL;
-            tokio::time::sleep((since.elapsed() / POLL_SHARE).clamp(least, most)).await;
+            pause(since).await;
         }
     }
+}
+
+/// Waits until it is time for the next look at what has been waited for since then.
+pub(super) async fn pause(since: Instant) {
+    let [least, most] = POLL;
+    tokio::time::sleep((since.elapsed() / POLL_SHARE).clamp(least, most)).await;
 }
 
 /// Whether a refusal may be for how things are just now, and not for what was asked: Cinder says 400 for both, and Nova

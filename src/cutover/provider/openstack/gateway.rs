@@ -1,6 +1,6 @@
 //! A server that has the volumes as data disks: it gives them away, and gets them back, while it goes on with its others.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::OnceLock;
 
 use async_trait::async_trait;
 use futures::future::try_join_all;
@@ -36,7 +36,7 @@ struct Still<'a> {
     gateway: &'a str,
     volumes: &'a [CloudVolume],
     /// Those of them that the gateway has then.
-    found: Mutex<Vec<ServerAttachment>>,
+    found: OnceLock<Vec<ServerAttachment>>,
 }
 
 #[async_trait]
@@ -62,7 +62,7 @@ impl Effect for Still<'_> {
                 format!("one that has volume {id} for Nova, which is {status} for Cinder: see nova-compute's log");
             return Ok(Look::Working(how));
         }
-        *self.found.lock().unwrap_or_else(PoisonError::into_inner) = attached;
+        let _ = self.found.set(attached);
         Ok(Look::Done)
     }
 }
@@ -157,9 +157,9 @@ impl OpenStack {
     /// Those of the volumes that the gateway has, once nothing is under way with any.
     async fn attached_at_rest(&self, operation: &str, gateway: &str) -> Result<Vec<ServerAttachment>, ProviderError> {
         let cloud = self.cloud(operation).await?;
-        let still = Still { cloud, gateway, volumes: &self.volumes, found: Mutex::default() };
+        let still = Still { cloud, gateway, volumes: &self.volumes, found: OnceLock::new() };
         self.bring_about(operation, &still).await?;
-        Ok(still.found.into_inner().unwrap_or_else(PoisonError::into_inner))
+        Ok(still.found.into_inner().unwrap_or_default())
     }
 
     /// Running: the gateway has any of them, so that something may be written. Off: it has none.

@@ -9,7 +9,7 @@ use futures::future::{try_join, try_join_all};
 use tokio::sync::OnceCell;
 
 use super::super::{Observed, Power, ProviderError, Side};
-use super::effect::{Effect, Look};
+use super::effect::{Effect, Look, pause};
 use super::switch::{CloudVolume, is_open};
 use super::{OpenStack, name};
 use crate::image::ImageError;
@@ -381,7 +381,7 @@ impl OpenStack {
                 tracing::warn!(server = id, "it has left its host, and Nova has not written that down: going on");
                 break;
             }
-            tokio::time::sleep((begun.elapsed() / 20).clamp(Duration::from_millis(50), Duration::from_secs(1))).await;
+            pause(begun).await;
             server = self.server(operation, id).await?;
         }
         Ok(server)
