@@ -19,6 +19,7 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`extent`] | offsets, lengths, extents; checked arithmetic |
+//! | `failpoint` | places at which tests kill the process; debug builds only |
 //! | `ceph` | librados and librbd, loaded at run time; the only unsafe code |
 //! | [`image`] | the contracts [`image::SourceImage`] and [`image::TargetImage`], and the backends: RBD, files, memory |
 //! | [`throttle`] | how much the source may be asked for, by pool and by volume |
@@ -97,6 +98,7 @@ pub mod cli;
 pub mod cutover;
 pub mod delta;
 pub mod extent;
+mod failpoint;
 pub mod fleet;
 pub mod image;
 pub mod observe;

@@ -35,6 +35,7 @@ use super::provider::{Observed, Power, Side};
 use super::server::{CutoverError, Observer, Options, PhaseTime, Proof, Report, Result, Server};
 use super::sides::{HAS_IT_OPEN, Sides, store_journal};
 use super::warm_up;
+use crate::failpoint::failpoint;
 use crate::fleet::{chain_text, group};
 use crate::image::{DiskUser, ImageError, LeaseOwner, LockHolder};
 use crate::pipeline::Limits;
@@ -133,7 +134,9 @@ impl<'a> Walk<'a> {
         self.lap();
         self.journal.phase = phase;
         self.observer.phase(phase);
-        store_journal(self.server(), Some(&self.journal)).await
+        store_journal(self.server(), Some(&self.journal)).await?;
+        failpoint!("cutover.{}", phase.to_string().replace(' ', "-"));
+        Ok(())
     }
 
     /// Enters the phase that has ended into the report.

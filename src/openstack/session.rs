@@ -19,6 +19,7 @@ use url::Url;
 
 use super::access::{CloudAccess, Identity, Ref};
 use super::error::{CloudError, Fault, Result};
+use crate::failpoint::failpoint;
 
 /// How long a request may take.
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -270,6 +271,9 @@ impl Session {
                     let (method, path) = (&ask.method, ask.path);
                     tracing::debug!(%method, path, status = status.as_u16(), request = id, ?took, "{}", ask.operation);
                     if status.is_success() {
+                        if !reads {
+                            failpoint!("openstack.{}", first_words(ask.operation));
+                        }
                         return Ok(body);
                     }
                     let error = failed(fault(status, &body), said(status, &body, &id));
@@ -483,6 +487,12 @@ impl Session {
         });
         found.max().ok_or_else(strange)
     }
+}
+
+/// The part of a failpoint's name that is the operation's: `shelve-server` of `shelve server 3f…`.
+#[cfg(debug_assertions)]
+fn first_words(operation: &str) -> String {
+    operation.split(' ').take(2).collect::<Vec<_>>().join("-")
 }
 
 /// The request for a token. Never shown.

@@ -62,6 +62,7 @@ use futures::future::{join, join_all, join3, try_join, try_join_all};
 use tokio::sync::OnceCell;
 
 use super::{Notes, Observed, Precondition, Provider, ProviderError, Side, name};
+use crate::failpoint::failpoint;
 use crate::image::ImageError;
 use crate::openstack::cinder::{MigrationPolicy, Status, Volume};
 use crate::openstack::{Cloud, CloudAccess, CloudError};
@@ -191,6 +192,7 @@ impl OpenStack {
             };
             let (step, mut let_go) = (switch::next(to, &known), false);
             tracing::debug!(volume = volume.name, ?step, "{operation}");
+            failpoint!("switch.{}", step.failpoint());
             // The image has another name from then on, and nobody has it open. Cinder still has to do with the volume.
             if !matches!(step, Step::Hide(_) | Step::StandIn(_) | Step::Refuse(_))
                 && let Some(server) = leaving.take()

@@ -107,6 +107,23 @@ pub(super) enum Step {
     Refuse(String),
 }
 
+impl Step {
+    /// Its part of the failpoint's name: `retype`, `install-placeholder.source`.
+    #[cfg(debug_assertions)]
+    pub(super) fn failpoint(&self) -> String {
+        match self {
+            Self::Hide(side) => format!("rename-to-standby.{}", super::super::name(*side)),
+            Self::StandIn(side) => format!("install-placeholder.{}", super::super::name(*side)),
+            Self::Aside(side) => format!("retire-placeholder.{}", super::super::name(*side)),
+            Self::Place(side) => format!("rename-to-active.{}", super::super::name(*side)),
+            Self::Wait => "wait".into(),
+            Self::Retype => "retype".into(),
+            Self::Done => "done".into(),
+            Self::Refuse(_) => "refuse".into(),
+        }
+    }
+}
+
 /// What leads a volume to a side.
 pub(super) fn next(to: Side, seen: &Seen) -> Step {
     if seen.moving {
