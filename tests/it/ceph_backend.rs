@@ -77,8 +77,9 @@ async fn content(view: &dyn View) -> Vec<u8> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn bytes_survive_a_round_trip_with_many_requests_in_flight() {
-    let Some(env) = ceph() else { return };
+    let env = ceph();
     let image = name("round");
     let (_connector, target) = make(&env, "sas", &image, &CreateOptions::new(32 * MIB + 1000)).await;
     assert!(target.is_blank().await.unwrap());
@@ -117,8 +118,9 @@ async fn bytes_survive_a_round_trip_with_many_requests_in_flight() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn requests_beyond_the_end_never_reach_the_storage() {
-    let Some(env) = ceph() else { return };
+    let env = ceph();
     let image = name("bounds");
     let (_connector, target) = make(&env, "sas", &image, &CreateOptions::new(8 * MIB)).await;
     let refused = target.write(0, noise(10, 1)).await.unwrap_err();
@@ -151,8 +153,9 @@ async fn requests_beyond_the_end_never_reach_the_storage() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn snapshots_are_known_by_name_and_id() {
-    let Some(env) = ceph() else { return };
+    let env = ceph();
     let image = name("snaps");
     let (connector, target) = make(&env, "sata", &image, &CreateOptions::new(8 * MIB)).await;
     let source = RbdImage::open_source(&connector, "sata", None, &image).await.unwrap();
@@ -197,8 +200,9 @@ async fn snapshots_are_known_by_name_and_id() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn names_that_lead_nowhere_say_where_they_end() {
-    let Some(env) = ceph() else { return };
+    let env = ceph();
     let connector = connect(&env).await;
     let open = |pool: &'static str, namespace: Option<&'static str>, image: &'static str| {
         let connector = connector.clone();
@@ -227,8 +231,9 @@ async fn names_that_lead_nowhere_say_where_they_end() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn a_namespace_is_part_of_an_images_identity() {
-    let Some(env) = ceph() else { return };
+    let env = ceph();
     let (space, image) = (name("space"), name("inside"));
     assert!(rbd(&env, &["namespace", "create", &format!("sas/{space}")]));
     let connector = connect(&env).await;
@@ -251,8 +256,9 @@ async fn a_namespace_is_part_of_an_images_identity() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn the_state_is_kept_with_the_image() {
-    let Some(env) = ceph() else { return };
+    let env = ceph();
     let image = name("state");
     let (connector, target) = make(&env, "sas", &image, &CreateOptions::new(MIB)).await;
     assert_eq!(target.load_state().await.unwrap(), None);

@@ -6,8 +6,9 @@ use crate::cutover_bed::Bed;
 use crate::vm::{Role, inspect, oracle, vm};
 
 #[test]
+#[ignore = "needs Ceph and libvirt"]
 fn a_server_goes_over_and_back_while_the_fleet_is_replicated() {
-    let Some(env) = vm() else { return };
+    let env = vm();
     let mut bed = Bed::new(&env, "over");
     bed.guest.wait_for_ack(20);
     let early = bed.run("cutover", &["--yes"]).expect_code(5);

@@ -62,8 +62,9 @@ fn kind<T>(result: poolshift::image::Result<T>) -> ErrorKind {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn the_fence_refuses_a_server_that_is_there() {
-    let Some(env) = ceph() else { return };
+    let env = ceph();
     let mut rig = Rig::lock(&env, "fence-refuse").await;
     assert_eq!(rig.disk.users().await.unwrap(), []);
     rig.write(0, b'a').await.unwrap();
@@ -91,8 +92,9 @@ async fn the_fence_refuses_a_server_that_is_there() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn a_server_that_has_just_ended_is_waited_for() {
-    let Some(env) = ceph_alone() else { return };
+    let env = ceph_alone();
     let mut rig = Rig::lock(&env, "fence-exit").await;
     rig.write(0, b'a').await.unwrap();
     let (place, owner) = (rig.place.clone(), LeaseOwner::current().unwrap());
@@ -106,8 +108,9 @@ async fn a_server_that_has_just_ended_is_waited_for() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn a_suspended_server_gives_the_lock_and_is_refused_until_the_release() {
-    let Some(env) = ceph() else { return };
+    let env = ceph();
     let mut rig = Rig::lock(&env, "fence-ask").await;
     let bytes: Vec<u8> = (0..100).collect();
     for &byte in &bytes {
@@ -152,8 +155,9 @@ async fn a_suspended_server_gives_the_lock_and_is_refused_until_the_release() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn nothing_of_a_server_that_goes_on_writing_lands_beyond_the_fence() {
-    let Some(env) = ceph() else { return };
+    let env = ceph();
     let mut rig = Rig::lock(&env, "fence-hammer").await;
     rig.librbd.call(format!("hammer {} 7", rig.place)).await;
     let place = rig.place.clone();
@@ -178,8 +182,9 @@ async fn nothing_of_a_server_that_goes_on_writing_lands_beyond_the_fence() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn the_fence_of_another_process_stands_until_that_is_dead() {
-    let Some(env) = ceph_alone() else { return };
+    let env = ceph_alone();
     let mut rig = Rig::lock(&env, "fence-killed").await;
     rig.write(0, b'a').await.unwrap();
     let holder = Holder::fencing(&rig.name);
@@ -205,8 +210,9 @@ async fn the_fence_of_another_process_stands_until_that_is_dead() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn an_image_without_the_exclusive_lock_has_no_fence() {
-    let Some(env) = ceph() else { return };
+    let env = ceph();
     let rig = Rig::new(&env, "fence-none", 1).await;
     for how in [LockHolder::Refuse, LockHolder::Ask] {
         let refused = rig.fence(how).await.unwrap_err();
@@ -220,8 +226,9 @@ async fn an_image_without_the_exclusive_lock_has_no_fence() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn an_image_is_renamed_under_its_lock_and_its_readers() {
-    let Some(env) = ceph() else { return };
+    let env = ceph();
     let (mut rig, mut other) = (Rig::lock(&env, "rename").await, Rig::lock(&env, "rename-other").await);
     rig.write(0, b'a').await.unwrap();
     rig.fence(LockHolder::Ask).await.unwrap();
@@ -268,8 +275,9 @@ async fn an_image_is_renamed_under_its_lock_and_its_readers() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn a_rename_that_was_cut_is_finished() {
-    let Some(env) = ceph() else { return };
+    let env = ceph();
     let mut rig = Rig::lock(&env, "rename-cut").await;
     let (old, new) = (rig.name.clone(), format!("{}.kept", rig.name));
     let exists = |name: String| {
@@ -297,8 +305,9 @@ async fn a_rename_that_was_cut_is_finished() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn the_journal_is_kept_with_the_image() {
-    let Some(env) = ceph() else { return };
+    let env = ceph();
     let rig = Rig::lock(&env, "journal").await;
     assert_eq!(rig.disk.load_journal().await.unwrap(), None);
     rig.fence(LockHolder::Refuse).await.unwrap();
@@ -321,8 +330,9 @@ async fn the_journal_is_kept_with_the_image() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn a_rehearsal_is_a_marked_clone_that_is_found_and_removed() {
-    let Some(env) = ceph() else { return };
+    let env = ceph();
     let mut rig = Rig::lock(&env, "rehearse").await;
     rig.write(0, b'a').await.unwrap();
     rig.librbd.call(format!("close {}", rig.place)).await;
@@ -369,8 +379,9 @@ async fn a_rehearsal_is_a_marked_clone_that_is_found_and_removed() {
 
 /// Prints what the outage is made of here; nothing is asserted but an order of magnitude.
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn the_fence_is_quick_where_nobody_uses_the_image() {
-    let Some(env) = ceph_alone() else { return };
+    let env = ceph_alone();
     let mut rig = Rig::lock(&env, "quick").await;
     let owner = LeaseOwner::current().unwrap();
     let mut times: [Vec<Duration>; 6] = Default::default();

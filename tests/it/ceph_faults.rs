@@ -35,16 +35,15 @@ async fn sync_ends(volume: &Volume, words: &[&str], code: i32, says: &[&str]) ->
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn an_osd_that_comes_back_and_one_that_does_not() {
-    let Some(env) = ceph_alone() else { return };
-    if ceph_dev_folder(&env).is_none() {
-        return;
-    }
+    let env = ceph_alone();
+    ceph_dev_folder(&env);
     let mut volume = Volume::new(&env, "osd", 21, 48 * MIB).await;
     volume.converge("at first").await;
     // Stopped and started in the middle of the writes: the run waits for it and goes on.
     let (run, _) = volume.caught_writing().await;
-    Disturbed::osd_stopped(&env, 1).expect("the folder was looked at").undo();
+    Disturbed::osd_stopped(&env, 1).undo();
     let run = run.finish().await;
     assert!(matches!(run.code, Some(0 | 7)), "{run:?}");
     volume.check("after the OSD came back").await;
@@ -52,7 +51,7 @@ async fn an_osd_that_comes_back_and_one_that_does_not() {
     // It stays away: a bounded wait, and an error that says to run again.
     volume.write().await;
     let (run, _) = volume.caught(&["--io-timeout", "3"]).await;
-    let stopped = Disturbed::osd_stopped(&env, 1).expect("the folder was looked at");
+    let stopped = Disturbed::osd_stopped(&env, 1);
     let begun = Instant::now();
     let run = run.finish().await;
     let waited = begun.elapsed();
@@ -71,7 +70,7 @@ async fn at_the_quota(env: &CephEnv, volume: &mut Volume, pool: &str) -> (Run, I
         let (mut run, in_flight) = volume.caught_writing().await;
         // The monitors hear of what a pool holds every few seconds only: the run has to stand still until then.
         run.signal(Signal::STOP);
-        let quota = Disturbed::quota(env, pool, 4096).expect("the folder was looked at");
+        let quota = Disturbed::quota(env, pool, 4096);
         let begun = Instant::now();
         // One that stands still for 30 s loses its watch, which is another story.
         while !is_full(env, pool) && begun.elapsed() < Duration::from_secs(25) {}
@@ -89,11 +88,10 @@ async fn at_the_quota(env: &CephEnv, volume: &mut Volume, pool: &str) -> (Run, I
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn a_quota_that_is_reached_in_the_middle() {
-    let Some(env) = ceph() else { return };
-    if ceph_dev_folder(&env).is_none() {
-        return;
-    }
+    let env = ceph();
+    ceph_dev_folder(&env);
     // A pool of its own, so that nobody else runs into the quota; the usual user has no caps there.
     let (env, pool) = (CephEnv { user: "admin".into(), ..env }, name("quota"));
     admin(&env, "ceph", &["osd", "pool", "create", &pool, "4", "4", "replicated", "sas"]);
@@ -115,8 +113,9 @@ async fn a_quota_that_is_reached_in_the_middle() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn a_lock_left_by_a_client_that_died() {
-    let Some(env) = ceph() else { return };
+    let env = ceph();
     let mut volume = Volume::new(&env, "dead", 23, 8 * MIB).await;
     volume.converge("at first").await;
     volume.write().await;
@@ -140,8 +139,9 @@ async fn a_lock_left_by_a_client_that_died() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn a_base_that_was_deleted() {
-    let Some(env) = ceph() else { return };
+    let env = ceph();
     let delete = async |volume: &mut Volume, image: String| {
         let newest = volume.disk.librbd.snapshots(&image).await.pop().unwrap();
         volume.disk.librbd.call(format!("rmsnap {image} {newest}")).await;
@@ -194,8 +194,9 @@ async fn a_base_that_was_deleted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn a_target_that_somebody_else_wrote() {
-    let Some(env) = ceph() else { return };
+    let env = ceph();
     let mut volume = Volume::new(&env, "foreign", 27, 8 * MIB).await;
     let scribble = |volume: &Volume| format!("zero {} 5 70000", volume.target);
     volume.disk.librbd.call(format!("snap {} theirs", volume.target)).await;
@@ -215,8 +216,9 @@ async fn a_target_that_somebody_else_wrote() {
 /// What a run that is killed while its target snapshot is made may leave, and what a process that is dead by then may still
 /// bring to the disk after another one has finished its work: the same bytes once more.
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn a_target_that_only_looks_as_if_somebody_had_written_it() {
-    let Some(env) = ceph() else { return };
+    let env = ceph();
     let mut volume = Volume::new(&env, "looks", 31, 8 * MIB).await;
     volume.converge("at first").await;
     volume.write().await;
@@ -237,8 +239,9 @@ async fn newest(volume: &Volume) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn an_invalid_object_map_costs_time_and_nothing_else() {
-    let Some(env) = ceph() else { return };
+    let env = ceph();
     let mut volume = Volume::new(&env, "map", 28, 16 * MIB).await;
     volume.converge("at first").await;
     let place = volume.disk.image.clone();
@@ -264,8 +267,9 @@ async fn an_invalid_object_map_costs_time_and_nothing_else() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn names_that_lead_nowhere_have_exit_codes() {
-    let Some(env) = ceph() else { return };
+    let env = ceph();
     let mut volume = Volume::new(&env, "names", 29, 8 * MIB).await;
     let (there, nowhere) = (format!("rbd:{}", volume.disk.image), format!("rbd:sata/{}", name("nothing")));
     volume.disk.snapshot("one").await;
@@ -296,11 +300,10 @@ fn conf_with(env: &CephEnv, folder: &tempfile::TempDir, user: &str, key: &str) -
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn users_without_the_caps_are_told_which() {
-    let Some(env) = ceph() else { return };
-    if ceph_dev_folder(&env).is_none() {
-        return;
-    }
+    let env = ceph();
+    ceph_dev_folder(&env);
     let mut volume = Volume::new(&env, "caps", 30, 8 * MIB).await;
     let (folder, usual) = (tempfile::tempdir().unwrap(), volume.env.clone());
     let user = name("user");
@@ -328,8 +331,9 @@ async fn users_without_the_caps_are_told_which() {
 
 /// A target without exclusive lock and object map works, and what is missing is said.
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn a_target_without_features_works_and_says_so() {
-    let Some(env) = ceph() else { return };
+    let env = ceph();
     let mut volume = Volume::new(&env, "bare", 31, 8 * MIB).await;
     volume.disk.librbd.remove(&[&volume.target]).await;
     volume.disk.librbd.create(&volume.target, &CreateOptions { features: 1, ..CreateOptions::new(8 * MIB) }).await;

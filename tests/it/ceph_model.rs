@@ -202,7 +202,7 @@ impl Model {
 
 /// Several seeds at once, because a cycle mostly waits for the monitors to make its snapshots.
 async fn models(kinds: impl IntoIterator<Item = Kind>) {
-    let Some(env) = ceph() else { return };
+    let env = ceph();
     let runs: Vec<_> = (1..).zip(kinds).map(|(seed, kind)| Model::run(&env, kind, seed)).collect();
     join_all(runs).await;
 }
@@ -241,8 +241,9 @@ async fn an_image_that_is_written_in_its_last_partial_object_only() {
 
 /// The reader that the tests believe does see what a snapshot is, and what HEAD is.
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn the_plain_reader_tells_points_in_time_apart() {
-    let Some(env) = ceph() else { return };
+    let env = ceph();
     let image = format!("sas/{}", name("reader"));
     let mut disk = Disk::create(&env, &image, 1, &CreateOptions::new(MIB)).await;
     disk.write_noise(5, 100).await;

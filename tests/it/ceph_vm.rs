@@ -54,8 +54,9 @@ fn switch_to_sas(env: &VmEnv, guest: &Guest<'_>) -> u64 {
 }
 
 #[test]
+#[ignore = "needs Ceph and libvirt"]
 fn a_server_moves_without_a_reboot_and_loses_nothing() {
-    let Some(env) = vm() else { return };
+    let env = vm();
     let guest = Guest::make(&env, "vm");
     let sources: Vec<String> = guest.disks.iter().map(|disk| disk.source.clone()).collect();
     let targets: Vec<String> = guest.disks.iter().map(|disk| disk.target.clone()).collect();

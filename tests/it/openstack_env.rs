@@ -3,44 +3,38 @@
 use std::cell::RefCell;
 use std::path::PathBuf;
 use std::process::Command;
-use std::sync::MutexGuard;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use reqwest::Method;
 use serde_json::{Value, json};
 
-use crate::support::{CephEnv, ceph, skip};
-use crate::vm::{Turns, clients, rbd, rbd_command, run, run_for_text};
+use crate::support::{CephEnv, Turn, ceph, required};
+use crate::vm::{clients, rbd, rbd_command, run, run_for_text};
 
 /// How long anything of the cloud's may take.
 const PATIENCE: Duration = Duration::from_secs(180);
 /// How often it is looked.
 const POLL: Duration = Duration::from_millis(100);
 
-/// One test at a time in the cloud.
-static CLOUD: Turns = Turns::new();
-
 /// A cloud of `scripts/openstack-dev`, and the cluster that its volumes are on.
 pub(crate) struct OpenStackEnv {
     pub(crate) ceph: CephEnv,
     pub(crate) folder: PathBuf,
     api: Api,
-    _alone: MutexGuard<'static, ()>,
+    _turn: Arc<Turn>,
 }
 
-/// The cloud and its cluster, or `None` after having said, and written down, that the calling test is skipped.
+/// The cloud and its cluster. One test at a time is in the cloud.
 ///
 /// # Panics
-/// If one is missing and `POOLSHIFT_NO_SKIPS=1`.
+/// If one is missing: `scripts/test` starts both.
 #[track_caller]
-pub(crate) fn openstack() -> Option<OpenStackEnv> {
-    let Some(folder) = std::env::var_os("POOLSHIFT_TEST_OPENSTACK").filter(|folder| !folder.is_empty()) else {
-        skip("an OpenStack (POOLSHIFT_TEST_OPENSTACK, a folder of scripts/openstack-dev; scripts/test starts one)");
-        return None;
-    };
-    let alone = CLOUD.take();
+pub(crate) fn openstack() -> OpenStackEnv {
+    let folder = PathBuf::from(required("POOLSHIFT_TEST_OPENSTACK", "an OpenStack"));
+    let turn = Turn::take(&folder, "cloud", true);
     let api = Api::of_the_environment(variable("OS_USERNAME"));
-    Some(OpenStackEnv { ceph: ceph()?, folder: folder.into(), api, _alone: alone })
+    OpenStackEnv { ceph: ceph(), folder, api, _turn: turn }
 }
 
 /// A service of the cloud.

@@ -96,8 +96,9 @@ fn switched_below(bed: &CloudBed<'_>, server: usize, command: &str, words: &[&st
 }
 
 #[test]
+#[ignore = "needs OpenStack"]
 fn a_gateway_goes_on_while_the_disks_of_others_are_switched_below_it() {
-    let Some(env) = openstack() else { return };
+    let env = openstack();
     let hooks = ", pause = \"sh FOLDER/pause\", resume = \"sh FOLDER/resume\"";
     let mut bed = CloudBed::gateway_of_a_server_to_be(&env, 2, hooks);
     write_hooks(bed.fleet.folder());
@@ -134,12 +135,10 @@ fn becomes_a_server(bed: &CloudBed<'_>, server: usize) {
 }
 
 #[test]
+#[ignore = "exhaustive; needs OpenStack"]
 fn a_switch_below_a_gateway_that_is_killed_is_finished_or_undone() {
     // In the midst of attaching it is killed by the tests of calls that fail, every time.
-    if !every_step() {
-        return;
-    }
-    let Some(env) = openstack() else { return };
+    let env = openstack();
     let mut bed = CloudBed::gateway(&env, 1, "");
     bed.note_contents(0);
     bed.replicate();
@@ -147,8 +146,9 @@ fn a_switch_below_a_gateway_that_is_killed_is_finished_or_undone() {
 }
 
 #[test]
+#[ignore = "needs OpenStack"]
 fn volumes_that_nobody_has_are_switched_and_killed_on_the_way() {
-    let Some(env) = openstack() else { return };
+    let env = openstack();
     let mut bed = CloudBed::detached(&env, 1, "");
     bed.note_contents(0);
     bed.replicate();

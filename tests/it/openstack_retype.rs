@@ -101,8 +101,9 @@ impl<'a> Batch<'a> {
 }
 
 #[test]
+#[ignore = "needs OpenStack"]
 fn cinder_moves_many_volumes_and_what_is_in_the_way_of_some_is_named() {
-    let Some(env) = openstack() else { return };
+    let env = openstack();
     let batch = Batch::new(&env, 4, 16);
     let snapshot = batch.world.snapshot(&batch.volumes[1]);
     let clone = batch.clone_of(2);
@@ -165,8 +166,9 @@ fn cinder_moves_many_volumes_and_what_is_in_the_way_of_some_is_named() {
 const PLACES: &[&str] = &["retyping", "asking Cinder for type", "reading it, to compare it with"];
 
 #[test]
+#[ignore = "needs OpenStack"]
 fn a_retype_that_is_killed_is_gone_on_with() {
-    let Some(env) = openstack() else { return };
+    let env = openstack();
     let batch = Batch::new(&env, 2, 64);
     let mut pools = ["sas", "sata"].iter().cycle();
     for place in if every_step() { PLACES } else { &PLACES[..1] } {
@@ -186,8 +188,9 @@ fn a_retype_that_is_killed_is_gone_on_with() {
 }
 
 #[test]
+#[ignore = "needs OpenStack"]
 fn other_commands_leave_such_volumes_alone_and_say_so() {
-    let Some(env) = openstack() else { return };
+    let env = openstack();
     let batch = Batch::new(&env, 1, 1);
     let plan = batch.fleet.plan();
     for (command, code) in [("cutover", 2), ("rollback", 2), ("finalize", 2), ("rehearse", 2)] {

@@ -111,8 +111,9 @@ fn delete_on_termination(bed: &CloudBed<'_>) -> Vec<Value> {
 }
 
 #[test]
+#[ignore = "needs OpenStack"]
 fn a_fleet_of_a_cloud_is_planned_replicated_rehearsed_and_cut_over() {
-    let Some(env) = openstack() else { return };
+    let env = openstack();
     let mut bed = CloudBed::unplanned(&env, "story", 1);
     let name = bed.servers[0].name.clone();
     // What stays: a disk of the server, of a type that is not asked for, and a volume that nobody has.
@@ -169,10 +170,11 @@ fn a_fleet_of_a_cloud_is_planned_replicated_rehearsed_and_cut_over() {
 }
 
 #[test]
+#[ignore = "needs OpenStack"]
 fn ten_servers_of_a_cloud_are_cut_over_at_once() {
     // Where not all is tried it is two of them: with ten emulated guests on two busy cores it takes twenty minutes.
     let many = if every_step() { 10 } else { 2 };
-    let Some(env) = openstack() else { return };
+    let env = openstack();
     let mut bed = CloudBed::unplanned(&env, "many", many);
     let on_source = usage(&env);
     let mut on_target = on_source.clone();

@@ -1,11 +1,13 @@
 //! What integration tests share: the binary under test, and the real Ceph, if there is one.
 
 use std::ffi::OsStr;
+use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+
+use rustix::fs::{FlockOperation, flock};
 
 /// A real cluster with the pools `sata` and `sas`, as `scripts/ceph-dev up` makes it.
 #[derive(Clone, Debug)]
@@ -18,148 +20,77 @@ pub(crate) struct CephEnv {
     pub _turn: Arc<Turn>,
 }
 
-/// Who uses the cluster: any number of tests side by side, or one that disturbs it, alone.
-static USERS: (Mutex<Users>, Condvar) =
-    (Mutex::new(Users { running: Vec::new(), alone: false, waiting: 0, deadline: None }), Condvar::new());
-
-/// How long all tests together may use the cluster. One that hangs, on a cluster that somebody broke say, is named and
-/// ends the run.
-fn patience() -> Duration {
-    Duration::from_secs(if every_step() { 6 * 60 * 60 } else { 54 * 60 })
-}
-
 /// Whether all that can be tried is to be tried (`POOLSHIFT_TEST_EVERY_STEP=1`), which takes hours, and not a part of it.
 pub(crate) fn every_step() -> bool {
     std::env::var_os("POOLSHIFT_TEST_EVERY_STEP").is_some_and(|value| value == "1")
 }
 
-struct Users {
-    /// The names of the tests that have a turn.
-    running: Vec<String>,
-    alone: bool,
-    /// Those who want to be alone: while there are any, nobody else begins.
-    waiting: usize,
-    /// Who ends the run when the patience is over; there from the first turn on.
-    deadline: Option<std::thread::JoinHandle<()>>,
-}
-
-/// A test's turn on the cluster.
+/// A test's turn on a bed: any number of tests side by side, or one alone. It is a lock on a file in the cluster's
+/// folder, so it also holds between tests that run in processes of their own, and ends with the process.
 #[derive(Debug)]
 pub(crate) struct Turn {
-    name: String,
-    alone: bool,
+    _held: File,
 }
 
 impl Turn {
-    /// Waits for a turn. Blocks the thread, which is the test's own.
-    fn take(alone: bool) -> Arc<Self> {
-        let (users, changed) = &USERS;
-        let mut users = users.lock().unwrap_or_else(PoisonError::into_inner);
-        users.deadline.get_or_insert_with(|| std::thread::spawn(end_when_it_takes_too_long));
-        users.waiting += usize::from(alone);
-        let must_wait = |users: &mut Users| match alone {
-            true => users.alone || !users.running.is_empty(),
-            false => users.alone || users.waiting > 0,
-        };
-        users = changed.wait_while(users, must_wait).unwrap_or_else(PoisonError::into_inner);
-        users.waiting -= usize::from(alone);
-        users.alone = alone;
-        let name = std::thread::current().name().unwrap_or("a test").to_owned();
-        users.running.push(name.clone());
-        Arc::new(Self { name, alone })
+    /// Waits for a turn on the bed of that name. Blocks the thread, which is the test's own.
+    pub(crate) fn take(folder: &Path, bed: &str, alone: bool) -> Arc<Self> {
+        let how = if alone { FlockOperation::LockExclusive } else { FlockOperation::LockShared };
+        // Whoever waits to be alone holds the gate meanwhile, so that no others begin.
+        let _gate = Self::lock(folder, &format!("{bed}.gate"), how);
+        Arc::new(Self { _held: Self::lock(folder, bed, how) })
+    }
+
+    fn lock(folder: &Path, name: &str, how: FlockOperation) -> File {
+        let path = folder.join(format!("tests-{name}.lock"));
+        let file = File::options().create(true).append(true).open(&path);
+        let file = file.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        flock(&file, how).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        file
     }
 }
 
-impl Drop for Turn {
-    fn drop(&mut self) {
-        let (users, changed) = &USERS;
-        let mut users = users.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(at) = users.running.iter().position(|name| *name == self.name) {
-            users.running.swap_remove(at);
-        }
-        users.alone &= !self.alone;
-        changed.notify_all();
-    }
-}
-
-fn end_when_it_takes_too_long() {
-    let patience = patience();
-    let deadline = Instant::now() + patience;
-    while let Some(left) = deadline.checked_duration_since(Instant::now()) {
-        std::thread::sleep(left);
-    }
-    let running = USERS.0.lock().unwrap_or_else(PoisonError::into_inner).running.join(", ");
-    // The test harness catches what is printed in a test, not what is written here.
-    let _ =
-        writeln!(std::io::stderr(), "after {patience:?} with the cluster these still run, and are ended: {running}");
-    std::process::exit(1);
-}
-
-/// The real cluster, or `None` after having said, and written down, that the calling test is skipped.
+/// The real cluster.
 ///
 /// # Panics
-/// If there is none and `POOLSHIFT_NO_SKIPS=1`.
+/// If there is none: `scripts/test` starts one.
 #[track_caller]
-pub(crate) fn ceph() -> Option<CephEnv> {
+pub(crate) fn ceph() -> CephEnv {
     cluster(false)
 }
 
 /// The same for a test that stops daemons, sets quotas, or minds the time: no other test uses the cluster meanwhile.
 #[track_caller]
-pub(crate) fn ceph_alone() -> Option<CephEnv> {
+pub(crate) fn ceph_alone() -> CephEnv {
     cluster(true)
 }
 
 #[track_caller]
-fn cluster(alone: bool) -> Option<CephEnv> {
-    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty());
-    match (set("POOLSHIFT_TEST_CEPH_CONF"), set("POOLSHIFT_TEST_CEPH_USER")) {
-        (Some(conf), Some(user)) => {
-            let user = user.into_string().expect("POOLSHIFT_TEST_CEPH_USER is text");
-            Some(CephEnv { conf: conf.into(), user, _turn: Turn::take(alone) })
-        }
-        _ => {
-            skip("a Ceph (POOLSHIFT_TEST_CEPH_CONF and POOLSHIFT_TEST_CEPH_USER; scripts/test starts one)");
-            None
-        }
-    }
+fn cluster(alone: bool) -> CephEnv {
+    let conf = PathBuf::from(required("POOLSHIFT_TEST_CEPH_CONF", "a Ceph"));
+    let user = required("POOLSHIFT_TEST_CEPH_USER", "a Ceph");
+    let turn = Turn::take(conf.parent().expect("ceph.conf is in a folder"), "ceph", alone);
+    CephEnv { conf, user, _turn: turn }
 }
 
-/// Says that the calling test is skipped for want of `what`, and appends a line to the file `POOLSHIFT_SKIP_LOG`, from
-/// which `scripts/test` counts: to cargo a skipped test has passed.
+/// The variable by which `scripts/test` names a bed.
+#[track_caller]
+pub(crate) fn required(variable: &str, bed: &str) -> String {
+    let value = std::env::var(variable).unwrap_or_default();
+    assert!(!value.is_empty(), "this test needs {bed}, named by {variable}: scripts/test starts it");
+    value
+}
+
+/// The folder of a cluster that `scripts/ceph-dev` made.
 ///
 /// # Panics
-/// If `POOLSHIFT_NO_SKIPS=1`: then a skip is a failure.
+/// If it is another kind of cluster, whose daemons and pools are not to be touched.
 #[track_caller]
-pub(crate) fn skip(what: &str) {
-    let thread = std::thread::current();
-    let test = thread.name().unwrap_or("a test");
-    let line = format!("SKIPPED: {test} needs {what}");
-    assert!(
-        std::env::var_os("POOLSHIFT_NO_SKIPS").is_none_or(|value| value != "1"),
-        "{line}, and POOLSHIFT_NO_SKIPS=1 allows no skips"
-    );
-    println!("{line}");
-    if let Some(log) = std::env::var_os("POOLSHIFT_SKIP_LOG").filter(|log| !log.is_empty()) {
-        // One write of a whole line in append mode: lines of tests that run side by side don't mix.
-        std::fs::OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(&log)
-            .and_then(|mut file| file.write_all(format!("{line}\n").as_bytes()))
-            .unwrap_or_else(|error| panic!("{}: {error}", PathBuf::from(&log).display()));
-    }
-}
-
-/// The folder of a cluster that `scripts/ceph-dev` made; says so where it is another kind of cluster, whose daemons
-/// and pools are not to be touched.
-pub(crate) fn ceph_dev_folder(env: &CephEnv) -> Option<&Path> {
+pub(crate) fn ceph_dev_folder(env: &CephEnv) -> &Path {
     let folder = env.conf.parent().expect("ceph.conf is in a folder");
-    if folder.join(".poolshift-ceph-dev").exists() {
-        return Some(folder);
-    }
-    skip(&format!("a cluster of scripts/ceph-dev, which may be disturbed; {} is none", folder.display()));
-    None
+    let made_here = folder.join(".poolshift-ceph-dev").exists();
+    assert!(made_here, "this test disturbs its cluster, and {} is none of scripts/ceph-dev", folder.display());
+    folder
 }
 
 /// Runs `scripts/ceph-dev` for the cluster in `folder`.
@@ -179,23 +110,23 @@ pub(crate) struct Disturbed {
 }
 
 impl Disturbed {
-    /// Stops an OSD; `None` where daemons are not to be touched.
-    pub(crate) fn osd_stopped(env: &CephEnv, osd: u32) -> Option<Self> {
+    /// Stops an OSD.
+    pub(crate) fn osd_stopped(env: &CephEnv, osd: u32) -> Self {
         let osd = osd.to_string();
         Self::with(env, &["osd", "stop", &osd], &["osd", "start", &osd])
     }
 
-    /// Sets the quota of a pool, in bytes; `None` where pools are not to be touched.
-    pub(crate) fn quota(env: &CephEnv, pool: &str, bytes: u64) -> Option<Self> {
+    /// Sets the quota of a pool, in bytes.
+    pub(crate) fn quota(env: &CephEnv, pool: &str, bytes: u64) -> Self {
         Self::with(env, &["quota", pool, &bytes.to_string()], &["quota", pool, "0"])
     }
 
-    fn with(env: &CephEnv, words: &[&str], undo: &[&str]) -> Option<Self> {
-        let folder = ceph_dev_folder(env)?;
+    fn with(env: &CephEnv, words: &[&str], undo: &[&str]) -> Self {
+        let folder = ceph_dev_folder(env);
         // Made first: what was done half is undone as well.
         let disturbed = Self { folder: folder.to_owned(), undo: undo.iter().map(ToString::to_string).collect() };
         ceph_dev(folder, words);
-        Some(disturbed)
+        disturbed
     }
 
     /// Undoes it, and waits until that is so.

@@ -7,11 +7,11 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::librbd::name;
-use crate::support::{CephEnv, ceph, ceph_alone, skip};
+use crate::support::{CephEnv, Turn, ceph, ceph_alone, required};
 
 /// How long a guest may take for anything: it is emulated, on a host that has other things to do.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -19,55 +19,34 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// How long a line of a guest's log is: a page, so that no line brings an older one to the disk again.
 const LINE: usize = 4096;
 
-/// One test at a time with a libvirt's guests: an emulated one takes most of a core.
-static GUESTS: Turns = Turns::new();
-
-/// Turns that are taken one after the other. One is taken before a turn on the cluster: who waits here keeps nobody from
-/// that.
-pub(crate) struct Turns(Mutex<()>);
-
-impl Turns {
-    pub(crate) const fn new() -> Self {
-        Self(Mutex::new(()))
-    }
-
-    /// Waits for the turn.
-    pub(crate) fn take(&self) -> MutexGuard<'_, ()> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
 /// A libvirt of `scripts/vm-dev`, and the cluster that its guests' disks are on.
 pub(crate) struct VmEnv {
     /// The cluster.
     pub(crate) ceph: CephEnv,
     folder: PathBuf,
-    _alone: MutexGuard<'static, ()>,
+    _turn: Arc<Turn>,
 }
 
-/// The libvirt and the cluster, or `None` after having said, and written down, that the calling test is skipped.
+/// The libvirt and the cluster. One test at a time has its guests: an emulated one takes most of a core.
 ///
 /// # Panics
-/// If one is missing and `POOLSHIFT_NO_SKIPS=1`.
+/// If one is missing: `scripts/test` starts both.
 #[track_caller]
-pub(crate) fn vm() -> Option<VmEnv> {
+pub(crate) fn vm() -> VmEnv {
     vm_on(ceph)
 }
 
 /// The same for a test that stops daemons or sets quotas: no other test uses the cluster meanwhile.
 #[track_caller]
-pub(crate) fn vm_alone() -> Option<VmEnv> {
+pub(crate) fn vm_alone() -> VmEnv {
     vm_on(ceph_alone)
 }
 
 #[track_caller]
-fn vm_on(ceph: fn() -> Option<CephEnv>) -> Option<VmEnv> {
-    let Some(folder) = std::env::var_os("POOLSHIFT_TEST_VM").filter(|folder| !folder.is_empty()) else {
-        skip("a libvirt (POOLSHIFT_TEST_VM, a folder of scripts/vm-dev; scripts/test starts one)");
-        return None;
-    };
-    let alone = GUESTS.take();
-    Some(VmEnv { ceph: ceph()?, folder: folder.into(), _alone: alone })
+fn vm_on(ceph: fn() -> CephEnv) -> VmEnv {
+    let folder = PathBuf::from(required("POOLSHIFT_TEST_VM", "a libvirt"));
+    let turn = Turn::take(&folder, "guests", true);
+    VmEnv { ceph: ceph(), folder, _turn: turn }
 }
 
 /// Runs a command to its end and gives back its standard output.

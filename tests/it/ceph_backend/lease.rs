@@ -8,7 +8,7 @@ use poolshift::image::rbd::{CreateOptions, RbdImage};
 use poolshift::image::{ChangedObjects, Disk, ErrorKind, LeaseOwner, LockHolder, Point, SourceImage, TargetImage};
 
 use super::{MIB, connect, content, leased, make, name, noise, range, remove};
-use crate::support::{CephEnv, ceph, ceph_alone};
+use crate::support::{CephEnv, ceph, ceph_alone, required};
 
 /// Another process, which takes the lease and then does what it is told, a word a line.
 pub(crate) struct Holder {
@@ -29,7 +29,7 @@ impl Holder {
 
     fn start_as(image: &str, how: &str) -> Self {
         let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--exact", "ceph_backend::lease::a_holder_of_a_lease", "--nocapture"]);
+        command.args(["--ignored", "--exact", "ceph_backend::lease::a_holder_of_a_lease", "--nocapture"]);
         command.env("POOLSHIFT_TEST_HOLD", image).env("POOLSHIFT_TEST_HOLD_HOW", how);
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let answers = BufReader::new(child.stdout.take().unwrap());
@@ -70,9 +70,10 @@ impl Drop for Holder {
 
 /// No test by itself: what [`Holder`] runs in its process.
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "no test by itself: others run it in a process of its own"]
 async fn a_holder_of_a_lease() {
-    let Ok(image) = std::env::var("POOLSHIFT_TEST_HOLD") else { return };
-    let env = ceph().unwrap();
+    let image = required("POOLSHIFT_TEST_HOLD", "a test that starts it");
+    let env = ceph();
     let target = RbdImage::open_target(&connect(&env).await, "sas", None, &image).await.unwrap();
     let mut owner = LeaseOwner::current().unwrap();
     match std::env::var("POOLSHIFT_TEST_HOLD_HOW").as_deref() {
@@ -127,8 +128,9 @@ async fn lease_images(env: &CephEnv, tag: &str) -> Vec<(String, RbdImage)> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn a_lease_that_is_held_is_busy() {
-    let Some(env) = ceph() else { return };
+    let env = ceph();
     for (image, target) in lease_images(&env, "busy").await {
         assert_eq!(target.lease_owner().await.unwrap(), None);
         let mut holder = Holder::start(&image, false);
@@ -156,8 +158,9 @@ async fn a_lease_that_is_held_is_busy() {
 
 /// While one gives it back, or takes it, the other is never told of somebody that is not poolshift.
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn a_lease_that_changes_hands_is_never_a_strangers() {
-    let Some(env) = ceph() else { return };
+    let env = ceph();
     for (image, target) in lease_images(&env, "turns").await {
         let mut holder = Holder::start(&image, false);
         let other = std::thread::spawn(move || holder.tell("turns"));
@@ -169,8 +172,9 @@ async fn a_lease_that_changes_hands_is_never_a_strangers() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn a_dead_holder_is_fenced_at_once() {
-    let Some(env) = ceph_alone() else { return };
+    let env = ceph_alone();
     for (image, target) in lease_images(&env, "dead").await {
         let holder = Holder::start(&image, false);
         drop(holder);
@@ -184,8 +188,9 @@ async fn a_dead_holder_is_fenced_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn a_fenced_holder_writes_nothing_any_more() {
-    let Some(env) = ceph() else { return };
+    let env = ceph();
     for (image, target) in lease_images(&env, "fenced").await {
         let mut holder = Holder::start(&image, true);
         assert_eq!(holder.tell("write"), "ok");
@@ -205,8 +210,9 @@ async fn a_fenced_holder_writes_nothing_any_more() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn a_frozen_holder_is_waited_for_and_then_fenced() {
-    let Some(env) = ceph() else { return };
+    let env = ceph();
     let image = name("frozen");
     let (_connector, target) = make(&env, "sas", &image, &CreateOptions::new(MIB)).await;
     let mut holder = Holder::start(&image, false);
@@ -246,8 +252,9 @@ impl Drop for Stranger {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn a_writer_keeps_its_lock() {
-    let Some(env) = ceph() else { return };
+    let env = ceph();
     let image = name("stranger");
     let (_connector, opened) = make(&env, "sas", &image, &CreateOptions::new(8 * MIB)).await;
     let stranger = Stranger::start(&env, &format!("sas/{image}"), &opened).await;

@@ -175,7 +175,7 @@ fn small_objects() -> CreateOptions {
 }
 
 async fn trial(tag: &str, pool: &str, seeds: std::ops::Range<u64>, options: CreateOptions) {
-    let Some(env) = ceph() else { return };
+    let env = ceph();
     let trials = seeds.map(|seed| {
         let (env, options) = (&env, &options);
         async move {
@@ -201,8 +201,9 @@ async fn a_striped_image_is_as_librbd_says() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn an_image_in_a_namespace_with_a_data_pool_is_as_librbd_says() {
-    let Some(env) = ceph() else { return };
+    let env = ceph();
     let space = name("map-space");
     assert!(rbd(&env, &["namespace", "create", &format!("sas/{space}")]));
     let options = CreateOptions { data_pool: Some("sata".into()), ..small_objects() };
@@ -211,8 +212,9 @@ async fn an_image_in_a_namespace_with_a_data_pool_is_as_librbd_says() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn a_clone_is_as_librbd_says() {
-    let Some(env) = ceph() else { return };
+    let env = ceph();
     let (parent, child) = (format!("sata/{}", name("map-parent")), format!("sata/{}", name("map-child")));
     let mut base = Trial::new(&env, &parent, 7, &small_objects()).await;
     for offset in [0, 3 * MIB + 1, 5 * MIB] {
@@ -230,8 +232,9 @@ async fn a_clone_is_as_librbd_says() {
 
 /// While another client writes and makes snapshots, nothing of a snapshot that is there already may be missing.
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn a_busy_writer_hides_nothing() {
-    let Some(env) = ceph() else { return };
+    let env = ceph();
     let image = format!("sas/{}", name("map-busy"));
     let mut trial = Trial::new(&env, &image, 3, &small_objects()).await;
     let size = trial.disk.size();
@@ -266,8 +269,9 @@ async fn a_busy_writer_hides_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn a_map_that_is_none_is_left_to_librbd() {
-    let Some(env) = ceph() else { return };
+    let env = ceph();
     let image = format!("sas/{}", name("map-spoilt"));
     let mut trial = Trial::new(&env, &image, 4, &small_objects()).await;
     trial.disk.snapshot("base").await;
@@ -282,8 +286,9 @@ async fn a_map_that_is_none_is_left_to_librbd() {
 
 /// Without fast-diff librbd forgets what a removed snapshot's map said: an image that was open all the time must notice.
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn a_feature_that_goes_meanwhile_is_noticed() {
-    let Some(env) = ceph() else { return };
+    let env = ceph();
     let image = format!("sas/{}", name("map-feature"));
     let mut trial = Trial::new(&env, &image, 6, &small_objects()).await;
     trial.disk.snapshot("base").await;
@@ -301,8 +306,9 @@ async fn a_feature_that_goes_meanwhile_is_noticed() {
 
 /// A snapshot that comes and goes is known by the number that it leaves behind.
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn snapshots_come_and_go_and_the_maps_name_all_that_changed() {
-    let Some(env) = ceph() else { return };
+    let env = ceph();
     let image = format!("sas/{}", name("map-go"));
     let mut trial = Trial::new(&env, &image, 7, &small_objects()).await;
     trial.disk.snapshot("base").await;
@@ -335,8 +341,9 @@ async fn snapshots_come_and_go_and_the_maps_name_all_that_changed() {
 
 /// Whatever a writer does that has the image open all the time, the token changes, or there is none.
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn a_quiet_token_stays_only_while_nothing_happens() {
-    let Some(env) = ceph() else { return };
+    let env = ceph();
     let image = format!("sas/{}", name("map-quiet"));
     let mut trial = Trial::new(&env, &image, 8, &small_objects()).await;
     let token = async |trial: &Trial| trial.source.quiet_token().await.unwrap();
@@ -376,8 +383,9 @@ async fn a_quiet_token_stays_only_while_nothing_happens() {
 
 /// The cost of what an image's size alone costs, on 262,144 objects.
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn a_large_image_costs_less_than_librbds_look_at_it() {
-    let Some(env) = ceph_alone() else { return };
+    let env = ceph_alone();
     let image = format!("sas/{}", name("map-large"));
     listen();
     let pool_image = image.split_once('/').unwrap().1;
