@@ -1,7 +1,7 @@
 //! Images: what poolshift needs of a disk, and the promises that a backend makes.
 //!
 //! Two contracts, [`SourceImage`] and [`TargetImage`], and the [`View`] through which one point in time is read; a
-//! [`Disk`] is what a cutover needs beyond them. The
+//! [`Disk`] is what a cutover needs beyond them, and [`pools`] the images of a cluster by their names. The
 //! backends are `rbd` (over librbd), [`mod@file`] (a raw file or a block device) and [`memory`] (for model and crash
 //! tests).
 //!
@@ -45,6 +45,7 @@ mod error;
 pub mod file;
 pub mod lease;
 pub mod memory;
+pub mod pools;
 pub mod rbd;
 mod spec;
 

@@ -90,7 +90,8 @@ impl MemoryImage {
             Some(server) => server.has_lock = false,
             None => {}
         }
-        inner.lease = Some((self.handle, owner.clone()));
+        let client = Some(format!("memory:{}", self.handle));
+        inner.lease = Some((self.handle, LeaseOwner { client, ..owner.clone() }));
         Ok(())
     }
 }
@@ -104,10 +105,10 @@ impl Disk for MemoryImage {
     async fn users(&self) -> Result<Vec<DiskUser>> {
         let inner = self.alive("list the watchers")?;
         let servers = inner.servers.iter().map(|server| DiskUser { address: server.address.clone(), is_own: false });
-        let holder = inner
-            .lease
-            .as_ref()
-            .map(|(handle, _)| DiskUser { address: format!("memory:{handle}"), is_own: *handle == self.handle });
+        let holder = inner.lease.as_ref().map(|(handle, owner)| DiskUser {
+            address: owner.client.clone().unwrap_or_default(),
+            is_own: *handle == self.handle,
+        });
         Ok(servers.chain(holder).collect())
     }
 
@@ -124,8 +125,9 @@ impl Disk for MemoryImage {
         if self.alive(&operation)?.name == name {
             return Ok(());
         }
+        let is_taken = self.is_taken(name);
         self.step(&operation, |inner| {
-            if inner.taken.iter().any(|taken| taken == name) {
+            if is_taken || inner.taken.iter().any(|taken| taken == name) {
                 return Err(self.error(ErrorKind::AlreadyExists, &operation));
             }
             name.clone_into(&mut inner.name);

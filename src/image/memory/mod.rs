@@ -5,7 +5,7 @@
 //! snapshots is not listed in their delta, as in RBD. Durable calls and writes are counted, and a [`Fault`] can kill
 //! the image before or after any one of them.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -16,14 +16,17 @@ use super::{
     SnapshotSupport, SourceImage, TargetImage, View,
 };
 use crate::extent::ByteRange;
+use crate::image::pools::Limits;
 
 mod content;
 mod disk;
+mod pools;
 mod view;
 
 pub use content::SECTOR;
 use content::{Content, Op};
 use disk::Server;
+pub use pools::MemoryPools;
 use view::MemoryView;
 
 /// Where an image dies: at the `at`-th counted step from now on, the first being 1.
@@ -52,6 +55,10 @@ struct Inner {
     name: String,
     /// The names that other images have.
     taken: Vec<String>,
+    /// The images of the same pools.
+    neighbours: Weak<pools::Images>,
+    placeholder: bool,
+    limits: Limits,
     lease: Option<(u64, LeaseOwner)>,
     servers: Vec<Server>,
     steps: u64,
@@ -96,6 +103,9 @@ impl MemoryImage {
             journal: None,
             name: name.to_owned(),
             taken: Vec::new(),
+            neighbours: Weak::new(),
+            placeholder: false,
+            limits: pools::no_limits(),
             lease: None,
             servers: Vec::new(),
             steps: 0,

@@ -6,40 +6,19 @@
 //! names then. A placeholder carries a mark in its metadata, which librbd copies with it, and the limits (QoS) of the image
 //! that it stands in for: what Cinder writes to it, that image is given when it has its name again.
 
+use std::sync::Arc;
+
+use async_trait::async_trait;
+
 use super::target::STATE_KEY;
 use super::{Connector, CreateOptions, RbdImage};
+use crate::image::pools::{self, LIMIT_KEYS, Limits, Pools, VolumeImage, placeholder_name};
 use crate::image::{Disk as _, ErrorKind, ImageError, ImageSpec, Result, SourceImage as _};
 
 /// The metadata key of the mark.
 const MARK_KEY: &str = "poolshift.placeholder";
-/// The metadata keys of the limits that a volume type may have with it: those that Cinder's driver for RBD writes to the
-/// image of a volume's name (`QOS_KEY_MAP` of its `rbd.py`), for which a placeholder may stand in then.
-const LIMIT_KEYS: [&str; 12] = [
-    "conf_rbd_qos_iops_limit",
-    "conf_rbd_qos_iops_burst",
-    "conf_rbd_qos_read_iops_limit",
-    "conf_rbd_qos_read_iops_burst",
-    "conf_rbd_qos_write_iops_limit",
-    "conf_rbd_qos_write_iops_burst",
-    "conf_rbd_qos_bps_limit",
-    "conf_rbd_qos_bps_burst",
-    "conf_rbd_qos_read_bps_limit",
-    "conf_rbd_qos_read_bps_burst",
-    "conf_rbd_qos_write_bps_limit",
-    "conf_rbd_qos_write_bps_burst",
-];
-/// No limit.
-const UNLIMITED: &str = "0";
 /// The size of a placeholder, in bytes: one object.
 const PLACEHOLDER_SIZE: u64 = 4 << 20;
-
-/// The name that a placeholder has before it takes the place of the image that is called `name`, and after.
-fn aside(name: &str) -> String {
-    format!("{name}.poolshift-placeholder")
-}
-
-/// An image's limits, in the order of [`LIMIT_KEYS`].
-type Limits = Vec<Option<String>>;
 
 /// What has a name in a pool.
 #[derive(Debug)]
@@ -114,7 +93,7 @@ impl Connector {
 
     /// Makes a placeholder for the name, which it has not yet ([`Disk::rename`](crate::image::Disk::rename)). There already is no error.
     pub async fn prepare_placeholder(&self, pool: &str, namespace: Option<&str>, name: &str) -> Result<RbdImage> {
-        let aside = aside(name);
+        let aside = placeholder_name(name);
         match RbdImage::create(self, pool, namespace, &aside, &CreateOptions::new(PLACEHOLDER_SIZE)).await {
             Ok(()) => {}
             Err(error) if error.kind == ErrorKind::AlreadyExists => {}
@@ -132,7 +111,7 @@ impl Connector {
 
     /// Removes the placeholder that was put aside of that name. Nothing there is no error.
     pub async fn remove_placeholder(&self, pool: &str, namespace: Option<&str>, name: &str) -> Result<()> {
-        match self.named(pool, namespace, &aside(name)).await? {
+        match self.named(pool, namespace, &placeholder_name(name)).await? {
             Named::Placeholder(image) => image.remove().await,
             Named::Nothing | Named::Image(_) => Ok(()),
         }
@@ -151,15 +130,21 @@ impl RbdImage {
         Ok(mark.is_some())
     }
 
-    /// Whether poolshift has written to it: it keeps a state with it, or a note.
+    /// Whether poolshift has written to it: it keeps a state with it, or a journal.
     pub async fn is_replicated(&self) -> Result<bool> {
         let state = self.inner.look("look for a state", |image| image.metadata(STATE_KEY)).await?;
         Ok(state.is_some() || self.load_journal().await?.is_some())
     }
 
-    /// Gives a placeholder another name than that which it stands in for, so that the image can have that.
-    pub async fn put_aside(&self, name: &str) -> Result<()> {
-        self.rename(&aside(name)).await
+    async fn mark_as_placeholder(&self, name: &str) -> Result<()> {
+        self.store_bounded(MARK_KEY, Some(name), 1024, "mark the placeholder").await
+    }
+}
+
+#[async_trait]
+impl VolumeImage for RbdImage {
+    async fn is_replicated(&self) -> Result<bool> {
+        self.is_replicated().await
     }
 
     async fn limits(&self) -> Result<Limits> {
@@ -169,32 +154,36 @@ impl RbdImage {
         self.inner.look("look for limits", read).await
     }
 
-    /// Gives a placeholder the limits of the image that it is to stand in for. Every limit is written, as none where there
-    /// is none: Cinder's driver takes away what it has never written when a type's QoS is for the hypervisor only, and
-    /// gives up where there is nothing to take away.
-    pub async fn stand_in_for(&self, image: &Self) -> Result<()> {
-        let (has, wanted) = futures::try_join!(self.limits(), image.limits())?;
-        let wanted = wanted.iter().map(|limit| Some(limit.as_deref().unwrap_or(UNLIMITED)));
-        self.store_limits(&has, wanted).await
-    }
-
-    /// Gives an image the limits that a placeholder was given while it stood in for it.
-    pub async fn take_over_from(&self, placeholder: &Self) -> Result<()> {
-        let (has, wanted) = futures::try_join!(self.limits(), placeholder.limits())?;
-        let wanted = wanted.iter().map(|limit| limit.as_deref().filter(|limit| *limit != UNLIMITED));
-        self.store_limits(&has, wanted).await
-    }
-
-    async fn store_limits<'a>(&self, has: &Limits, wanted: impl Iterator<Item = Option<&'a str>>) -> Result<()> {
+    async fn store_limits(&self, has: &Limits, wanted: &Limits) -> Result<()> {
         for ((key, has), wanted) in LIMIT_KEYS.into_iter().zip(has).zip(wanted) {
-            if has.as_deref() != wanted {
-                self.store_bounded(key, wanted, 64, "write a limit").await?;
+            if has != wanted {
+                self.store_bounded(key, wanted.as_deref(), 64, "write a limit").await?;
             }
         }
         Ok(())
     }
+}
 
-    async fn mark_as_placeholder(&self, name: &str) -> Result<()> {
-        self.store_bounded(MARK_KEY, Some(name), 1024, "mark the placeholder").await
+#[async_trait]
+impl Pools for Connector {
+    async fn named(&self, pool: &str, namespace: Option<&str>, name: &str) -> Result<pools::Named> {
+        Ok(match self.named(pool, namespace, name).await? {
+            Named::Nothing => pools::Named::Nothing,
+            Named::Placeholder(image) => pools::Named::Placeholder(Arc::new(image)),
+            Named::Image(image) => pools::Named::Image(Arc::new(image)),
+        })
+    }
+
+    async fn prepare_placeholder(
+        &self,
+        pool: &str,
+        namespace: Option<&str>,
+        name: &str,
+    ) -> Result<Arc<dyn VolumeImage>> {
+        Ok(Arc::new(self.prepare_placeholder(pool, namespace, name).await?))
+    }
+
+    async fn remove_placeholder(&self, pool: &str, namespace: Option<&str>, name: &str) -> Result<()> {
+        self.remove_placeholder(pool, namespace, name).await
     }
 }

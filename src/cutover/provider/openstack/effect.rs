@@ -1,9 +1,10 @@
 //! Asking a cloud for something, and looking until it is so: Cinder and Nova answer yes and fail later.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use futures::future::join_all;
+use tokio::time::Instant;
 
 use super::super::ProviderError;
 use super::OpenStack;

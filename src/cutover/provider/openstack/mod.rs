@@ -69,7 +69,7 @@ use crate::openstack::{Cloud, CloudAccess, CloudError};
 use crate::plan::{self, Holder, OpenStackCutover};
 pub use recreate::Recreate;
 pub use switch::Connectors;
-use switch::{CloudVolume, Seen, Step};
+use switch::{CloudVolume, Images, Seen, Step};
 
 /// How many steps a volume's switch has at most; the usual way has 5.
 const STEPS_MAX: usize = 40;
@@ -92,7 +92,12 @@ pub struct OpenStack {
 impl OpenStack {
     /// The server of the plan. Nobody is asked before something is to be known of it.
     pub fn new(server: &plan::Server, config: OpenStackCutover, connectors: &Connectors) -> Self {
-        let volumes = server.volumes.iter().filter_map(|volume| CloudVolume::of(volume, connectors)).collect();
+        Self::with_images(server, config, &Images::from(connectors))
+    }
+
+    /// The same with images that may be elsewhere than in clusters.
+    fn with_images(server: &plan::Server, config: OpenStackCutover, images: &Images) -> Self {
+        let volumes = server.volumes.iter().filter_map(|volume| CloudVolume::of(volume, images)).collect();
         Self {
             server: server.name.clone(),
             config,

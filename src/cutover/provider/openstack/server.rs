@@ -1,19 +1,20 @@
 //! A server that runs from the volumes: shelved, so that it stops and leaves its host, and unshelved.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use futures::future::{try_join, try_join_all};
 use tokio::sync::OnceCell;
+use tokio::time::Instant;
 
 use super::super::{Observed, Power, ProviderError, Side};
 use super::effect::{Effect, Look, pause};
 use super::switch::{CloudVolume, is_open};
 use super::{OpenStack, name};
 use crate::image::ImageError;
-use crate::image::rbd::RbdImage;
+use crate::image::pools::VolumeImage;
 use crate::openstack::cinder::{Status, Volume};
 use crate::openstack::nova::{Server, ServerAction};
 use crate::openstack::{Cloud, CloudError, if_there};
@@ -119,7 +120,7 @@ impl Effect for Becomes<'_> {
 struct Closes<'a> {
     leaves: Becomes<'a>,
     volumes: &'a [CloudVolume],
-    images: OnceCell<Vec<RbdImage>>,
+    images: OnceCell<Vec<Arc<dyn VolumeImage>>>,
     /// Whether it has not left yet.
     is_leaving: &'a AtomicBool,
 }
@@ -130,7 +131,7 @@ impl Closes<'_> {
         let open = || try_join_all(self.volumes.iter().map(CloudVolume::named_as_in_use));
         let images =
             self.images.get_or_try_init(|| async { Ok(open().await?.into_iter().flatten().collect()) }).await?;
-        let open = try_join_all(images.iter().map(is_open)).await?;
+        let open = try_join_all(images.iter().map(|image| is_open(image.as_ref()))).await?;
         Ok(open.len() >= self.volumes.len() && !open.contains(&true))
     }
 }
@@ -429,7 +430,7 @@ impl OpenStack {
         }
         let any = async {
             let images = try_join_all(self.volumes.iter().map(CloudVolume::named_as_in_use)).await?;
-            let open = try_join_all(images.iter().flatten().map(is_open)).await?;
+            let open = try_join_all(images.iter().flatten().map(|image| is_open(image.as_ref()))).await?;
             Ok(open.contains(&true))
         };
         any.await.map_err(|error| self.image_error(operation, &error))

@@ -16,8 +16,11 @@
 //! - An image that poolshift does not know is neither renamed nor removed.
 
 use crate::cutover::journal::kept_name;
-use crate::image::rbd::{Connector, Named, RbdImage};
-use crate::image::{Disk as _, ErrorKind, ImageError, ImageSpec, SourceImage as _, TargetImage as _};
+use std::sync::Arc;
+
+use crate::image::pools::{Named, Pools, VolumeImage};
+use crate::image::rbd::Connector;
+use crate::image::{ErrorKind, ImageError, ImageSpec};
 use crate::openstack::cinder;
 use crate::plan::{self, CinderVolume};
 
@@ -219,7 +222,27 @@ pub(super) struct CloudVolume {
     pub(super) cinder: CinderVolume,
     source: Place,
     target: Place,
-    connectors: Connectors,
+    images: Images,
+}
+
+/// The pools of both sides, and their clusters where they are RBD's.
+#[derive(Clone, Debug)]
+pub(super) struct Images {
+    pub(super) source: Arc<dyn Pools>,
+    pub(super) target: Arc<dyn Pools>,
+    /// `None` for images in memory, for which there is no strategy but keep-ids.
+    pub(super) connectors: Option<Connectors>,
+}
+
+impl From<&Connectors> for Images {
+    fn from(connectors: &Connectors) -> Self {
+        let pools = |connector: &Connector| Arc::new(connector.clone()) as Arc<dyn Pools>;
+        Self {
+            source: pools(&connectors.source),
+            target: pools(&connectors.target),
+            connectors: Some(connectors.clone()),
+        }
+    }
 }
 
 /// The clusters of both sides.
@@ -248,7 +271,7 @@ impl Place {
 
 impl CloudVolume {
     /// The volume of the plan; `None` where it is none of Cinder's, which the plan's reader refuses.
-    pub(super) fn of(volume: &plan::Volume, connectors: &Connectors) -> Option<Self> {
+    pub(super) fn of(volume: &plan::Volume, images: &Images) -> Option<Self> {
         let cinder = volume.cinder.clone()?;
         let (ImageSpec::Rbd { pool, namespace, image: in_use, .. }, ImageSpec::Rbd { image: idle, .. }) =
             (&volume.source, &volume.target)
@@ -267,16 +290,25 @@ impl CloudVolume {
             cinder,
             source: place(pool, namespace, kept_name(in_use)),
             target: place(to_pool, to_namespace, idle.clone()),
-            connectors: connectors.clone(),
+            images: images.clone(),
         })
     }
 
-    /// Where its image is on that side.
-    pub(super) fn at(&self, side: Side) -> (&Connector, &Place) {
+    /// The pools and the names of its image on that side.
+    pub(super) fn at(&self, side: Side) -> (&dyn Pools, &Place) {
         match side {
-            Side::Source => (&self.connectors.source, &self.source),
-            Side::Target => (&self.connectors.target, &self.target),
+            Side::Source => (self.images.source.as_ref(), &self.source),
+            Side::Target => (self.images.target.as_ref(), &self.target),
         }
+    }
+
+    /// The same with the cluster, for what is done with images of RBD only.
+    pub(super) fn in_cluster(&self, side: Side) -> Result<(&Connector, &Place), ImageError> {
+        let place = self.at(side).1;
+        let connectors = self.images.connectors.as_ref().ok_or_else(|| {
+            ImageError::new(ErrorKind::Unsupported, place.image(), "reach its cluster").detail("it is not on RBD")
+        })?;
+        Ok((if side == Side::Source { &connectors.source } else { &connectors.target }, place))
     }
 
     /// Whether Cinder has the image of that name as the volume's.
@@ -323,8 +355,8 @@ impl CloudVolume {
     }
 
     async fn look_at(&self, side: Side) -> Result<Shelf, ImageError> {
-        let (connector, place) = self.at(side);
-        let named = |name| connector.named(&place.pool, place.namespace.as_deref(), name);
+        let (pools, place) = self.at(side);
+        let named = |name| pools.named(&place.pool, place.namespace.as_deref(), name);
         let (in_use, idle) = futures::try_join!(named(&place.in_use), named(&place.idle))?;
         let idle = match idle {
             Named::Image(image) => Some(image),
@@ -348,7 +380,7 @@ impl CloudVolume {
     }
 
     /// The images that have the volume's name. A placeholder is none: there is nothing of the volume in it.
-    pub(super) async fn named_as_in_use(&self) -> Result<Vec<RbdImage>, ImageError> {
+    pub(super) async fn named_as_in_use(&self) -> Result<Vec<Arc<dyn VolumeImage>>, ImageError> {
         let (source, target) = futures::try_join!(self.named(Side::Source, true), self.named(Side::Target, true))?;
         let image = |named| if let Named::Image(image) = named { Some(image) } else { None };
         Ok([source, target].into_iter().filter_map(image).collect())
@@ -356,10 +388,10 @@ impl CloudVolume {
 
     /// Makes the placeholder that the volume leaves a side with.
     pub(super) async fn prepare(&self, from: Side) -> Result<(), ImageError> {
-        let (connector, place) = self.at(from);
-        let placeholder = connector.prepare_placeholder(&place.pool, place.namespace.as_deref(), &place.in_use).await?;
+        let (pools, place) = self.at(from);
+        let placeholder = pools.prepare_placeholder(&place.pool, place.namespace.as_deref(), &place.in_use).await?;
         match self.named(from, true).await? {
-            Named::Image(image) => placeholder.stand_in_for(&image).await,
+            Named::Image(image) => placeholder.stand_in_for(image.as_ref()).await,
             Named::Nothing | Named::Placeholder(_) => Ok(()),
         }
     }
@@ -367,8 +399,8 @@ impl CloudVolume {
     /// Removes what is left of placeholders.
     pub(super) async fn tidy_up(&self) -> Result<(), ImageError> {
         for side in [Side::Source, Side::Target] {
-            let (connector, place) = self.at(side);
-            connector.remove_placeholder(&place.pool, place.namespace.as_deref(), &place.in_use).await?;
+            let (pools, place) = self.at(side);
+            pools.remove_placeholder(&place.pool, place.namespace.as_deref(), &place.in_use).await?;
         }
         Ok(())
     }
@@ -379,25 +411,25 @@ impl CloudVolume {
             Step::Hide(side) => self.give_name(side, false).await,
             Step::Place(side) => self.give_name(side, true).await,
             Step::StandIn(side) => {
-                let (connector, place) = self.at(side);
+                let (pools, place) = self.at(side);
                 let (pool, namespace) = (place.pool.as_str(), place.namespace.as_deref());
-                let placeholder = connector.prepare_placeholder(pool, namespace, &place.in_use).await?;
+                let placeholder = pools.prepare_placeholder(pool, namespace, &place.in_use).await?;
                 if let Named::Image(image) = self.named(side, false).await? {
-                    placeholder.stand_in_for(&image).await?;
+                    placeholder.stand_in_for(image.as_ref()).await?;
                 }
                 placeholder.rename(&place.in_use).await
             }
             Step::Aside(side) => match self.named(side, true).await? {
                 Named::Placeholder(placeholder) => {
                     if let Named::Image(image) = self.named(side, false).await? {
-                        image.take_over_from(&placeholder).await?;
+                        image.take_over_from(placeholder.as_ref()).await?;
                     }
-                    let (connector, place) = self.at(side);
+                    let (pools, place) = self.at(side);
                     match placeholder.put_aside(&place.in_use).await {
                         // A walk that was cut has left one of its own there.
                         Err(error) if error.kind == ErrorKind::AlreadyExists => {
                             let (pool, namespace) = (place.pool.as_str(), place.namespace.as_deref());
-                            connector.remove_placeholder(pool, namespace, &place.in_use).await?;
+                            pools.remove_placeholder(pool, namespace, &place.in_use).await?;
                             placeholder.put_aside(&place.in_use).await
                         }
                         done => done,
@@ -410,9 +442,9 @@ impl CloudVolume {
     }
 
     async fn named(&self, side: Side, in_use: bool) -> Result<Named, ImageError> {
-        let (connector, place) = self.at(side);
+        let (pools, place) = self.at(side);
         let name = if in_use { &place.in_use } else { &place.idle };
-        connector.named(&place.pool, place.namespace.as_deref(), name).await
+        pools.named(&place.pool, place.namespace.as_deref(), name).await
     }
 
     /// Gives the image of a side the volume's name, or its other one.
@@ -422,7 +454,7 @@ impl CloudVolume {
         // By the name that it is to lose: so a rename that was cut is finished.
         for name in [!in_use, in_use] {
             if let Named::Image(image) = self.named(side, name).await? {
-                return rename(&image, wanted).await;
+                return image.rename(wanted).await;
             }
         }
         Ok(())
@@ -431,7 +463,7 @@ impl CloudVolume {
 
 /// Whether somebody has an image open who may be a server: somebody who watches it or has its lock, and is none of
 /// poolshift's. Who has the lock without a watch may only be out of reach; a server that closes its disks gives it back.
-pub(super) async fn is_open(image: &RbdImage) -> Result<bool, ImageError> {
+pub(super) async fn is_open(image: &dyn VolumeImage) -> Result<bool, ImageError> {
     let (users, holder) = futures::try_join!(image.users(), image.lease_owner())?;
     let ours = match holder {
         Some(holder) if holder.is_known() => holder.client,
@@ -439,10 +471,6 @@ pub(super) async fn is_open(image: &RbdImage) -> Result<bool, ImageError> {
         None => None,
     };
     Ok(users.iter().any(|user| !user.is_own && ours.as_ref() != Some(&user.address)))
-}
-
-async fn rename(image: &RbdImage, wanted: &str) -> Result<(), ImageError> {
-    image.rename(wanted).await
 }
 
 #[cfg(test)]

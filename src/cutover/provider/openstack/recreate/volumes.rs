@@ -217,8 +217,8 @@ fn metadata_of(old: &Volume) -> BTreeMap<String, String> {
 
 /// The target's image, whatever its name.
 pub(super) async fn image(volume: &CloudVolume) -> Result<RbdImage, ImageError> {
-    let (sources, source) = volume.at(Side::Source);
-    let (targets, target) = volume.at(Side::Target);
+    let (sources, source) = volume.in_cluster(Side::Source)?;
+    let (targets, target) = volume.in_cluster(Side::Target)?;
     let spec = |place: &super::super::switch::Place, image: &str| ImageSpec::Rbd {
         pool: place.pool.clone(),
         namespace: place.namespace.clone(),
@@ -245,7 +245,7 @@ pub(super) async fn forget_target(volume: &CloudVolume) -> Result<(), ImageError
 }
 
 async fn source_image(volume: &CloudVolume) -> Result<RbdImage, ImageError> {
-    let (connector, place) = volume.at(Side::Source);
+    let (connector, place) = volume.in_cluster(Side::Source)?;
     RbdImage::open_source(connector, &place.pool, place.namespace.as_deref(), &place.in_use).await
 }
 
@@ -253,7 +253,8 @@ impl OpenStack {
     /// What is there of a target.
     pub(super) async fn look_at_target(&self, operation: &str, volume: &CloudVolume) -> Result<Seen, ProviderError> {
         let cloud = self.cloud(operation).await?;
-        let (connector, place) = volume.at(Side::Target);
+        let here = volume.in_cluster(Side::Target);
+        let (connector, place) = here.map_err(|error| self.image_error(operation, &error))?;
         let image_error = |error: ImageError| self.image_error(operation, &error);
         let target = image(volume).await.map_err(image_error)?;
         let name = target.name().await.map_err(image_error)?;
@@ -353,7 +354,8 @@ impl OpenStack {
             let problem = format!("the type {wanted:?} does not say on which backend its volumes are");
             return Err(self.error(operation, problem, Some("give it the extra spec volume_backend_name")));
         };
-        let (connector, place) = volume.at(Side::Target);
+        let here = volume.in_cluster(Side::Target);
+        let (connector, place) = here.map_err(|error| self.image_error(operation, &error))?;
         let here = (connector.fsid(), place.pool.as_str());
         let of_name = || backends.iter().filter(|backend| backend.backend_name == *name);
         // One that does not say where its images are may be the right one.

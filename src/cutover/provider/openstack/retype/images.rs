@@ -13,7 +13,7 @@ use crate::image::{ErrorKind, ImageError, SourceImage as _};
 
 /// The volume's image on a side, by the name that Cinder has for it; `None` where there is none.
 pub(super) async fn open(volume: &CloudVolume, side: Side) -> Result<Option<RbdImage>, ImageError> {
-    let (connector, place) = volume.at(side);
+    let (connector, place) = volume.in_cluster(side)?;
     match RbdImage::open_source(connector, &place.pool, place.namespace.as_deref(), &place.in_use).await {
         Ok(image) => Ok(Some(image)),
         Err(error) if error.kind == ErrorKind::NotFound => {
@@ -34,7 +34,7 @@ pub(super) async fn in_the_way(volume: &CloudVolume, to: Side) -> Result<Option<
 pub(super) async fn replicas(volume: &CloudVolume) -> Result<Vec<String>, ImageError> {
     let mut found = Vec::new();
     for side in [Side::Source, Side::Target] {
-        let (connector, place) = volume.at(side);
+        let (connector, place) = volume.in_cluster(side)?;
         if RbdImage::exists(connector, &place.pool, place.namespace.as_deref(), &place.idle).await? {
             found.push(format!("{}/{}", place.pool, place.idle));
         }
