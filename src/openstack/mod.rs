@@ -12,6 +12,7 @@
 //! | `keystone` | projects by their names |
 //! | [`discovery`] | which servers and volumes there are, and what keeps them from being moved |
 //! | [`error`] | what can go wrong |
+//! | `sim` | a simulated cloud for tests; debug builds only |
 //!
 //! # What an answer is worth
 //!
@@ -39,6 +40,8 @@ pub mod manage;
 pub mod neutron;
 pub mod nova;
 mod session;
+#[cfg(debug_assertions)]
+pub mod sim;
 #[cfg(test)]
 mod tests;
 

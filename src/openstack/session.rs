@@ -360,6 +360,8 @@ impl Session {
         for tried in 1.. {
             let mut told = None;
             let request = self.http.post(url.clone()).json(&body.0);
+            #[cfg(test)]
+            let _clock = super::tests::stop_clock();
             let sent = request.send().await;
             let (error, again) = match sent {
                 Ok(response) => {
@@ -528,6 +530,8 @@ fn auth_body(identity: &Identity) -> Value {
 }
 
 async fn attempt(request: reqwest::RequestBuilder) -> Attempt {
+    #[cfg(test)]
+    let _clock = super::tests::stop_clock();
     match request.send().await {
         Ok(response) => {
             let (status, id) = (response.status(), request_id(&response));

@@ -363,3 +363,15 @@ fn a_volume_is_read_as_cinder_writes_it() {
         moving("in-use", json!("target:1")) && !moving("in-use", json!("success")) && !moving("error", json!(null))
     );
 }
+
+/// Keeps a paused clock of a runtime of one thread from going on by itself, until it is dropped: while a request is under
+/// way nothing is to do but wait for the socket, which is no reason for its time limit to pass.
+pub(super) fn stop_clock() -> Option<std::sync::mpsc::Sender<()>> {
+    let handle = tokio::runtime::Handle::current();
+    (handle.runtime_flavor() == tokio::runtime::RuntimeFlavor::CurrentThread).then(|| {
+        let (release, released) = std::sync::mpsc::channel();
+        // The clock stands still for as long as there is work on the threads for blocking work.
+        drop(handle.spawn_blocking(move || released.recv()));
+        release
+    })
+}

@@ -71,11 +71,29 @@ impl MemoryImage {
         self.lock().placeholder
     }
 
+    /// Another image with the same name, HEAD, limits and mark, and without snapshots, as a copy to another pool has it.
+    #[must_use]
+    pub fn copied(&self) -> Self {
+        let inner = self.lock();
+        let copy = Self::new(&inner.name, inner.head.size(), inner.layout);
+        {
+            let mut other = copy.lock();
+            (other.head, other.durable) = (inner.head.clone(), inner.head.clone());
+            (other.placeholder, other.limits) = (inner.placeholder, inner.limits.clone());
+        }
+        copy
+    }
+
+    /// Whether another handle is to the same image.
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.inner, &other.inner)
+    }
+
     /// Whether another image of its pool has that name.
     pub(super) fn is_taken(&self, name: &str) -> bool {
         let Some(neighbours) = self.lock().neighbours.upgrade() else { return false };
         let images = neighbours.lock().unwrap_or_else(PoisonError::into_inner);
-        let same = |one: &Self| Arc::ptr_eq(&one.inner, &self.inner);
+        let same = |one: &Self| one.is_same(self);
         let pool = images.iter().find(|(_, one)| same(one)).map(|(pool, _)| pool);
         images.iter().any(|(of, one)| Some(of) == pool && !same(one) && one.lock().name == name)
     }

@@ -51,6 +51,8 @@ pub mod retype;
 mod server;
 mod stand_in;
 mod switch;
+#[cfg(test)]
+mod tests;
 mod volumes;
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -83,6 +85,8 @@ pub struct OpenStack {
     config: OpenStackCutover,
     volumes: Vec<CloudVolume>,
     cloud: OnceCell<Cloud>,
+    /// How to reach the cloud; `None`: as the plan and the environment say.
+    access: Option<CloudAccess>,
     /// Whether this process has seen the server with nothing open while it was leaving its host, which it may not have yet.
     is_leaving: AtomicBool,
     /// Whether all of a stand-in has come about that this process has asked for: nothing of it comes later.
@@ -103,6 +107,7 @@ impl OpenStack {
             config,
             volumes,
             cloud: OnceCell::new(),
+            access: None,
             is_leaving: AtomicBool::new(false),
             stand_in_is_complete: AtomicBool::new(false),
         }
@@ -110,7 +115,10 @@ impl OpenStack {
 
     async fn cloud(&self, operation: &str) -> Result<&Cloud, ProviderError> {
         let connect = async {
-            let access = CloudAccess::load(self.config.cloud.as_deref())?;
+            let access = match &self.access {
+                Some(access) => access.clone(),
+                None => CloudAccess::load(self.config.cloud.as_deref())?,
+            };
             Cloud::connect(access).await
         };
         self.cloud.get_or_try_init(|| connect).await.map_err(|error| self.cloud_error(operation, &error))
