@@ -361,7 +361,7 @@ impl Session {
             let mut told = None;
             let request = self.http.post(url.clone()).json(&body.0);
             #[cfg(test)]
-            let _clock = super::tests::stop_clock();
+            let clock = super::tests::stop_clock();
             let sent = request.send().await;
             let (error, again) = match sent {
                 Ok(response) => {
@@ -391,6 +391,8 @@ impl Session {
                     (failed(Fault::Unavailable, "no answer came".into()).caused_by(error.without_url()), true)
                 }
             };
+            #[cfg(test)]
+            drop(clock);
             if !again || tried >= TRIES {
                 return Err(error);
             }

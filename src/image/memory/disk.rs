@@ -69,6 +69,14 @@ impl MemoryImage {
         }
     }
 
+    /// The lease of a holder that is dead ends, as one does in RBD when its watch has timed out.
+    pub(super) fn forget_abandoned_lease(&self) {
+        let mut inner = self.lock();
+        if matches!(inner.lease, Some((ABANDONED, _))) {
+            inner.lease = None;
+        }
+    }
+
     /// Lets another image have that name.
     pub fn take_name(&self, name: &str) {
         self.lock().taken.push(name.to_owned());

@@ -63,6 +63,11 @@ impl MemoryPools {
             *image = image.reopen();
         }
     }
+
+    /// The watches of processes that are gone time out, and with them their leases.
+    pub fn time_out_watches(&self) {
+        self.lock().iter().for_each(|(_, image)| image.forget_abandoned_lease());
+    }
 }
 
 impl MemoryImage {

@@ -143,7 +143,10 @@ impl Script {
         self.struck = true;
         match trouble {
             Trouble::TokenEnded => {
-                self.ended = token.map(str::to_owned);
+                // Where each request has it, the next token is as good as the one before.
+                if !matches!(self.aim, Aim::EachRead(_) | Aim::EachChange(_)) {
+                    self.ended = token.map(str::to_owned);
+                }
                 Fate::TokenRefused
             }
             Trouble::Outage => {

@@ -167,6 +167,7 @@ impl World {
         tokio::time::sleep(std::time::Duration::from_secs(30)).await;
         self.write();
         let journal = self.journal().await;
+        self.cloud.pools().time_out_watches();
         let side = if journal.as_ref().is_some_and(Journal::is_cut_over) { Side::Target } else { Side::Source };
         if side == Side::Source && journal.is_some() {
             return Err(format!("a journal is left: {journal:?}"));
