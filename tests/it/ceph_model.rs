@@ -208,17 +208,20 @@ async fn models(kinds: impl IntoIterator<Item = Kind>) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn a_plain_image() {
     models(vec![Kind::plain("plain"); 3]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn a_striped_image() {
     let options = CreateOptions { stripe_unit: 64 * KIB, stripe_count: 8, ..Kind::plain("").options };
     models(vec![Kind { options, ..Kind::plain("striped") }; 3]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn a_clone_of_an_image_with_content() {
     let clone = Kind { cloned: true, ..Kind::plain("clone") };
     let flattened = Kind { flatten_before: Some(3), ..clone.clone() };
@@ -226,6 +229,7 @@ async fn a_clone_of_an_image_with_content() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn an_image_without_an_object_map() {
     // Layering and exclusive-lock.
     let options = CreateOptions { features: 1 | 4, ..Kind::plain("").options };
@@ -233,6 +237,7 @@ async fn an_image_without_an_object_map() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn an_image_that_is_written_in_its_last_partial_object_only() {
     let options = CreateOptions::new(8 * MIB + 300 * KIB + 77);
     let partial = Kind { options, low: 8 * MIB, ..Kind::plain("partial") };

@@ -114,6 +114,7 @@ async fn model(tag: &str, seed: u64, options: CreateOptions) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn both_levels_of_a_delta_cover_every_changed_byte() {
     model("plain", 1, small_objects()).await;
 }
@@ -144,12 +145,14 @@ async fn what_was_cut_off_and_grown_again_is_part_of_the_delta() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn both_levels_cover_a_striped_image() {
     let striped = CreateOptions { object_size: 128 << 10, stripe_unit: 16 << 10, stripe_count: 8, ..small_objects() };
     model("striped", 2, striped).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn both_levels_cover_an_image_with_a_data_pool() {
     model("datapool", 3, CreateOptions { data_pool: Some("sata".into()), ..small_objects() }).await;
 }

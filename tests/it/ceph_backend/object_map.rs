@@ -190,11 +190,13 @@ async fn trial(tag: &str, pool: &str, seeds: std::ops::Range<u64>, options: Crea
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn a_plain_image_is_as_librbd_says() {
     trial("map-plain", "sas", 0..4, small_objects()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn a_striped_image_is_as_librbd_says() {
     let striped = CreateOptions { stripe_unit: 16 * KIB, stripe_count: 5, ..small_objects() };
     trial("map-striped", "sas", 0..3, striped).await;

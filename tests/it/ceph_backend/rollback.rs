@@ -23,11 +23,13 @@ fn striped() -> CreateOptions {
 
 /// What was found first: the object map of `last` is that of `second`, in which the object is clean.
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn an_object_that_was_rolled_back_is_part_of_the_delta() {
     rolled_back("rolled", small_objects(), &[range(0, 2 * SMALL)]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn an_object_of_a_striped_image_that_was_rolled_back_is_part_of_the_delta() {
     rolled_back("rolledstripes", striped(), &[range(0, 128 << 10), range(SMALL, 128 << 10)]).await;
 }
@@ -144,11 +146,13 @@ async fn whole(tag: &str, seed: u64, options: CreateOptions) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn both_levels_cover_rollbacks() {
     whole("rolledplain", 3, small_objects()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn both_levels_cover_rollbacks_of_a_striped_image() {
     whole("rolledstriped", 11, striped()).await;
 }
