@@ -92,7 +92,7 @@ async fn the_fence_refuses_a_server_that_is_there() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs Ceph"]
+#[ignore = "needs Ceph alone"]
 async fn a_server_that_has_just_ended_is_waited_for() {
     let env = ceph_alone();
     let mut rig = Rig::lock(&env, "fence-exit").await;
@@ -182,7 +182,7 @@ async fn nothing_of_a_server_that_goes_on_writing_lands_beyond_the_fence() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs Ceph"]
+#[ignore = "needs Ceph alone"]
 async fn the_fence_of_another_process_stands_until_that_is_dead() {
     let env = ceph_alone();
     let mut rig = Rig::lock(&env, "fence-killed").await;
@@ -379,7 +379,7 @@ async fn a_rehearsal_is_a_marked_clone_that_is_found_and_removed() {
 
 /// Prints what the outage is made of here; nothing is asserted but an order of magnitude.
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs Ceph"]
+#[ignore = "needs Ceph alone"]
 async fn the_fence_is_quick_where_nobody_uses_the_image() {
     let env = ceph_alone();
     let mut rig = Rig::lock(&env, "quick").await;

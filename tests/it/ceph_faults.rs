@@ -35,7 +35,7 @@ async fn sync_ends(volume: &Volume, words: &[&str], code: i32, says: &[&str]) ->
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs Ceph"]
+#[ignore = "needs Ceph alone"]
 async fn an_osd_that_comes_back_and_one_that_does_not() {
     let env = ceph_alone();
     ceph_dev_folder(&env);

@@ -6,6 +6,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{FlockOperation, flock};
 
@@ -29,16 +30,28 @@ pub(crate) fn every_step() -> bool {
 /// folder, so it also holds between tests that run in processes of their own, and ends with the process.
 #[derive(Debug)]
 pub(crate) struct Turn {
-    _held: File,
+    _held: Option<File>,
 }
 
 impl Turn {
     /// Waits for a turn on the bed of that name. Blocks the thread, which is the test's own.
     pub(crate) fn take(folder: &Path, bed: &str, alone: bool) -> Arc<Self> {
         let how = if alone { FlockOperation::LockExclusive } else { FlockOperation::LockShared };
+        Self::note("wait");
         // Whoever waits to be alone holds the gate meanwhile, so that no others begin.
         let _gate = Self::lock(folder, &format!("{bed}.gate"), how);
-        Arc::new(Self { _held: Self::lock(folder, bed, how) })
+        let held = Self::lock(folder, bed, how);
+        Self::note("turn");
+        Arc::new(Self { _held: Some(held) })
+    }
+
+    /// Records for `scripts/run-tests` when the wait began and ended: it is no part of the test's time.
+    fn note(what: &str) {
+        let Some(path) = std::env::var_os("POOLSHIFT_TEST_TURNS") else { return };
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("it is after 1970").as_secs_f64();
+        let mut file = File::options().create(true).append(true).open(path).expect("the file of turns opens");
+        // In one write, as it may be read at any time.
+        file.write_all(format!("{what} {now}\n").as_bytes()).expect("the file of turns is written");
     }
 
     fn lock(folder: &Path, name: &str, how: FlockOperation) -> File {
@@ -65,11 +78,23 @@ pub(crate) fn ceph_alone() -> CephEnv {
     cluster(true)
 }
 
+/// The same in a process that a test has started and waits for: it is that test's turn. One of its own would be waited
+/// for without end if another test waits to be alone.
+#[track_caller]
+pub(crate) fn ceph_in_a_turn() -> CephEnv {
+    cluster_with(|_| Arc::new(Turn { _held: None }))
+}
+
 #[track_caller]
 fn cluster(alone: bool) -> CephEnv {
+    cluster_with(|folder| Turn::take(folder, "ceph", alone))
+}
+
+#[track_caller]
+fn cluster_with(turn: impl FnOnce(&Path) -> Arc<Turn>) -> CephEnv {
     let conf = PathBuf::from(required("POOLSHIFT_TEST_CEPH_CONF", "a Ceph"));
     let user = required("POOLSHIFT_TEST_CEPH_USER", "a Ceph");
-    let turn = Turn::take(conf.parent().expect("ceph.conf is in a folder"), "ceph", alone);
+    let turn = turn(conf.parent().expect("ceph.conf is in a folder"));
     CephEnv { conf, user, _turn: turn }
 }
 

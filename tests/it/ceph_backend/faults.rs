@@ -42,7 +42,7 @@ async fn a_dropped_request_harms_nobody() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs Ceph"]
+#[ignore = "needs Ceph alone"]
 async fn a_stopped_osd_is_a_bounded_wait_and_a_retryable_error() {
     let env = ceph_alone();
     let image = name("osd");
@@ -89,7 +89,7 @@ async fn a_stopped_osd_is_a_bounded_wait_and_a_retryable_error() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs Ceph"]
+#[ignore = "needs Ceph alone"]
 async fn a_quota_that_is_reached_is_no_space() {
     let env = ceph_alone();
     let image = name("quota");

@@ -8,7 +8,7 @@ use poolshift::image::rbd::{CreateOptions, RbdImage};
 use poolshift::image::{ChangedObjects, Disk, ErrorKind, LeaseOwner, LockHolder, Point, SourceImage, TargetImage};
 
 use super::{MIB, connect, content, leased, make, name, noise, range, remove};
-use crate::support::{CephEnv, ceph, ceph_alone, required};
+use crate::support::{CephEnv, ceph, ceph_alone, ceph_in_a_turn, required};
 
 /// Another process, which takes the lease and then does what it is told, a word a line.
 pub(crate) struct Holder {
@@ -73,7 +73,7 @@ impl Drop for Holder {
 #[ignore = "no test by itself: others run it in a process of its own"]
 async fn a_holder_of_a_lease() {
     let image = required("POOLSHIFT_TEST_HOLD", "a test that starts it");
-    let env = ceph();
+    let env = ceph_in_a_turn();
     let target = RbdImage::open_target(&connect(&env).await, "sas", None, &image).await.unwrap();
     let mut owner = LeaseOwner::current().unwrap();
     match std::env::var("POOLSHIFT_TEST_HOLD_HOW").as_deref() {
@@ -172,7 +172,7 @@ async fn a_lease_that_changes_hands_is_never_a_strangers() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs Ceph"]
+#[ignore = "needs Ceph alone"]
 async fn a_dead_holder_is_fenced_at_once() {
     let env = ceph_alone();
     for (image, target) in lease_images(&env, "dead").await {

@@ -385,7 +385,7 @@ async fn a_quiet_token_stays_only_while_nothing_happens() {
 
 /// The cost of what an image's size alone costs, on 262,144 objects.
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs Ceph"]
+#[ignore = "needs Ceph alone"]
 async fn a_large_image_costs_less_than_librbds_look_at_it() {
     let env = ceph_alone();
     let image = format!("sas/{}", name("map-large"));
