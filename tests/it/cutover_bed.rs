@@ -2,10 +2,12 @@
 //! them.
 
 use std::io::{BufRead as _, BufReader, Read as _};
-use std::process::{Child, ChildStderr, Command, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::Receiver;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, WaitIdStatus, kill_process, waitid};
 use serde_json::Value;
 
 use crate::support::{CephEnv, Run, binary, poolshift};
@@ -300,18 +302,75 @@ pub(crate) fn report(run: &Run) -> Value {
     serde_json::from_str(&run.stdout).unwrap_or_else(|error| panic!("{error}: {run:?}"))
 }
 
+/// How long a command may take to come to its failpoint: in a cloud it boots emulated guests on its way.
+const FAILPOINT_LIMIT: Duration = Duration::from_secs(900);
+
+/// Runs a command that is killed at a failpoint, `NAME` or `NAME#COUNT`, and gives back what it printed until then.
+///
+/// # Panics
+/// If it was not killed there: it ended by itself, and the failpoint was not reached.
+#[track_caller]
+pub(crate) fn run_killed_at(mut command: Command, failpoint: &str) -> Run {
+    command.env("POOLSHIFT_FAILPOINT", format!("{failpoint}=kill"));
+    let mut run = Running::start(command);
+    let signal = run.wait_for_state_change(failpoint).terminating_signal();
+    let run = run.finish();
+    let killed = signal == Some(Signal::KILL.as_raw());
+    assert!(killed, "it was not killed at {failpoint}, and ended with {:?}:\n{}{}", run.code, run.stdout, run.stderr);
+    run
+}
+
+/// Starts a command that is stopped (SIGSTOP) at a failpoint, `NAME` or `NAME#COUNT`, and waits until it is.
+///
+/// # Panics
+/// If it ended by itself, and the failpoint was not reached.
+#[track_caller]
+pub(crate) fn stopped_at(mut command: Command, failpoint: &str) -> Running {
+    command.env("POOLSHIFT_FAILPOINT", format!("{failpoint}=stop"));
+    let mut run = Running::start(command);
+    if !run.wait_for_state_change(failpoint).stopped() {
+        let run = run.finish();
+        panic!("it was not stopped at {failpoint}, and ended with {:?}:\n{}{}", run.code, run.stdout, run.stderr);
+    }
+    run
+}
+
 /// A `poolshift` that runs. Dropped, it is killed.
 pub(crate) struct Running {
     child: Child,
-    stderr: BufReader<ChildStderr>,
+    /// The lines of its standard error.
+    lines: Receiver<String>,
+    stdout: Option<JoinHandle<String>>,
     told: String,
 }
 
 impl Running {
+    /// Starts a command. What it prints is read as it comes: it never waits for its reader.
     pub(crate) fn start(mut command: Command) -> Self {
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
         let stderr = BufReader::new(child.stderr.take().expect("a pipe"));
-        Self { child, stderr, told: String::new() }
+        let mut stdout = child.stdout.take().expect("a pipe");
+        let (sender, lines) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            for line in stderr.lines() {
+                // A reader that is gone, with the test that failed, needs no more of it.
+                let _ = sender.send(line.expect("standard error is text"));
+            }
+        });
+        let stdout = std::thread::spawn(move || {
+            let mut text = String::new();
+            stdout.read_to_string(&mut text).expect("standard output is text");
+            text
+        });
+        Self { child, lines, stdout: Some(stdout), told: String::new() }
+    }
+
+    fn take_line(&mut self) -> Option<String> {
+        let line = self.lines.recv().ok()?;
+        println!("{line}");
+        self.told += &line;
+        self.told += "\n";
+        Some(line)
     }
 
     /// Reads on until it tells that it is at a phase; says whether it did, before its end.
@@ -321,12 +380,8 @@ impl Running {
 
     /// Reads on until it has told a line like that; says whether it did, before its end.
     pub(crate) fn until_line(&mut self, wanted: impl Fn(&str) -> bool) -> bool {
-        let mut line = String::new();
-        while self.stderr.read_line(&mut line).expect("it tells in text") > 0 {
-            print!("{line}");
-            let is_wanted = wanted(&line);
-            self.told += &std::mem::take(&mut line);
-            if is_wanted {
+        while let Some(line) = self.take_line() {
+            if wanted(&line) {
                 return true;
             }
         }
@@ -341,6 +396,30 @@ impl Running {
         send(&self.child, signal);
     }
 
+    /// Lets it run on after it was stopped.
+    pub(crate) fn resume(&self) {
+        self.signal(Signal::CONT);
+    }
+
+    /// Waits until it is stopped, or has ended, which [`Running::finish`] can still find out.
+    #[track_caller]
+    fn wait_for_state_change(&mut self, failpoint: &str) -> WaitIdStatus {
+        let pid = Pid::from_child(&self.child);
+        let options = WaitIdOptions::EXITED | WaitIdOptions::STOPPED | WaitIdOptions::NOWAIT | WaitIdOptions::NOHANG;
+        let begun = Instant::now();
+        loop {
+            if let Some(status) = waitid(WaitId::Pid(pid), options).expect("it can be waited for") {
+                return status;
+            }
+            if begun.elapsed() >= FAILPOINT_LIMIT {
+                let _ = self.child.kill();
+                while self.take_line().is_some() {}
+                panic!("it did not come to {failpoint} in {FAILPOINT_LIMIT:?}:\n{}", self.told);
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     /// Ends it as `kill -9` does; says whether it was still running.
     pub(crate) fn kill(mut self) -> bool {
         let running = self.child.try_wait().expect("it can be waited for").is_none();
@@ -351,11 +430,8 @@ impl Running {
 
     /// Waits for its end.
     pub(crate) fn finish(mut self) -> Run {
-        let Ok(_) = self.stderr.read_to_string(&mut self.told) else { panic!("it tells in text") };
-        let mut stdout = String::new();
-        // What fits into a pipe: it has not waited for its reader.
-        let read = self.child.stdout.take().expect("a pipe").read_to_string(&mut stdout);
-        read.expect("it prints text");
+        while self.take_line().is_some() {}
+        let stdout = self.stdout.take().expect("it was not waited for").join().expect("its output can be read");
         let status = self.child.wait().expect("it can be waited for");
         Run { code: status.code(), stdout, stderr: std::mem::take(&mut self.told) }
     }
@@ -365,5 +441,16 @@ impl Drop for Running {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn a_command_that_passes_no_failpoint_is_an_error() {
+    for ends in [
+        std::panic::catch_unwind(|| drop(run_killed_at(binary(), "no.such-place"))),
+        std::panic::catch_unwind(|| drop(stopped_at(binary(), "no.such-place"))),
+    ] {
+        let message = *ends.expect_err("it is not reached").downcast::<String>().expect("a message");
+        assert!(message.contains("at no.such-place, and ended with Some(2)"), "{message}");
     }
 }
