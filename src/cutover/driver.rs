@@ -246,6 +246,7 @@ impl<'a> Walk<'a> {
             self.sides.name_sources(false).await?;
         }
         server.provider.swap(self.sides.to, &mut self.journal.notes).await?;
+        failpoint!("cutover.swapped");
         self.check_limit()?;
         self.go().await
     }
@@ -258,9 +259,11 @@ impl<'a> Walk<'a> {
             self.sides.name_sources(false).await?;
         }
         self.sides.give_leases_back().await?;
+        failpoint!("cutover.leases-released");
         // Whoever keeps its memory goes on with disks that are, to the byte, what it knows: not so after a discard.
         let fresh = self.journal.memory_lost || self.journal.changes == Some(Changes::Discard);
         server.provider.start(to, fresh, &mut self.journal.notes).await?;
+        failpoint!("cutover.started");
         if server.provider.by_hand() {
             return Ok(());
         }
@@ -307,6 +310,7 @@ impl<'a> Walk<'a> {
             return Ok(LockHolder::Refuse);
         }
         server.provider.quiesce(&mut self.journal.notes).await?;
+        failpoint!("cutover.quiesced");
         let observed = self.observe().await?;
         if observed.power == Power::Running {
             return Err(self.unexpected("stop", &observed));
@@ -348,6 +352,7 @@ impl<'a> Walk<'a> {
             return Err(self.in_use(stranger));
         }
         self.sides.fence(holder).await?;
+        failpoint!("cutover.fenced");
         if let Some(stranger) = self.sides.wait_until_closed(may_stay).await? {
             return Err(self.in_use(stranger));
         }

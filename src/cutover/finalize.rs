@@ -26,6 +26,7 @@ use super::farewell::{self, CloneFarewell, Farewell, Going, SourceFarewell, Targ
 use super::journal::{Journal, JournalVolume, kept_name};
 use super::provider::{Provider, ServerDisk};
 use super::server::{CutoverError, Observer, Result};
+use crate::failpoint::failpoint;
 use crate::image::rbd::{Connector, FlattenProgress, ImageTree, RbdImage, RbdSnapshot};
 use crate::image::{
     Disk as _, ErrorKind, ImageError, ImageSpec, LeaseOwner, Snapshot, SourceImage as _, TargetImage as _,
@@ -209,6 +210,7 @@ impl Kept {
         }
         self.journal.finalizing = true;
         self.store_journal(true).await?;
+        failpoint!("finalize.begun");
         Ok(now)
     }
 
@@ -249,7 +251,9 @@ impl Kept {
         if let Some(first) = self.volumes.first() {
             first.target.store_note(None).await?;
         }
+        failpoint!("finalize.note-removed");
         self.store_journal(false).await?;
+        failpoint!("finalize.journal-removed");
         done.done = true;
         Ok(done)
     }
@@ -349,6 +353,7 @@ impl KeptVolume {
         observer.note(&format!("flattening {}", clone.image));
         progress.total.store(0, Ordering::Relaxed);
         let flattened = image.flatten(None, progress, cancel).await?;
+        failpoint!("finalize.flattened");
         if flattened.done {
             done.flattened.push(clone.image.to_string());
         }
@@ -380,6 +385,7 @@ impl KeptVolume {
         if !provider.remove_source(&self.disk.volume).await? {
             source.remove().await?;
         }
+        failpoint!("finalize.source-removed");
         done.removed_images.push(going.location.clone());
         Ok(())
     }
@@ -389,7 +395,9 @@ impl KeptVolume {
         for snapshot in &going.snapshots {
             remove_snapshot(&self.target, snapshot, done).await?;
         }
-        Ok(self.target.forget_state().await?)
+        self.target.forget_state().await?;
+        failpoint!("finalize.target-tidied");
+        Ok(())
     }
 }
 
@@ -447,6 +455,7 @@ async fn remove_snapshot(image: &RbdImage, going: &Going, done: &mut Finalized) 
         Ok(()) => done.removed_snapshots += 1,
         Err(error) => gone(error)?,
     }
+    failpoint!("finalize.snapshot-removed");
     Ok(())
 }
 

@@ -11,6 +11,7 @@ use super::phase::Phase;
 use super::provider::{Observed, Power, ProviderError, Side};
 use super::server::{CutoverError, Report, Result};
 use super::sides::store_journal;
+use crate::failpoint::failpoint;
 use crate::fleet::{CUTOVER_NOTE, chain_text};
 use crate::image::{ErrorKind, LockHolder};
 use crate::pipeline::Limits;
@@ -35,6 +36,7 @@ impl Walk<'_> {
         match to {
             Side::Target => {
                 self.mark_sources().await;
+                failpoint!("cutover.sources-marked");
                 self.sides.name_sources(true).await?;
             }
             Side::Source => {
@@ -47,9 +49,11 @@ impl Walk<'_> {
                 for volume in &server.volumes {
                     volume.source.forget_state().await?;
                 }
+                failpoint!("cutover.states-forgotten");
             }
         }
         self.remarks.extend(server.provider.settle(to, &mut self.journal.notes).await?);
+        failpoint!("cutover.settled");
         self.journal.done = true;
         self.journal.ended = Some(jiff::Timestamp::now().to_string());
         match to {
@@ -86,10 +90,10 @@ impl Walk<'_> {
 
     /// Leaves a note for the fleet's workers, or takes it away.
     pub(super) async fn leave_note(&self, note: Option<&str>) -> Result<()> {
-        match self.server().volumes.first() {
-            Some(first) => Ok(first.target.store_note(note).await?),
-            None => Ok(()),
-        }
+        let Some(first) = self.server().volumes.first() else { return Ok(()) };
+        first.target.store_note(note).await?;
+        failpoint!("cutover.note-{}", if note.is_some() { "stored" } else { "removed" });
+        Ok(())
     }
 
     /// Something went wrong before the commit: the server goes on where it came from.
@@ -141,6 +145,7 @@ impl Walk<'_> {
         if !server.provider.by_hand() {
             let fresh = self.journal.memory_lost;
             server.provider.undo(from, fresh, &mut self.journal.notes).await?;
+            failpoint!("cutover.undone");
             let now = self.observe().await?;
             if now != (Observed { power: Power::Running, side: Some(from) }) {
                 return Err(self.unexpected("way back", &now));

@@ -34,6 +34,7 @@ use super::journal::moment;
 use super::provider::rehearse::{Boots, Judgement, StandIn};
 use super::provider::{Precondition, Provider, ServerDisk, Verdict};
 use super::server::{CutoverError, Observer, Result};
+use crate::failpoint::failpoint;
 use crate::fleet::group::GroupPoint;
 use crate::image::rbd::{Connector, RbdImage};
 use crate::image::{ImageError, ImageSpec, LeaseOwner};
@@ -210,6 +211,7 @@ impl Stage {
         let took = begun.elapsed();
         if let (Some(keep), Ok(played)) = (keep, &played) {
             self.tell_kept(&stand_in, played, keep, observer);
+            failpoint!("rehearsal.judged");
             tokio::select! {
                 () = tokio::time::sleep(keep) => {}
                 () = cancel.cancelled() => {}
@@ -305,6 +307,7 @@ impl Stage {
             Err(error) => return (Err(error), false),
         };
         observer.note(&format!("cloned as of {}: {}", moment(point.at), names(stand_in)));
+        failpoint!("rehearsal.cloned");
         let interrupted = || CutoverError::Interrupted { server: self.name.clone() };
         if cancel.is_cancelled() {
             return (Err(interrupted()), false);
@@ -313,6 +316,7 @@ impl Stage {
             Ok(remarks) => remarks,
             Err(error) => return (Err(error.into()), true),
         };
+        failpoint!("rehearsal.launched");
         let boots = self.provider.boots();
         if boots == Boots::Provider {
             observer.note(&format!("{} was started", stand_in.name));
@@ -362,6 +366,7 @@ impl Stage {
         if staged && let Err(error) = self.provider.strike(stand_in).await {
             return vec![error.to_string(), format!("its clones: {}", names(stand_in))];
         }
+        failpoint!("rehearsal.removed");
         self.remove_clones(&BTreeSet::from([stand_in.id.clone()]), false).await
     }
 }

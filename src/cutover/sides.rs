@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use super::journal::{Journal, kept_name};
 use super::provider::Side;
 use super::server::{CutoverError, Observer, Result, Server, Volume};
+use crate::failpoint::failpoint;
 use crate::fleet::group::{GroupOptions, Member};
 use crate::image::{Disk, DiskUser, ErrorKind, ImageError, ImageSpec, LeaseOwner, LockHolder};
 use crate::pipeline::Limits;
@@ -124,6 +125,7 @@ impl Sides<'_> {
                 tokio::time::sleep(STEP).await;
             }
         }
+        failpoint!("cutover.leases-taken");
         Ok(())
     }
 
@@ -178,7 +180,9 @@ impl Sides<'_> {
     }
 
     pub(super) async fn release_fences(&self) -> Result<()> {
-        release(self.leaving()).await
+        release(self.leaving()).await?;
+        failpoint!("cutover.fences-released");
+        Ok(())
     }
 
     /// Refuses images that are not those of the journal: a name may have been given to another one.
@@ -259,6 +263,7 @@ impl Sides<'_> {
             async move { image.rename(&if kept { kept_name(&name) } else { name }).await }
         };
         try_join_all(self.server.volumes.iter().map(rename)).await?;
+        failpoint!("cutover.sources-{}", if kept { "kept" } else { "renamed-back" });
         Ok(())
     }
 }
@@ -298,5 +303,7 @@ pub(super) async fn store_journal(server: &Server, journal: Option<&Journal>) ->
     let location = || first.target.location().to_owned();
     let text = journal.map(Journal::render).transpose();
     let text = text.map_err(|error| CutoverError::Journal { location: location(), error })?;
-    Ok(first.target.store_journal(text.as_deref()).await?)
+    first.target.store_journal(text.as_deref()).await?;
+    failpoint!("cutover.journal-{}", if journal.is_some() { "stored" } else { "removed" });
+    Ok(())
 }

@@ -14,6 +14,7 @@ use futures::future::join_all;
 use tokio::sync::oneshot;
 
 use super::quiesce::{self, QuiesceError};
+use crate::failpoint::failpoint;
 use crate::image::{ErrorKind, ImageError, Snapshot, SourceImage};
 use crate::plan::Quiesce;
 use crate::replicate::Snapshotter;
@@ -125,11 +126,14 @@ impl Gate {
             (None, failed.detail(error.to_string()).caused_by(error))
         };
         let frozen = quiesce::freeze(&self.quiesce, &self.server, point).await.map_err(hook)?;
+        failpoint!("point.frozen");
         let made = join_all(arrived.iter().map(|arrival| arrival.source.create_snapshot(&arrival.name))).await;
+        failpoint!("point.snapshots");
         let thawed = match frozen {
             Some(frozen) => frozen.thaw().await.map(Some),
             None => Ok(None),
         };
+        failpoint!("point.thawed");
         let mut failed = None;
         let mut snapshots = Vec::new();
         for (index, made) in made.into_iter().enumerate() {

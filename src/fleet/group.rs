@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use super::gate::{Gate, NoSnapshots};
 use super::shared::PAUSED;
 use crate::batch::Compression;
+use crate::failpoint::failpoint;
 use crate::image::{ErrorKind, ImageError, LeaseOwner, SnapshotSupport, SourceImage, TargetImage};
 use crate::pipeline::Limits;
 use crate::plan::{Quiesce, Retention};
@@ -327,7 +328,10 @@ impl Group<'_> {
         self.take_lease(first).await?;
         let taken = join_all(others.iter().map(|member| self.take_lease(member))).await;
         match taken.into_iter().find_map(Result::err) {
-            None => Ok(()),
+            None => {
+                failpoint!("group.leased");
+                Ok(())
+            }
             Some(error) => {
                 self.give_leases_back().await;
                 Err(error)
@@ -382,10 +386,13 @@ impl Group<'_> {
         for name in &begun {
             self.refuse_cancelled()?;
             self.finish(name, &looks).await?;
+            failpoint!("group.finished");
         }
         self.refuse_cancelled()?;
         let report = self.new_point(!begun.is_empty()).await?;
+        failpoint!("group.committed");
         self.prune().await;
+        failpoint!("group.pruned");
         Ok(GroupEnd::Committed(Box::new(report)))
     }
 

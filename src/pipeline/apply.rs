@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Counters, Loaded, Result};
 use crate::batch::{Chunk, Content};
+use crate::failpoint::failpoint;
 use crate::image::{ImageError, TargetImage};
 
 /// How [`apply`] writes.
@@ -90,6 +91,7 @@ pub async fn apply(
     while writing.join_next().await.is_some() {}
     let progress_to = outcome?;
     applier.target.flush().await?;
+    failpoint!("apply.flushed");
     if cancel.is_cancelled() {
         checkpoint.save(progress_to).await?;
         return Ok(Applied::Part);
@@ -120,6 +122,7 @@ async fn run(
             Some(done) = writing.join_next() => {
                 let (sequence, progress_to) = done??;
                 low_water.finish(sequence, progress_to);
+                failpoint!("apply.batch");
                 applier.counters.position.store(low_water.progress_to, Ordering::Relaxed);
             }
         }

@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 use crate::batch::Compression;
 use crate::delta::{self, Method, Plan};
 use crate::extent::{ByteRange, Extent, normalize, subtract};
+use crate::failpoint::failpoint;
 use crate::image::{ImageError, Point, Snapshot, SnapshotSupport, SourceImage, TargetImage, View};
 use crate::pipeline::{self, Applied, ApplyOptions, Counters, Limits, ReadOptions};
 use crate::transport;
@@ -386,6 +387,7 @@ impl<'a> Cycle<'a> {
                 }
             }
         };
+        failpoint!("cycle.source-snapshot");
         in_flight.snapshot = Some(snapshot.clone());
         Ok(self.source.view(&Point::Snapshot(snapshot)).await?)
     }

@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::batch::Compression;
 use crate::delta::{self, Plan};
+use crate::failpoint::failpoint;
 use crate::image::{Point, Snapshot, SourceImage, TargetImage, View};
 use crate::pipeline::{self, Applied, ApplyOptions, Limits, ReadOptions};
 use crate::transport;
@@ -64,6 +65,7 @@ impl LastDelta {
         let from = Origin::Base(base.source_id);
         let in_flight = InFlight { in_step: true, ..InFlight::new(name_of_now(), None, true, from, true) };
         store(target.as_ref(), &TargetState { in_flight: Some(in_flight.clone()), ..state.clone() }).await?;
+        failpoint!("last-delta.prepared");
         Ok(Self { source: source.clone(), target: target.clone(), in_flight, base, limits })
     }
 
@@ -98,6 +100,7 @@ impl LastDelta {
         if done == Applied::Part {
             return Err(interrupted(&self.in_flight, view.size()));
         }
+        failpoint!("last-delta.carried");
         still_there(source.as_ref(), &base).await?;
         let counted = counters.read();
         Ok(Moved { plan, bytes: counted.bytes_written + counted.bytes_zeroed })
@@ -163,7 +166,9 @@ pub async fn turn_round(source: &dyn TargetImage, target: &dyn TargetImage) -> R
     }
     let state = load_state(target).await?.ok_or_else(|| no_such_base(target))?;
     let turned = reversed(&state, target)?;
-    store(source, &turned).await
+    store(source, &turned).await?;
+    failpoint!("cycle.reversed");
+    Ok(())
 }
 
 /// After a way back: the target's state says again what it has in common with the source, by what the source's state has
@@ -191,7 +196,9 @@ pub async fn turn_back(source: &dyn TargetImage, target: &dyn TargetImage) -> Re
         let retired: Vec<_> = retired.chain(before.retired).collect();
         turned.retired.extend(retired);
     }
-    store(target, &turned).await
+    store(target, &turned).await?;
+    failpoint!("cycle.reversed-back");
+    Ok(())
 }
 
 /// The state of the other side, which is now to follow `image`.

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use futures::stream::{self, StreamExt};
 
+use crate::failpoint::failpoint;
 use crate::image::{ErrorKind, ImageError, Snapshot, SnapshotSupport, SourceImage, TargetImage};
 
 use super::error::CycleError;
@@ -106,6 +107,7 @@ pub(super) async fn prune(
     };
     let retired: Vec<Retired> = state.retired.iter().filter(|retired| !in_use(retired)).cloned().collect();
     state.retired.clear();
+    failpoint!("prune.begun");
     let removals = retired.into_iter().map(|snapshot| async move {
         let outcome = match (snapshot.side, source) {
             (Side::Source, Some(source)) => remove(source.as_ref(), &snapshot).await,
@@ -113,6 +115,7 @@ pub(super) async fn prune(
             (Side::Source, None) => Ok(()),
             (Side::Target, _) => remove(target.as_ref(), &snapshot).await,
         };
+        failpoint!("prune.removed");
         (snapshot, outcome)
     });
     let mut pruned = Pruned::default();

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use tokio_util::sync::CancellationToken;
 
+use crate::failpoint::failpoint;
 use crate::image::{ErrorKind, ImageError, LeaseOwner, Point, Snapshot, SnapshotSupport, SourceImage, TargetImage};
 use crate::pipeline::{Applied, Checkpoint, Limits};
 
@@ -61,7 +62,9 @@ impl TargetSide<'_> {
             }
             self.state.retired.extend(lost.withdraw.map(|id| Retired::of(Side::Target, id, &lost.name)));
         }
-        self.store_in_flight(in_flight).await
+        self.store_in_flight(in_flight).await?;
+        failpoint!("cycle.intent");
+        Ok(())
     }
 
     /// Steps 3 to 6: from the record that HEAD gets dirty, to a HEAD that the delta can be applied to, of its size. Gives
@@ -69,6 +72,7 @@ impl TargetSide<'_> {
     pub(super) async fn prepare(&mut self, in_flight: &mut InFlight, size: u64) -> Result<bool> {
         in_flight.dirty = true;
         self.store_in_flight(in_flight).await?;
+        failpoint!("cycle.dirty");
         let rewind = in_flight.rewind;
         if let (true, Origin::Base(_)) = (rewind, &in_flight.from) {
             let base = self.base(&in_flight.from).map(Commit::on_target);
@@ -79,6 +83,7 @@ impl TargetSide<'_> {
             still_there(self.target.as_ref(), &base).await?;
             in_flight.rewind = false;
             self.store_in_flight(in_flight).await?;
+            failpoint!("cycle.rewound");
         }
         if !in_flight.applied && (self.head_only() || in_flight.withdraw.is_some()) {
             for declared in self.target.snapshots().await? {
@@ -89,6 +94,7 @@ impl TargetSide<'_> {
         }
         if self.target.size().await? != size {
             self.target.resize(size).await?;
+            failpoint!("cycle.resized");
         }
         Ok(rewind)
     }
@@ -106,8 +112,11 @@ impl TargetSide<'_> {
             in_flight.target_newest = snapshots.iter().map(|have| have.id).max().unwrap_or(0);
             in_flight.applied = true;
             self.store_in_flight(in_flight).await?;
+            failpoint!("cycle.applied");
         }
-        Ok(self.target.create_snapshot(&in_flight.name).await?)
+        let snapshot = self.target.create_snapshot(&in_flight.name).await?;
+        failpoint!("cycle.commit");
+        Ok(snapshot)
     }
 
     /// Step 10: the commit is entered, and nothing is in flight any more. If it `is_base` for the next cycle, older
@@ -134,6 +143,7 @@ impl TargetSide<'_> {
         }
         self.make_room()?;
         self.store().await?;
+        failpoint!("cycle.recorded");
         Ok(commit)
     }
 
@@ -164,6 +174,7 @@ impl TargetSide<'_> {
         if let Err(error) = self.store().await {
             pruned.left.push(error.to_string());
         }
+        failpoint!("cycle.pruned");
         pruned
     }
 
@@ -205,7 +216,9 @@ impl Checkpoint for Keeper<'_> {
         let text = state.render().map_err(|error| {
             ImageError::new(ErrorKind::Corrupt, self.target.location(), "render the checkpoint").caused_by(error)
         })?;
-        self.target.store_state(&text).await
+        self.target.store_state(&text).await?;
+        failpoint!("cycle.checkpoint");
+        Ok(())
     }
 }
 

@@ -54,6 +54,7 @@ use tokio::process::Command;
 use super::rehearse::{Boots, Judgement, Rehearse, StandIn};
 use super::run::{brief, run};
 use super::{Notes, Observed, Power, Precondition, Provider, ProviderError, ServerDisk, Side, Verdict, name};
+use crate::failpoint::failpoint;
 use crate::plan::CommandCutover;
 
 /// How often `state` is asked while an effect is waited for.
@@ -116,7 +117,9 @@ impl Commands {
         side: Option<Side>,
         fresh: Option<bool>,
     ) -> Result<(), ProviderError> {
-        self.run(step, script, side, fresh, &self.disks).await.map(drop)
+        self.run(step, script, side, fresh, &self.disks).await?;
+        failpoint!("command.{step}");
+        Ok(())
     }
 
     /// Asks for the state until it is what it should be.

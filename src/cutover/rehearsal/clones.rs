@@ -11,6 +11,7 @@ use crate::cutover::finalize::{load_state, place, wrong_state};
 use crate::cutover::provider::ServerDisk;
 use crate::cutover::provider::rehearse::{Boots, StandIn};
 use crate::cutover::server::{CutoverError, Result};
+use crate::failpoint::failpoint;
 use crate::fleet::group::{GroupPoint, common_point};
 use crate::image::rbd::RbdImage;
 use crate::image::{Disk as _, ErrorKind, ImageError, ImageSpec, SourceImage as _};
@@ -237,6 +238,7 @@ impl Stage {
                     Err(error) if error.kind == ErrorKind::NotFound => {}
                     removed => removed?,
                 }
+                failpoint!("rehearsal.clone-removed");
             }
             if !waits {
                 return Ok(());

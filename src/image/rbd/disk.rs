@@ -167,6 +167,8 @@ fn rename(inner: &Inner, wanted: &str) -> ceph::Result<()> {
             inner.pool.forget_name(wanted)?;
         }
         inner.pool.rename_image(&old, wanted)?;
+        #[cfg(debug_assertions)]
+        crate::failpoint::reach_blocking("image.renamed");
         let name = name_now(inner)?;
         if name != wanted {
             let what = format!("success, and the image is called {name:?}");

@@ -118,7 +118,11 @@ fn clone(inner: &Inner, snapshot: &Snapshot, name: &str, mark: &str) -> ceph::Re
             return Err(CephError::Nonsense { function: "rbd_clone3", what });
         }
     }
+    #[cfg(debug_assertions)]
+    crate::failpoint::reach_blocking("rehearsal.unmarked");
     clone.set_metadata(MARK_KEY, Some(mark))?;
+    #[cfg(debug_assertions)]
+    crate::failpoint::reach_blocking("rehearsal.marked");
     // librbd copies the parent's metadata, the state of a cutover with it.
     for key in [STATE_KEY, LEASE_KEY, NOTE_KEY, JOURNAL_KEY] {
         clone.set_metadata(key, None)?;

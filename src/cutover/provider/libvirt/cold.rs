@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use super::super::{Power, ProviderError};
 use super::Libvirt;
 use super::virsh::{POLL, QUESTION};
+use crate::failpoint::failpoint;
 
 /// How long a guest has before the button is pressed again: it may have been at its boot loader, or without acpid yet.
 const PRESS_AGAIN: Duration = Duration::from_secs(10);
@@ -37,7 +38,10 @@ impl Libvirt {
                 let first = how.is_empty();
                 let limit = if first { PRESS_AGAIN.min(deadline - now) } else { QUESTION };
                 match self.virsh.with_domain(operation, "shutdown", how, limit).await {
-                    Ok(_) => press_at = now + PRESS_AGAIN,
+                    Ok(_) => {
+                        press_at = now + PRESS_AGAIN;
+                        failpoint!("libvirt.button-pressed");
+                    }
                     // An agent that hangs says nothing at all: libvirt would wait for it for minutes.
                     Err(_) if first => {}
                     Err(_) if self.virsh.power(operation).await? == Power::Off => return Ok(()),
@@ -66,6 +70,8 @@ impl Libvirt {
             ));
         }
         let options: &[&str] = if fresh { &["--force-boot"] } else { &[] };
-        self.virsh.with_domain(operation, "start", options, self.limit()).await.map(drop)
+        self.virsh.with_domain(operation, "start", options, self.limit()).await?;
+        failpoint!("libvirt.booted");
+        Ok(())
     }
 }

@@ -9,6 +9,7 @@ use super::look::Look;
 use super::virsh::{QUESTION, Said};
 use super::xml::{Domain, rbd_name, volume_of};
 use super::{Libvirt, name};
+use crate::failpoint::failpoint;
 
 /// What closes a node.
 fn deletion((node, _): &Node) -> (&'static str, Value) {
@@ -70,6 +71,7 @@ impl Libvirt {
         orders.push(("blockdev-reopen", json!({ "options": switches })));
         orders.extend(open.iter().filter(|(_, image)| self.side_of(image) == Some(to.other())).map(deletion));
         let done = self.order(operation, orders).await;
+        failpoint!("libvirt.reopened");
         if !done.as_ref().is_ok_and(|done| done[switch].is_ok()) {
             // Why it was not switched is what counts.
             let _ = self.order(operation, added.iter().map(deletion).collect()).await;

@@ -36,6 +36,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 
 use super::{Notes, Observed, Power, Precondition, Provider, ProviderError, ServerDisk, Side, name};
+use crate::failpoint::failpoint;
 use crate::plan::{LibvirtCutover, Method};
 use look::Look;
 use virsh::{QUESTION, Virsh};
@@ -91,7 +92,9 @@ impl Libvirt {
         if new == old {
             return Ok(());
         }
-        self.virsh.define(operation, &new).await
+        self.virsh.define(operation, &new).await?;
+        failpoint!("libvirt.defined");
+        Ok(())
     }
 
     /// The last step of each way to start: it runs, and from where it should.

@@ -14,6 +14,7 @@ use super::stand_in::{Definition, Wanted, definition, id_in, is_on};
 use super::virsh::{POLL, QUESTION, Virsh};
 use super::xml::Domain;
 use super::{Libvirt, xml};
+use crate::failpoint::failpoint;
 
 /// What is kept of a console's end, in bytes: a text that is waited for is found across two looks, and what went wrong
 /// is told.
@@ -259,6 +260,7 @@ impl Rehearse for Libvirt {
         let made = self.definition_of(operation, &own, stand_in)?;
         let virsh = self.virsh_of(stand_in);
         virsh.define(operation, &made.xml).await?;
+        failpoint!("rehearsal.defined");
         virsh.with_domain(operation, "start", &[], self.limit()).await?;
         Ok(made.lacks)
     }

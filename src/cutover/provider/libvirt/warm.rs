@@ -6,6 +6,7 @@ use std::path::Path;
 use super::super::{Notes, Power, ProviderError, Side};
 use super::virsh::QUESTION;
 use super::{Libvirt, xml};
+use crate::failpoint::failpoint;
 use crate::plan::Method;
 
 /// The note with the file of the saved memory.
@@ -81,6 +82,7 @@ impl Libvirt {
         let option = format!("--file={file}");
         // Whoever restores it by hand has to say that it may go on, after a look at its disks.
         let saved = self.virsh.with_domain(operation, "save", &[&option, "--paused"], self.config.limit).await;
+        failpoint!("libvirt.saved");
         let Err(error) = saved else { return Ok(()) };
         // libvirt goes on without virsh, and has the domain go on if it is told to stop. Nothing to stop is no error.
         let _ = self.virsh.with_domain(operation, "domjobabort", &[], QUESTION).await;
@@ -105,12 +107,15 @@ impl Libvirt {
             xml::on_side(definition, &self.disks, on).map_err(|error| self.xml_error(operation, &error))?;
         let file = format!("--file={file}");
         let words = ["restore", &file, "--xml=/dev/stdin", "--paused"];
-        self.virsh.call(operation, &words, Some(&definition), self.limit()).await.map(drop)
+        self.virsh.call(operation, &words, Some(&definition), self.limit()).await?;
+        failpoint!("libvirt.restored");
+        Ok(())
     }
 
     /// Has a domain that stands still go on. From then on what was saved of it is of no use.
     pub(super) async fn go_on(&self, operation: &str, notes: &Notes) -> Result<(), ProviderError> {
         self.spend_save(operation, notes)?;
+        failpoint!("libvirt.save-spent");
         match self.virsh.with_domain(operation, "resume", &[], self.limit()).await {
             Err(_) if self.virsh.power(operation).await? == Power::Running => Ok(()),
             other => other.map(drop),
