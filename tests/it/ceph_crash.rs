@@ -1,26 +1,44 @@
-//! `poolshift sync` killed with SIGKILL, or frozen, at any moment, on a real Ceph.
+//! `poolshift sync` killed with SIGKILL, or frozen, at each durable step of a cycle, on a real Ceph.
 //!
-//! One invariant: whatever the moment, a snapshot that is on the target holds what the source's snapshot of that name
+//! One invariant: whatever the step, a snapshot that is on the target holds what the source's snapshot of that name
 //! held, and the next run goes on from there.
 
 use std::collections::HashMap;
-use std::process::{Child, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use futures::future::join_all;
 use poolshift::image::TargetImage;
 use poolshift::image::rbd::CreateOptions;
+use poolshift::pipeline::ApplyOptions;
 use poolshift::replicate::SyncOptions;
-use poolshift::replicate::state::{InFlight, TargetState};
+use poolshift::replicate::state::{InFlight, Side, TargetState};
 
-use rustix::process::{Pid, Signal, kill_process};
-
+use crate::cutover_bed::{self, run_killed_at, stopped_and_to_be_killed, stopped_at};
 use crate::librbd::{Disk, MIB, name, open_source, open_target, sync};
 use crate::support::{CephEnv, Run, binary, ceph};
 
-/// How many runs are killed, on each of [`VOLUMES`] volumes.
+/// How many runs are killed at random moments, on each of [`VOLUMES`] volumes.
 const KILLS: u32 = 8;
 const VOLUMES: u64 = 3;
+
+/// The durable steps of a cycle at which a run is killed, and whether it leaves something in flight there.
+const PLACES: [(&str, bool); 14] = [
+    ("cycle.intent", true),
+    ("cycle.source-snapshot", true),
+    ("cycle.dirty", true),
+    ("cycle.resized", true),
+    ("apply.batch", true),
+    ("apply.batch#3", true),
+    ("apply.flushed", true),
+    ("cycle.applied", true),
+    ("cycle.commit", true),
+    ("cycle.recorded", false),
+    ("prune.begun", false),
+    ("prune.removed", false),
+    ("prune.removed#2", false),
+    ("cycle.pruned", false),
+];
 
 /// A volume: a source with its writer, a target, and what each snapshot is known to hold.
 pub(crate) struct Volume {
@@ -48,11 +66,19 @@ impl Volume {
         Self { env: env.clone(), disk, target, held: HashMap::new() }
     }
 
-    pub(crate) fn start(&self, words: &[&str]) -> Running {
+    fn command(&self, words: &[&str]) -> Command {
         let mut command = binary();
         command.arg("--ceph-conf").arg(&self.env.conf).args(["--ceph-user", &self.env.user]).args(words);
-        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the binary starts");
-        Running(Some(child))
+        command
+    }
+
+    fn sync_command(&self, words: &[&str]) -> Command {
+        let (source, target) = (format!("rbd:{}", self.disk.image), format!("rbd:{}", self.target));
+        self.command(&[&["sync", &source, &target, "--json"], words].concat())
+    }
+
+    pub(crate) fn start(&self, words: &[&str]) -> Running {
+        Running(cutover_bed::Running::start(self.command(words)))
     }
 
     pub(crate) fn start_sync(&self) -> Running {
@@ -60,8 +86,19 @@ impl Volume {
     }
 
     pub(crate) fn start_sync_with(&self, words: &[&str]) -> Running {
-        let (source, target) = (format!("rbd:{}", self.disk.image), format!("rbd:{}", self.target));
-        self.start(&[&["sync", &source, &target, "--json"], words].concat())
+        Running(cutover_bed::Running::start(self.sync_command(words)))
+    }
+
+    /// A sync that is killed at a failpoint.
+    pub(crate) async fn sync_killed_at(&self, failpoint: &'static str) {
+        let command = self.sync_command(&[]);
+        blocking(move || run_killed_at(command, failpoint)).await;
+    }
+
+    /// A sync that is stopped at a failpoint.
+    pub(crate) async fn sync_stopped_at(&self, failpoint: &'static str) -> Running {
+        let command = self.sync_command(&[]);
+        Running(blocking(move || stopped_at(command, failpoint)).await)
     }
 
     /// Makes a source in which most objects have changed, so that there is something to be killed in.
@@ -134,73 +171,70 @@ impl Volume {
         self.disk.librbd.remove(&[&self.disk.image, &self.target]).await;
     }
 
-    /// Changes the source, and catches a run that carries it over.
-    pub(crate) async fn caught_writing(&mut self) -> (Running, InFlight) {
-        self.write().await;
-        let caught = self.caught(&[]).await;
-        self.no_throttle().await;
-        caught
-    }
-
-    /// Lets the target be written as fast as may be, by whoever has it open, too.
+    /// Lets the target be written as fast as may be, by whoever has it open, too. Not while that one is stopped.
     pub(crate) async fn no_throttle(&mut self) {
         self.disk.librbd.throttle(&self.target, 0).await;
     }
 
-    /// Starts a sync, slowed down, and lets it come to where it writes the target; gives it back, still slow, with what
-    /// is in flight.
-    pub(crate) async fn caught(&mut self, words: &[&str]) -> (Running, InFlight) {
-        self.disk.librbd.throttle(&self.target, 4 * MIB).await;
-        let target =
-            open_target(&self.env, open_source(&self.env, &self.disk.image).await.as_ref(), &self.target).await;
-        let base = self.state().await.unwrap().newest().unwrap().on_target();
-        let mut child = self.start_sync_with(words);
-        loop {
-            assert!(child.is_running(), "the run was over before it could be looked at");
-            if let Some(in_flight) = self.in_flight().await
-                && target.head_differs(&base).await.unwrap()
-            {
-                return (child, in_flight);
-            }
-        }
+    /// Has the target written slowly by whoever opens it from now on.
+    pub(crate) async fn throttle(&mut self, bytes_per_second: u64) {
+        self.disk.librbd.throttle(&self.target, bytes_per_second).await;
     }
+
+    /// Starts a sync that writes slowly, and gives it back, running, when it has written its first batch of several.
+    pub(crate) async fn writing(&mut self, words: &[&str]) -> (Running, InFlight) {
+        self.throttle(MIB).await;
+        let command = self.sync_command(words);
+        let run = blocking(move || stopped_at(command, "apply.batch")).await;
+        let in_flight = self.in_flight().await.expect("it is in the middle of its writes");
+        run.resume();
+        (Running(run), in_flight)
+    }
+}
+
+/// Does what blocks its thread.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.unwrap_or_else(|failed| std::panic::resume_unwind(failed.into_panic()))
 }
 
 /// A run of the binary. It doesn't outlive a test that fails, frozen or not.
-pub(crate) struct Running(Option<Child>);
+pub(crate) struct Running(cutover_bed::Running);
 
 impl Running {
-    fn child(&mut self) -> &mut Child {
-        self.0.as_mut().expect("it was not waited for")
+    pub(crate) fn resume(&self) {
+        self.0.resume();
     }
 
-    fn is_running(&mut self) -> bool {
-        self.child().try_wait().unwrap().is_none()
-    }
-
-    pub(crate) fn signal(&mut self, signal: Signal) {
-        // It may have ended by itself; then there is nobody to be signalled any more.
-        if self.is_running() {
-            let _ = kill_process(Pid::from_child(self.child()), signal);
-        }
-    }
-
-    pub(crate) async fn finish(mut self) -> Run {
-        let child = self.0.take().expect("it was not waited for");
-        let output = tokio::task::spawn_blocking(|| child.wait_with_output()).await.unwrap().unwrap();
-        let text = |bytes| String::from_utf8(bytes).expect("text");
-        Run { code: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }
+    pub(crate) async fn finish(self) -> Run {
+        blocking(|| self.0.finish()).await
     }
 }
 
-impl Drop for Running {
-    fn drop(&mut self) {
-        if let Some(child) = &mut self.0 {
-            // Killing fails for one that has ended, and then waiting reaps it.
-            let _ = child.kill();
-            let _ = child.wait();
+/// A volume whose runs are killed at some of the places, each of which is reached.
+async fn killed_at_each(env: &CephEnv, seed: u64, places: Vec<(&'static str, bool)>) {
+    let mut volume = Volume::new(env, &format!("step-{seed}"), seed, 24 * MIB).await;
+    volume.converge("at first").await;
+    for (place, in_flight) in places {
+        volume.write().await;
+        if place == "cycle.resized" {
+            volume.disk.resize(volume.disk.size() + 4 * MIB).await;
         }
+        volume.sync_killed_at(place).await;
+        let left = volume.state().await.expect("it has a state").in_flight;
+        assert_eq!(left.is_some(), in_flight, "{place}: {left:?}");
+        volume.check(place).await;
+        volume.converge(place).await;
     }
+    volume.remove().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
+async fn a_run_killed_at_each_step_is_resumed_and_no_commit_is_ever_wrong() {
+    let env = ceph();
+    let share = |seed: u64| PLACES.iter().skip(seed as usize).step_by(VOLUMES as usize).copied().collect();
+    join_all((0..VOLUMES).map(|seed| killed_at_each(&env, seed, share(seed)))).await;
 }
 
 /// One volume's life: it is written, and a run is killed at a random moment, again and again.
@@ -213,17 +247,19 @@ async fn killed_again_and_again(env: &CephEnv, seed: u64) {
     let mut killed = 0;
     for kill in 0..KILLS {
         volume.write().await;
-        let mut child = volume.start_sync();
         // Every other run is killed soon after it has begun to move data: that is short, against two snapshots.
+        let child = if kill % 2 == 0 {
+            volume.start_sync()
+        } else {
+            let run = volume.sync_stopped_at("cycle.dirty").await;
+            run.resume();
+            run
+        };
         let span = if kill % 2 == 0 { normal } else { Duration::from_millis(400) };
-        while kill % 2 == 1 && child.is_running() && volume.in_flight().await.is_none() {
-            tokio::task::yield_now().await;
-        }
         // The moment is the experiment: nothing is waited for.
         let delay = span.mul_f64(volume.disk.random.f64());
         tokio::time::sleep(delay).await;
-        child.signal(Signal::KILL);
-        killed += u32::from(child.finish().await.code.is_none());
+        killed += u32::from(child.0.kill());
         let when = format!("seed {seed}, kill {kill} after {delay:?}");
         volume.check(&when).await;
         if volume.disk.random.u32(..3) == 0 {
@@ -237,7 +273,7 @@ async fn killed_again_and_again(env: &CephEnv, seed: u64) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs Ceph"]
+#[ignore = "exhaustive; needs Ceph"]
 async fn a_run_killed_at_any_moment_is_resumed_and_no_commit_is_ever_wrong() {
     let env = ceph();
     join_all((0..VOLUMES).map(|seed| killed_again_and_again(&env, seed))).await;
@@ -252,18 +288,14 @@ async fn a_run_killed_after_a_checkpoint_goes_on_from_there() {
     for offset in (0..volume.disk.size()).step_by(MIB as usize) {
         volume.disk.write_noise(offset, MIB).await;
     }
-    volume.disk.librbd.throttle(&volume.target, 4 * MIB).await;
-    let mut child = volume.start_sync();
-    let progress_to = loop {
-        assert!(child.is_running(), "the run was over before its first checkpoint");
-        match volume.in_flight().await {
-            Some(in_flight) if in_flight.progress_to > 0 => break in_flight.progress_to,
-            _ => {}
-        }
-    };
-    child.signal(Signal::KILL);
-    child.finish().await;
-    volume.no_throttle().await;
+    let command = volume.sync_command(&[]);
+    let run = blocking(|| stopped_and_to_be_killed(command, "apply.batch", "cycle.checkpoint")).await;
+    // A checkpoint is due at the next batch after that.
+    tokio::time::sleep(ApplyOptions::default().checkpoint_every).await;
+    run.resume();
+    blocking(|| run.expect_killed_at("cycle.checkpoint")).await;
+    let progress_to = volume.in_flight().await.expect("it is in the middle of its writes").progress_to;
+    assert!(progress_to > 0, "the checkpoint was not kept");
     let resumed = sync(&env, (&volume.disk.image, &volume.target), &SyncOptions::default()).await.unwrap();
     assert!(resumed.resumed && resumed.moved.bytes_written <= volume.disk.size() - progress_to, "{resumed:?}");
     volume.converge("at the end").await;
@@ -286,11 +318,8 @@ async fn what_a_lost_snapshot_left_behind_is_put_right() {
     for offset in holes() {
         volume.disk.write_noise(offset + 4096, 2 * MIB).await;
     }
-    let (mut child, in_flight) = volume.caught(&[]).await;
-    child.signal(Signal::KILL);
-    assert_eq!(child.finish().await.code, None);
-    volume.no_throttle().await;
-    assert_eq!(volume.in_flight().await.map(|left| left.snapshot), Some(in_flight.snapshot.clone()));
+    volume.sync_killed_at("apply.batch").await;
+    let in_flight = volume.in_flight().await.expect("it was in the middle of its writes");
     volume.check("after the kill").await;
 
     // The snapshot goes, and what was written is discarded: the source is what it was.
@@ -302,8 +331,11 @@ async fn what_a_lost_snapshot_left_behind_is_put_right() {
     }
     assert!(volume.disk.bytes == before);
     assert!(volume.disk.librbd.read(&volume.target).await != before, "the killed run wrote nothing");
+    // The repair is killed as well, when HEAD is what it was.
+    volume.sync_killed_at("cycle.rewound").await;
+    assert!(volume.disk.librbd.read(&volume.target).await == before, "it is not rewound");
     let report = sync(&env, (&volume.disk.image, &volume.target), &SyncOptions::default()).await.unwrap();
-    assert!(report.rewound && report.snapshot != lost, "{report:?}");
+    assert!(report.resumed && report.snapshot != lost, "{report:?}");
     let there = volume.disk.librbd.read(&format!("{}@{}", volume.target, report.snapshot)).await;
     assert!(there == before, "what the lost snapshot held is still there");
     volume.check("after the repair").await;
@@ -311,28 +343,16 @@ async fn what_a_lost_snapshot_left_behind_is_put_right() {
     volume.remove().await;
 }
 
-/// Freezes a run in the middle of its writes, or when only the commit is missing: that is short, and may pass between
-/// two looks on a host with much else to do.
-async fn freeze(volume: &mut Volume, when_applied: bool) -> (Running, InFlight) {
-    for _ in 0..10 {
-        let (mut run, _) = volume.caught_writing().await;
-        while when_applied && run.is_running() && !volume.in_flight().await.is_some_and(|left| left.applied) {}
-        run.signal(Signal::STOP);
-        if let Some(left) = volume.in_flight().await.filter(|left| left.applied == when_applied) {
-            return (run, left);
-        }
-        run.signal(Signal::CONT);
-        run.finish().await.expect_code(0);
-        volume.check("after a run that was too fast to be frozen").await;
-    }
-    panic!("no run could be frozen in ten");
-}
-
 /// A run is frozen in the middle of its writes, or when only the commit is missing; another takes over and commits.
-async fn frozen(env: &CephEnv, seed: u64, tag: &str, when_applied: bool) {
+async fn frozen(env: &CephEnv, seed: u64, tag: &str, place: &'static str) {
     let mut volume = Volume::new(env, tag, seed, 48 * MIB).await;
     volume.converge("at first").await;
-    let (mut frozen, in_flight) = freeze(&mut volume, when_applied).await;
+    volume.write().await;
+    // The batches after the first one wait in librbd, and would be the late writes.
+    volume.throttle(4 * MIB).await;
+    let frozen = volume.sync_stopped_at(place).await;
+    let in_flight = volume.in_flight().await.expect("nothing is committed");
+    assert_eq!(in_flight.applied, place == "cycle.applied");
 
     // Another run waits for the frozen one's watch, takes over, and finishes what was in flight.
     let begun = Instant::now();
@@ -344,12 +364,13 @@ async fn frozen(env: &CephEnv, seed: u64, tag: &str, when_applied: bool) {
     let committed = volume.disk.librbd.digest(&volume.target).await;
     let snapshots = volume.disk.librbd.snapshots(&volume.target).await;
 
-    frozen.signal(Signal::CONT);
-    let late = frozen.finish().await.expect_code(11);
-    assert!(late.stderr.contains("taken the lease over"), "{}", late.stderr);
+    frozen.resume();
+    // Another process took the target over.
+    frozen.finish().await.expect_code(11);
     assert_eq!(volume.disk.librbd.digest(&volume.target).await, committed, "{tag}: a late write has landed");
     assert_eq!(volume.disk.librbd.snapshots(&volume.target).await, snapshots, "{tag}: a late commit was made");
     volume.check("after the late writes").await;
+    volume.no_throttle().await;
     volume.write().await;
     volume.converge("at the end").await;
     volume.remove().await;
@@ -359,7 +380,7 @@ async fn frozen(env: &CephEnv, seed: u64, tag: &str, when_applied: bool) {
 #[ignore = "needs Ceph"]
 async fn the_late_writes_of_a_frozen_run_never_land() {
     let env = ceph();
-    futures::join!(frozen(&env, 12, "freeze", false), frozen(&env, 15, "freeze-applied", true));
+    futures::join!(frozen(&env, 12, "freeze", "apply.batch"), frozen(&env, 15, "freeze-applied", "cycle.applied"));
 }
 
 /// librbd removes a snapshot in two steps, and after the first only its id finds it.
@@ -368,28 +389,17 @@ async fn the_late_writes_of_a_frozen_run_never_land() {
 async fn a_removal_that_was_cut_is_finished() {
     let env = ceph();
     let mut volume = Volume::new(&env, "prune", 14, 8 * MIB).await;
-    let mut trashed = 0;
-    // On a host with much else to do a part of its work may be longer than a removal, now and then.
-    for _ in 0..10 {
-        volume.converge("before").await;
+    volume.converge("before").await;
+    for side in [Side::Target, Side::Source] {
         volume.disk.change(0).await;
-        let mut child = volume.start_sync();
-        // It works a little at a time, and stands still while it is looked: looking takes as long as a removal does. Nor
-        // is it killed as it opens an image, whose watch Ceph might keep for ever.
-        while child.is_running() && volume.disk.librbd.trashed(&volume.target).await == 0 {
-            child.signal(Signal::CONT);
-            tokio::time::sleep(Duration::from_millis(2)).await;
-            child.signal(Signal::STOP);
-        }
-        child.signal(Signal::KILL);
-        child.finish().await;
-        trashed = volume.disk.librbd.trashed(&volume.target).await;
-        if trashed > 0 {
-            break;
-        }
+        volume.sync_killed_at("prune.begun").await;
+        let retired = volume.state().await.expect("it has a state").retired;
+        let retired = retired.iter().find(|retired| retired.side == side).expect("one is to be removed");
+        let image = if side == Side::Target { &volume.target } else { &volume.disk.image };
+        volume.disk.librbd.call(format!("trash-snapshot {image} {}", retired.id)).await;
+        assert_eq!(volume.disk.librbd.trashed(image).await, 1);
+        volume.converge(&format!("after a removal on the {side:?} was cut")).await;
     }
-    assert_eq!(trashed, 1, "no removal could be cut in ten runs");
-    volume.converge("after the removal was cut").await;
     volume.remove().await;
 }
 
@@ -401,10 +411,10 @@ async fn a_second_run_names_the_first() {
     let mut volume = Volume::new(&env, "second", 13, 48 * MIB).await;
     volume.converge("at first").await;
     volume.write().await;
-    let (mut first, _) = volume.caught(&[]).await;
+    let (first, _) = volume.writing(&[]).await;
     let second = volume.start_sync().finish().await.expect_code(6);
     volume.no_throttle().await;
-    assert!(second.stderr.contains(&format!("process {} on ", first.child().id())), "{}", second.stderr);
+    assert!(second.stderr.contains(&format!("process {} on ", first.0.id())), "{}", second.stderr);
     first.finish().await.expect_code(0);
     volume.converge("at the end").await;
     volume.remove().await;

@@ -2,22 +2,54 @@
 //! or after it was carried out; a process that is killed. The server is then on one side with all that it has written,
 //! or the next command brings it there.
 //!
-//! All steps of all methods take an hour or so. They are tried with `POOLSHIFT_TEST_EVERY_STEP=1`, and otherwise as many
-//! as take a minute or two, the same ones every time. Kills at random moments are seeded by `POOLSHIFT_TEST_SEED`.
+//! All steps of all methods, which take an hour or so, are tests of their own, marked as exhaustive. The others try each
+//! call of virsh that changes the domain, and a kill after each step that the provider or the storage makes durable while
+//! the server stands still; `cutover::tests` kills and fails all others on images in memory.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use crate::cutover_bed::{Bed, Running};
-use crate::support::{Run, every_step};
+use crate::cutover_bed::{Bed, Running, run_killed_at};
+use crate::support::Run;
 use crate::vm::{VmEnv, vm};
 
 /// How long the guest's logs get before it is exchanged for a new one: it reads all of them again for each verdict.
 const LOG_MAX: u64 = 3000;
 
-/// How many calls of virsh of each method fail, of each kind, where not all do.
-const SOME: usize = 2;
+/// The phases of a cutover, and of a rollback, as failpoints.
+const PHASES: [&str; 8] = [
+    "cutover.syncing",
+    "cutover.converged",
+    "cutover.quiescing",
+    "cutover.final-delta",
+    "cutover.verifying",
+    "cutover.swapping",
+    "cutover.resuming",
+    "cutover.committed",
+];
+
+/// What else is made durable on the way, in each direction.
+const STEPS: [&str; 8] = [
+    "cutover.leases-taken",
+    "cutover.quiesced",
+    "cutover.fenced",
+    "last-delta.carried",
+    "cutover.leases-released",
+    "cutover.started",
+    "cutover.settled",
+    "libvirt.defined",
+];
+
+/// What the provider makes durable, by its method.
+fn steps_of(method: &str) -> &'static [&'static str] {
+    match method {
+        "warm" => &["libvirt.saved", "libvirt.restored", "libvirt.save-spent"],
+        "hot" => &["libvirt.reopened"],
+        "cold" => &["libvirt.button-pressed", "libvirt.booted"],
+        other => panic!("{other} is no method"),
+    }
+}
 
 /// One bed after the other, the same for any number of cutovers.
 struct Beds<'a> {
@@ -45,6 +77,15 @@ impl<'a> Beds<'a> {
     }
 }
 
+/// Which call of virsh fails.
+#[derive(Clone, Copy, Debug)]
+enum Which {
+    /// By its number, the first being 1.
+    Call(usize),
+    /// The first whose words contain this.
+    With(&'static str),
+}
+
 /// A `virsh` that is found before the real one, counts its calls, and lets one of them fail, with all that it was told.
 struct Virsh {
     folder: PathBuf,
@@ -64,7 +105,10 @@ impl Virsh {
              echo $(echo \"$*\") >&9\n\
              number=$(wc -l <$folder/calls)\n\
              exec 9>&-\n\
-             [ $number = $(cat $folder/which) ] || exec {real} \"$@\"\n\
+             hit=no\n\
+             case \"$*\" in *\"$(cat $folder/with)\"*) mkdir $folder/hit 2>/dev/null && hit=yes;; esac\n\
+             [ $number != $(cat $folder/which) ] || hit=yes\n\
+             [ $hit = yes ] || exec {real} \"$@\"\n\
              [ ! -e $folder/after ] || {real} \"$@\" >/dev/null\n\
              echo 'error: this call was to fail' >&2\n\
              exit 1\n",
@@ -80,14 +124,28 @@ impl Virsh {
         Self { folder }
     }
 
-    /// Has a call fail, the first one being 1; with `after`, when it was carried out.
-    fn fail(&self, call: usize, after: bool) {
-        std::fs::write(self.folder.join("which"), call.to_string()).expect("it is written");
-        std::fs::write(self.folder.join("calls"), "").expect("it is written");
+    /// Has a call fail; with `after`, when it was carried out.
+    fn fail(&self, which: Which, after: bool) {
+        let (number, with) = match which {
+            Which::Call(number) => (number, "no call has this"),
+            Which::With(words) => (0, words),
+        };
+        for (file, text) in [("which", number.to_string()), ("with", with.to_owned()), ("calls", String::new())] {
+            std::fs::write(self.folder.join(file), text).expect("it is written");
+        }
+        let _ = std::fs::remove_dir(self.folder.join("hit"));
         let file = self.folder.join("after");
         let _ = std::fs::remove_file(&file);
         if after {
             std::fs::write(&file, "").expect("it is written");
+        }
+    }
+
+    /// The call that failed, if the run came to it.
+    fn failed(&self, which: Which) -> Option<String> {
+        match which {
+            Which::Call(number) => self.calls().get(number - 1).cloned(),
+            Which::With(words) => self.folder.join("hit").exists().then(|| words.trim().to_owned()),
         }
     }
 
@@ -148,20 +206,19 @@ fn bring_back(bed: &Bed<'_>) {
     }
 }
 
-/// One cutover of which a call of virsh fails; `None` where it needs fewer calls.
+/// One cutover of which a call of virsh fails; `None` where it has no such call.
 fn with_a_call_that_fails(
     bed: &Bed<'_>,
     method: &str,
-    (call, after): (usize, bool),
+    (which, after): (Which, bool),
     undo: bool,
 ) -> Option<&'static str> {
     let virsh = Virsh::new(bed);
-    virsh.fail(call, after);
+    virsh.fail(which, after);
     let begun = Instant::now();
     let run = virsh.cut_over(bed, method);
-    let calls = virsh.calls();
-    let Some(failed) = calls.get(call - 1) else {
-        println!("{method}: {} calls", calls.len());
+    let Some(failed) = virsh.failed(which) else {
+        println!("{method}: {} calls, none is {which:?}", virsh.calls().len());
         run.expect_code(0);
         bed.expect_well("target");
         bring_back(bed);
@@ -170,41 +227,50 @@ fn with_a_call_that_fails(
     let when = if after { "after" } else { "before" };
     let ended = brought_to_an_end(bed, &run, undo);
     bring_back(bed);
-    println!("{method}, call {call} fails {when} it: {ended} ({:?}) in {:?}: {failed}", run.code, begun.elapsed());
+    println!("{method}, {which:?} fails {when} it: {ended} ({:?}) in {:?}: {failed}", run.code, begun.elapsed());
     Some(ended)
 }
 
-/// How many calls of virsh a cutover needs.
-fn calls_of(bed: &Bed<'_>, method: &str) -> usize {
-    let virsh = Virsh::new(bed);
-    virsh.fail(usize::MAX, false);
-    virsh.cut_over(bed, method).expect_code(0);
-    bring_back(bed);
-    virsh.calls().len()
+/// Has calls of virsh fail once, each of which is made.
+fn calls_that_fail(method: &str, calls: [(&'static str, bool); 4]) {
+    let env = vm();
+    let mut beds = Beds::new(&env, method);
+    let mut undo = false;
+    for (words, after) in calls {
+        undo = !undo;
+        let end = with_a_call_that_fails(beds.bed(), method, (Which::With(words), after), undo);
+        let end = end.unwrap_or_else(|| panic!("a {method} cutover has no call with {words:?}"));
+        assert!(after || end != "over", "{words:?} failed, and its server went over all the same");
+    }
 }
 
 #[test]
 #[ignore = "needs Ceph and libvirt"]
-fn a_call_of_virsh_that_fails_anywhere_loses_nothing() {
+fn a_call_that_changes_the_domain_of_a_warm_cutover_fails_and_nothing_is_lost() {
+    calls_that_fail("warm", [(" save ", true), (" define ", false), (" restore ", true), (" resume ", false)]);
+}
+
+#[test]
+#[ignore = "needs Ceph and libvirt"]
+fn a_call_that_changes_the_domain_of_a_hot_cutover_fails_and_nothing_is_lost() {
+    calls_that_fail("hot", [(" suspend ", false), (" define ", true), ("blockdev-reopen", false), (" resume ", true)]);
+}
+
+#[test]
+#[ignore = "exhaustive; needs Ceph and libvirt"]
+fn every_call_of_virsh_fails_once_and_nothing_is_lost() {
     let env = vm();
     let mut beds = Beds::new(&env, "virsh");
     let (mut runs, mut undo) = (0, false);
     let mut ends = std::collections::BTreeMap::<&str, u32>::new();
-    let methods: &[&str] = if every_step() { &["warm", "hot", "cold"] } else { &["warm", "hot"] };
-    for &method in methods {
-        // Spread evenly, and the two kinds at different places.
-        let step = if every_step() { 1 } else { calls_of(beds.bed(), method) / SOME };
+    for method in ["warm", "hot", "cold"] {
         for after in [false, true] {
-            let first = if every_step() {
-                1
-            } else if after {
-                step
-            } else {
-                step / 2
-            };
-            for call in (first..).step_by(step).take(if every_step() { usize::MAX } else { SOME }) {
+            for call in 1.. {
                 undo = !undo;
-                let Some(end) = with_a_call_that_fails(beds.bed(), method, (call, after), undo) else { break };
+                let Some(end) = with_a_call_that_fails(beds.bed(), method, (Which::Call(call), after), undo) else {
+                    assert!(call > 4, "{method}: only {call} calls");
+                    break;
+                };
                 runs += 1;
                 *ends.entry(end).or_default() += 1;
             }
@@ -214,78 +280,77 @@ fn a_call_of_virsh_that_fails_anywhere_loses_nothing() {
     assert!(ends.keys().any(|end| *end != "over"), "nothing has failed: {ends:?}");
 }
 
-/// The places at which a cutover is killed, of each method: where the methods differ, or all.
-fn places() -> Vec<(&'static str, Vec<&'static str>)> {
-    const ALL: [&str; 8] =
-        ["syncing", "converged", "quiescing", "final delta", "verifying", "swapping", "resuming", "committed"];
-    if every_step() {
-        return ["warm", "hot", "cold"].map(|method| (method, ALL.to_vec())).to_vec();
-    }
-    // On images in memory it is killed at every step, by every method.
-    vec![
-        ("warm", vec!["quiescing", "final delta", "swapping", "resuming", "committed"]),
-        ("hot", vec!["swapping", "resuming"]),
-        ("cold", vec!["resuming"]),
-    ]
-}
-
-/// Starts a command and kills it a while after it has told that it is at a phase; says whether it was killed.
-fn killed_at(bed: &Bed<'_>, command: &str, words: &[&str], phase: &str, delay: Duration) -> bool {
+/// Has a command killed at a failpoint.
+#[track_caller]
+fn killed_at(bed: &Bed<'_>, command: &str, words: &[&str], place: &str) {
     let words: Vec<&str> = words.iter().copied().chain(["--yes"]).collect();
-    let mut run = bed.start(command, &words);
-    let told = run.until(phase);
-    std::thread::sleep(delay);
-    // It may have ended by itself.
-    run.kill() && told
+    run_killed_at(bed.command(command, &words), place);
 }
 
-/// A cutover that is killed, and finished or undone; then the way back, which is killed at the same place where all are
-/// tried. Says how often something was killed.
-fn killed_on_the_way(bed: &Bed<'_>, method: &str, phase: &str, delay: Duration, undo: bool) -> u32 {
-    let killed = killed_at(bed, "cutover", &["--method", method], phase, delay);
-    println!("{method}, killed {delay:?} after {phase}: {killed}; undone: {undo}");
+/// A cutover that is killed, and finished or undone; afterwards the server is where it came from.
+fn killed_on_the_way(bed: &Bed<'_>, method: &str, place: &str, undo: bool) {
+    killed_at(bed, "cutover", &["--method", method], place);
+    println!("{method}, killed at {place}; undone: {undo}");
     if undo {
-        // Where it had run from its targets already, that is brought back, too.
+        // Where it ran from its targets already, that is brought back, too.
         bed.switch("rollback", &["--with-changes"], "source");
-        return killed.into();
+        return;
     }
-    let run = bed.run("cutover", &["--method", method, "--yes", "--json"]);
-    // It may have been too late to kill it.
-    assert!(matches!(run.code, Some(0 | 1)), "{run:?}");
-    bed.expect_well("target");
-    let mut kills = u32::from(killed);
-    if every_step() {
-        let killed = killed_at(bed, "rollback", &["--with-changes"], phase, delay);
-        println!("{method}, its way back killed {delay:?} after {phase}: {killed}");
-        kills += u32::from(killed);
-        if !killed {
-            bed.expect_well("source");
-            return kills;
-        }
-    }
+    bed.switch("cutover", &["--method", method], "target");
     bed.switch("rollback", &["--with-changes"], "source");
-    kills
+}
+
+fn killed_at_each(method: &str, places: &[&str]) {
+    let env = vm();
+    let mut beds = Beds::new(&env, method);
+    for (number, place) in places.iter().enumerate() {
+        killed_on_the_way(beds.bed(), method, place, number % 2 == 0);
+    }
 }
 
 #[test]
 #[ignore = "needs Ceph and libvirt"]
-fn a_cutover_that_is_killed_anywhere_is_finished_or_undone() {
+fn a_warm_cutover_that_is_killed_while_its_server_stands_still_is_finished_or_undone() {
+    let places = ["libvirt.saved", "last-delta.carried", "libvirt.defined", "libvirt.restored", "cutover.sources-kept"];
+    killed_at_each("warm", &places);
+}
+
+#[test]
+#[ignore = "needs Ceph and libvirt"]
+fn a_hot_or_cold_cutover_that_is_killed_while_its_server_stands_still_is_finished_or_undone() {
     let env = vm();
-    let seed: u64 = std::env::var("POOLSHIFT_TEST_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1);
-    println!("POOLSHIFT_TEST_SEED={seed}");
-    let mut random = fastrand::Rng::with_seed(seed);
     let mut beds = Beds::new(&env, "kill");
-    let (mut kills, mut undo) = (0, seed.is_multiple_of(2));
-    for (method, phases) in places() {
-        for phase in phases {
-            undo = !undo;
-            kills += killed_on_the_way(beds.bed(), method, phase, Duration::ZERO, undo);
-            if every_step() {
-                // The other way, so that an odd and an even seed have each kind end each way.
-                let delay = Duration::from_millis(random.u64(1..300));
-                kills += killed_on_the_way(beds.bed(), method, phase, delay, !undo);
+    killed_on_the_way(beds.bed(), "hot", "libvirt.reopened", true);
+    killed_on_the_way(beds.bed(), "hot", "cutover.started", false);
+    killed_on_the_way(beds.bed(), "cold", "libvirt.booted", true);
+}
+
+#[test]
+#[ignore = "exhaustive; needs Ceph and libvirt"]
+fn a_cutover_that_is_killed_at_any_step_is_finished_or_undone() {
+    let env = vm();
+    let mut beds = Beds::new(&env, "kills");
+    for method in ["warm", "hot", "cold"] {
+        let there = ["cutover.sources-marked", "cutover.sources-kept", "cutover.note-stored", "cutover.journal-stored"];
+        for place in PHASES.iter().chain(&STEPS).chain(steps_of(method)).chain(&there) {
+            for undo in [true, false] {
+                killed_on_the_way(beds.bed(), method, place, undo);
             }
         }
     }
-    println!("{kills} kills, 0 lost");
+}
+
+#[test]
+#[ignore = "exhaustive; needs Ceph and libvirt"]
+fn a_rollback_that_is_killed_at_any_step_is_finished() {
+    let env = vm();
+    let mut beds = Beds::new(&env, "kill-back");
+    let back = ["cutover.sources-renamed-back", "cycle.reversed", "cycle.reversed-back", "cutover.states-forgotten"];
+    for place in PHASES.iter().chain(&STEPS).chain(steps_of("warm")).chain(&back) {
+        let bed = beds.bed();
+        bed.switch("cutover", &[], "target");
+        killed_at(bed, "rollback", &["--with-changes"], place);
+        println!("a rollback was killed at {place}");
+        bed.switch("rollback", &["--with-changes"], "source");
+    }
 }

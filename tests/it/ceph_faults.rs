@@ -5,8 +5,6 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use poolshift::image::rbd::CreateOptions;
-use poolshift::replicate::state::InFlight;
-use rustix::process::Signal;
 
 use crate::ceph_crash::Volume;
 use crate::librbd::{Librbd, MIB, name};
@@ -42,15 +40,17 @@ async fn an_osd_that_comes_back_and_one_that_does_not() {
     let mut volume = Volume::new(&env, "osd", 21, 48 * MIB).await;
     volume.converge("at first").await;
     // Stopped and started in the middle of the writes: the run waits for it and goes on.
-    let (run, _) = volume.caught_writing().await;
+    volume.write().await;
+    let (run, _) = volume.writing(&[]).await;
     Disturbed::osd_stopped(&env, 1).undo();
+    volume.no_throttle().await;
     let run = run.finish().await;
     assert!(matches!(run.code, Some(0 | 7)), "{run:?}");
     volume.check("after the OSD came back").await;
     volume.converge("after the OSD came back").await;
     // It stays away: a bounded wait, and an error that says to run again.
     volume.write().await;
-    let (run, _) = volume.caught(&["--io-timeout", "3"]).await;
+    let (run, _) = volume.writing(&["--io-timeout", "3"]).await;
     let stopped = Disturbed::osd_stopped(&env, 1);
     let begun = Instant::now();
     let run = run.finish().await;
@@ -58,33 +58,25 @@ async fn an_osd_that_comes_back_and_one_that_does_not() {
     stopped.undo();
     volume.no_throttle().await;
     let run = run.expect_code(7);
-    assert!(run.stderr.contains("did not answer in time") && run.stderr.contains("hint: "), "{}", run.stderr);
+    assert!(run.stderr.contains("did not answer in time"), "{}", run.stderr);
     assert!(waited < Duration::from_secs(60), "{waited:?}");
     volume.converge("after the OSD was away").await;
     volume.remove().await;
 }
 
-/// A run that was in the middle of its writes when the quota of its pool was reached, and what it said of that.
-async fn at_the_quota(env: &CephEnv, volume: &mut Volume, pool: &str) -> (Run, InFlight, Disturbed) {
-    for _ in 0..10 {
-        let (mut run, in_flight) = volume.caught_writing().await;
-        // The monitors hear of what a pool holds every few seconds only: the run has to stand still until then.
-        run.signal(Signal::STOP);
-        let quota = Disturbed::quota(env, pool, 4096);
-        let begun = Instant::now();
-        // One that stands still for 30 s loses its watch, which is another story.
-        while !is_full(env, pool) && begun.elapsed() < Duration::from_secs(25) {}
-        run.signal(Signal::CONT);
-        let run = run.finish().await;
-        if run.code == Some(10) {
-            return (run, in_flight, quota);
-        }
-        // The monitors were too late, or all that was to be written was on its way to the OSDs already.
-        assert_eq!(run.code, Some(0), "{run:?}");
-        quota.undo();
-        volume.converge("after a quota that came too late").await;
+/// How long the monitors may take to notice that a quota is reached. A run that stands still for 30 s, or 10 s on a cluster
+/// of `scripts/ceph-dev up --fast`, loses its watch, which is another story; such a cluster notices within two seconds.
+const QUOTA_NOTICED: Duration = Duration::from_secs(25);
+
+/// Has the quota of a pool reached, by what is in it, while a run that writes there stands still.
+async fn reach_quota(env: &CephEnv, pool: &str) -> Disturbed {
+    let quota = Disturbed::quota(env, pool, 4096);
+    let begun = Instant::now();
+    while !is_full(env, pool) {
+        assert!(begun.elapsed() < QUOTA_NOTICED, "the monitors have not noticed in time");
+        tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    panic!("no run was in the middle of its writes when the quota was reached");
+    quota
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -98,12 +90,20 @@ async fn a_quota_that_is_reached_in_the_middle() {
     admin(&env, "rbd", &["pool", "init", &pool]);
     let mut volume = Volume::in_pool(&env, &pool, "quota", 22, 48 * MIB).await;
     volume.converge("at first").await;
-    let (run, in_flight, quota) = at_the_quota(&env, &mut volume, &pool).await;
+    volume.write().await;
+    // What comes after the first batch waits in librbd.
+    volume.throttle(4 * MIB).await;
+    let run = volume.sync_stopped_at("apply.batch").await;
+    let in_flight = volume.in_flight().await.expect("it is in the middle of its writes");
+    let quota = reach_quota(&env, &pool).await;
+    run.resume();
+    let run = run.finish().await.expect_code(10);
     assert!(run.stderr.contains(&format!("quota of pool {pool:?} is reached")), "{}", run.stderr);
     assert!(run.stderr.contains("hint: raise it: ceph osd pool set-quota"), "{}", run.stderr);
     volume.check("at the quota").await;
     sync_ends(&volume, &[], 10, &["quota of pool"]).await;
     quota.undo();
+    volume.no_throttle().await;
     let run = volume.start_sync().finish().await.expect_code(0);
     assert!(run.stdout.contains(&in_flight.name), "{}", run.stdout);
     volume.converge("after the quota was lifted").await;

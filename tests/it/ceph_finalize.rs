@@ -1,13 +1,13 @@
 //! `poolshift finalize` on a real cluster: a server of two disks, run by shell commands, is cut over and loses its
 //! sources.
 
-use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use crate::cutover_bed::run_killed_at;
 use crate::librbd::Librbd;
 use crate::support::{CephEnv, Run, binary, ceph, poolshift};
 
@@ -131,6 +131,13 @@ impl Bed {
         self.try_rbd(&format!("image-meta get {image} {key}")).is_ok()
     }
 
+    /// Whether the journal says that the server is being finalized.
+    #[track_caller]
+    fn is_finalizing(&self) -> bool {
+        let journal: Value = serde_json::from_str(&self.rbd("image-meta get sas/NAME-root poolshift.cutover")).unwrap();
+        journal["finalizing"] == true
+    }
+
     fn content(&self, image: &str) -> blake3::Hash {
         let mut command = Command::new("rbd");
         command.arg("--conf").arg(&self.env.conf).args(["--id", &self.env.user]);
@@ -159,17 +166,12 @@ impl Bed {
         DISKS.iter().any(|disk| image.starts_with(&format!("{}-{disk}", self.name)))
     }
 
-    /// Starts a finalize and kills it as soon as it says this; says whether it was killed.
-    fn killed_at(&self, step: &str) -> bool {
+    /// A finalize that is killed at a failpoint.
+    #[track_caller]
+    fn killed_at(&self, failpoint: &str) {
         let mut command = binary();
         command.args(self.args("finalize PLAN web --yes --flatten"));
-        let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("it starts");
-        let lines = BufReader::new(child.stderr.take().expect("a pipe")).lines();
-        let told = lines.map_while(Result::ok).any(|line| line.contains(&format!("web: {step}")));
-        let killed = told && child.try_wait().expect("it can be waited for").is_none();
-        let _ = child.kill();
-        let _ = child.wait();
-        killed
+        run_killed_at(command, failpoint);
     }
 }
 
@@ -235,7 +237,7 @@ fn a_server_is_finalized_and_nothing_is_left_but_its_targets() {
     let unasked = bed.run("finalize PLAN web --flatten").expect_code(2);
     assert!(unasked.stderr.contains("--yes"), "{}", unasked.stderr);
     // Nobody has agreed to anything yet.
-    assert!(!bed.rbd("image-meta get sas/NAME-root poolshift.cutover").contains("finalizing"));
+    assert!(!bed.is_finalizing());
 
     // A server that does not run from its targets needs its sources.
     std::fs::write(bed.state_file(), "running source\n").unwrap();
@@ -268,7 +270,7 @@ async fn a_source_in_use_is_not_removed() {
     let open = bed.run("finalize PLAN web --yes").expect_code(14);
     assert!(open.stderr.contains("-data.poolshift-kept is open at "), "{}", open.stderr);
     assert!(bed.has_metadata("sas/NAME-root", "poolshift.note"));
-    assert!(!bed.rbd("image-meta get sas/NAME-root poolshift.cutover").contains("finalizing"));
+    assert!(!bed.is_finalizing());
     user.kill().await;
 }
 
@@ -298,21 +300,27 @@ fn a_finalize_that_is_killed_is_finished_and_there_is_no_way_back() {
     bed.cut_over();
     bed.rbd("snap create --no-progress sata/NAME-root.poolshift-kept@theirs");
     bed.rbd("clone --rbd-default-clone-format 2 sata/NAME-root.poolshift-kept@theirs sata/NAME-hanging");
-    let mut killed = Vec::new();
-    for step in ["flattening", "removing", "removing", "tidying up", "tidying up"] {
-        killed.push((step, bed.killed_at(step)));
-        let back = bed.run("rollback PLAN web --with-changes --yes");
-        if bed.has_metadata("sas/NAME-root", "poolshift.cutover") {
-            assert_eq!(back.code, Some(1), "{back:?}");
-            assert!(back.stderr.contains("there is no way back"), "{}", back.stderr);
-            let forth = bed.run("cutover PLAN web --yes").expect_code(1);
-            assert!(forth.stderr.contains("is being finalized"), "{}", forth.stderr);
+    let steps = [
+        "finalize.begun",
+        "finalize.flattened",
+        "finalize.snapshot-removed",
+        "finalize.source-removed",
+        "finalize.source-removed",
+        "finalize.target-tidied",
+        "finalize.target-tidied#2",
+        "finalize.note-removed",
+    ];
+    for step in steps {
+        bed.killed_at(step);
+        assert!(bed.has_metadata("sas/NAME-root", "poolshift.cutover"), "{step}: the journal goes last");
+        // There is no way back, and none forth.
+        for command in ["rollback PLAN web --with-changes --yes", "cutover PLAN web --yes"] {
+            bed.run(command).expect_code(1);
+            assert!(bed.is_finalizing(), "{step}: {command}");
         }
     }
-    println!("{killed:?}");
-    assert!(killed[0].1 && killed[1].1, "{killed:?}");
-    let left = bed.has_metadata("sas/NAME-root", "poolshift.cutover");
-    bed.run("finalize PLAN web --yes --flatten").expect_code(if left { 0 } else { 1 });
+    bed.killed_at("finalize.journal-removed");
     bed.expect_finalized(&[]);
     bed.rbd("info sata/NAME-hanging");
+    bed.run("finalize PLAN web --yes --flatten").expect_code(1);
 }

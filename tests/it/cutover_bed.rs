@@ -7,6 +7,7 @@ use std::sync::mpsc::Receiver;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use poolshift::fleet::CUTOVER_NOTE;
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, WaitIdStatus, kill_process, waitid};
 use serde_json::Value;
 
@@ -273,10 +274,17 @@ impl<'a> Bed<'a> {
         assert_eq!(guest.oracle(), Ok(()));
     }
 
-    /// Whether a cutover that was begun, or is done, is noted with the first target.
+    /// Whether a cutover that was begun, or is done, is recorded with the first target: its journal is there, or the note
+    /// by which the fleet's workers leave the server alone.
     pub(crate) fn is_begun(&self) -> bool {
-        let listed = self.env.rbd(&["image-meta", "list", &self.guest.disks[0].target]);
-        listed.contains("poolshift.cutover") || listed.contains("for its cutover")
+        let text = self.env.rbd(&["image-meta", "list", "--format", "json", &self.guest.disks[0].target]);
+        if text.trim().is_empty() {
+            // `rbd` prints no list where there is nothing.
+            return false;
+        }
+        let metadata: Value = serde_json::from_str(&text).expect("rbd prints JSON");
+        let note = metadata["poolshift.note"].as_str().unwrap_or_default();
+        !metadata["poolshift.cutover"].is_null() || note.starts_with(CUTOVER_NOTE)
     }
 }
 
@@ -312,12 +320,7 @@ const FAILPOINT_LIMIT: Duration = Duration::from_secs(900);
 #[track_caller]
 pub(crate) fn run_killed_at(mut command: Command, failpoint: &str) -> Run {
     command.env("POOLSHIFT_FAILPOINT", format!("{failpoint}=kill"));
-    let mut run = Running::start(command);
-    let signal = run.wait_for_state_change(failpoint).terminating_signal();
-    let run = run.finish();
-    let killed = signal == Some(Signal::KILL.as_raw());
-    assert!(killed, "it was not killed at {failpoint}, and ended with {:?}:\n{}{}", run.code, run.stdout, run.stderr);
-    run
+    Running::start(command).expect_killed_at(failpoint)
 }
 
 /// Starts a command that is stopped (SIGSTOP) at a failpoint, `NAME` or `NAME#COUNT`, and waits until it is.
@@ -327,12 +330,20 @@ pub(crate) fn run_killed_at(mut command: Command, failpoint: &str) -> Run {
 #[track_caller]
 pub(crate) fn stopped_at(mut command: Command, failpoint: &str) -> Running {
     command.env("POOLSHIFT_FAILPOINT", format!("{failpoint}=stop"));
-    let mut run = Running::start(command);
-    if !run.wait_for_state_change(failpoint).stopped() {
-        let run = run.finish();
-        panic!("it was not stopped at {failpoint}, and ended with {:?}:\n{}{}", run.code, run.stdout, run.stderr);
-    }
-    run
+    Running::start(command).expect_stopped_at(failpoint)
+}
+
+/// Runs a command that must not come to a failpoint: it would be killed there. Another test has to hit that one.
+pub(crate) fn run_short_of(mut command: Command, failpoint: &str) -> Run {
+    command.env("POOLSHIFT_FAILPOINT", format!("{failpoint}=kill"));
+    Running::start(command).finish()
+}
+
+/// The same as [`stopped_at`] for a command that is killed at another failpoint, once it runs on.
+#[track_caller]
+pub(crate) fn stopped_and_to_be_killed(mut command: Command, stopped: &str, killed: &str) -> Running {
+    command.env("POOLSHIFT_FAILPOINT", format!("{stopped}=stop;{killed}=kill"));
+    Running::start(command).expect_stopped_at(stopped)
 }
 
 /// A `poolshift` that runs. Dropped, it is killed.
@@ -399,6 +410,30 @@ impl Running {
     /// Lets it run on after it was stopped.
     pub(crate) fn resume(&self) {
         self.signal(Signal::CONT);
+    }
+
+    /// Waits until a failpoint stops it.
+    #[track_caller]
+    fn expect_stopped_at(mut self, failpoint: &str) -> Self {
+        if !self.wait_for_state_change(failpoint).stopped() {
+            let run = self.finish();
+            panic!("it was not stopped at {failpoint}, and ended with {:?}:\n{}{}", run.code, run.stdout, run.stderr);
+        }
+        self
+    }
+
+    /// Waits until a failpoint kills it, and gives back what it printed until then.
+    #[track_caller]
+    pub(crate) fn expect_killed_at(mut self, failpoint: &str) -> Run {
+        let signal = self.wait_for_state_change(failpoint).terminating_signal();
+        let run = self.finish();
+        let killed = signal == Some(Signal::KILL.as_raw());
+        assert!(
+            killed,
+            "it was not killed at {failpoint}, and ended with {:?}:\n{}{}",
+            run.code, run.stdout, run.stderr
+        );
+        run
     }
 
     /// Waits until it is stopped, or has ended, which [`Running::finish`] can still find out.

@@ -3,10 +3,10 @@
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
-use std::process::Stdio;
 
 use serde_json::Value;
 
+use crate::cutover_bed::stopped_at;
 use crate::support::{Run, binary, poolshift};
 
 /// A folder with a source disk in it.
@@ -160,28 +160,13 @@ fn a_diff_of_a_file_lists_what_is_not_a_hole() {
 
 #[test]
 fn a_cycle_that_is_interrupted_is_finished_by_the_next() {
-    let disks = Disks::new(3 << 10);
-    let mut child = binary()
-        .args(["sync", &disks.spec("source"), &disks.spec("target"), "--snapshot", "a", "--json"])
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("the binary starts");
-    // Stopped as soon as the target has data: hundreds of MiB are still to come.
-    let begun = || {
-        use std::os::unix::fs::MetadataExt as _;
-        fs::metadata(disks.path("target")).is_ok_and(|metadata| metadata.blocks() > 0)
-    };
-    while !begun() {
-        assert!(child.try_wait().expect("the child is ours").is_none(), "it ended before it had begun");
-        std::thread::yield_now();
-    }
-    let pid = rustix::process::Pid::from_child(&child);
-    rustix::process::kill_process(pid, rustix::process::Signal::INT).expect("the child runs");
-    let output = child.wait_with_output().expect("the child ends");
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(130), "{stderr}");
-    assert!(stderr.contains("interrupted; the next run goes on at"), "{stderr}");
+    let disks = Disks::new(512);
+    let mut command = binary();
+    command.args(["sync", &disks.spec("source"), &disks.spec("target"), "--snapshot", "a", "--json"]);
+    let run = stopped_at(command, "apply.batch");
+    run.signal(rustix::process::Signal::INT);
+    run.resume();
+    run.finish().expect_code(130);
 
     let status = json(&disks.run("status", &["--json"]).expect_code(0));
     assert_eq!((&status["state"], &status["in_flight"]["snapshot"]), (&Value::from("in-flight"), &Value::from("a")));

@@ -179,6 +179,14 @@ def unclean(place):
     ioctx.execute(oid, "rbd", "object_map_update", struct.pack("<QQBBB", 0, count, 1, 1, 3))
 
 
+def trash_snapshot(place, snapshot):
+    """Leaves a snapshot half removed, as a client that dies while it removes it does: only its id finds it."""
+    ioctx, name = context(place)
+    with rbd.Image(ioctx, name, read_only=True) as image:
+        oid = "rbd_header." + image.id()
+    ioctx.execute(oid, "rbd", "snapshot_trash_add", struct.pack("<Q", int(snapshot)))
+
+
 def cut_rename(place, name):
     """Leaves another name that opens the image, as a client that dies while it renames does."""
     ioctx, old = context(place)
@@ -217,6 +225,8 @@ def answer(words, payload):
         return str(int(writer(place).is_exclusive_lock_owner())).encode()
     elif what == "cut-rename":
         cut_rename(place, rest[0])
+    elif what == "trash-snapshot":
+        trash_snapshot(place, rest[0])
     elif what == "hammer":
         hammers[place] = Hammer(writer(place), int(rest[0]))
     elif what == "hammered":
