@@ -11,6 +11,7 @@ use super::super::switch::CloudVolume;
 use super::super::volumes::{Described, give_up};
 use super::super::{OpenStack, STEPS_MAX};
 use super::remembered::VOLUME_MARK;
+use crate::failpoint::failpoint;
 use crate::image::rbd::RbdImage;
 use crate::image::{Disk as _, ImageError, ImageSpec, SourceImage as _};
 use crate::openstack::cinder::{Status, Volume};
@@ -82,6 +83,20 @@ pub(super) enum Step {
     Manage,
     /// Nothing: it is there.
     Done,
+}
+
+#[cfg(debug_assertions)]
+impl Step {
+    /// Its name among the failpoints.
+    fn failpoint(&self) -> &'static str {
+        match self {
+            Self::Wait(_) => "wait",
+            Self::Unmanage(_) => "unmanage",
+            Self::Rename => "rename",
+            Self::Manage => "manage",
+            Self::Done => "done",
+        }
+    }
 }
 
 /// What leads a target to being a volume of Cinder's (`to` the target), or to being none.
@@ -301,6 +316,7 @@ impl OpenStack {
             let seen = self.look_at_target(operation, volume).await?;
             let step = next(to, &seen);
             tracing::debug!(volume = volume.name, ?step, "{operation}");
+            failpoint!("recreate.{}", step.failpoint());
             match &step {
                 Step::Done => {
                     if let (Side::Target, Some(id)) = (to, seen.id()) {

@@ -46,6 +46,7 @@ use super::super::{Precondition, Side, Verdict, name};
 use super::OpenStack;
 use super::switch::{CloudVolume, Connectors};
 use crate::cutover::{CutoverError, Observer};
+use crate::failpoint::failpoint;
 use crate::image::rbd::{FlattenProgress, RbdImage, RbdSnapshot};
 use crate::image::{ErrorKind, ImageError, Point, Snapshot, SourceImage as _};
 use crate::openstack::cinder::{Status, Volume};
@@ -350,6 +351,7 @@ impl Retype {
             report.remarks.push(text.to_owned());
         } else if let Some(before) = digest {
             observer.note(&format!("{}: reading it, to compare it with what it held before", volume.name));
+            failpoint!("retype.compare");
             report.verified = Some(self.digest(volume, to).await? == *before);
         } else if options.verify {
             let text = "it can't be compared with what it held before: nobody has read that";
