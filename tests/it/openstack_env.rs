@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use reqwest::Method;
 use serde_json::{Value, json};
 
-use crate::support::{CephEnv, Turn, ceph, required};
+use crate::openstack_world::unique;
+use crate::support::{CephEnv, Turn, ceph, required, set_variables};
 use crate::vm::{clients, rbd, rbd_command, run, run_for_text};
 
 /// How long anything of the cloud's may take.
@@ -17,24 +18,78 @@ const PATIENCE: Duration = Duration::from_secs(180);
 /// How often it is looked.
 const POLL: Duration = Duration::from_millis(100);
 
-/// A cloud of `scripts/openstack-dev`, and the cluster that its volumes are on.
+/// A cloud of `scripts/openstack-dev`, and the cluster that its volumes are on. The test has a project and a user of its
+/// own, so that what it lists and counts is its own.
 pub(crate) struct OpenStackEnv {
     pub(crate) ceph: CephEnv,
     pub(crate) folder: PathBuf,
     api: Api,
+    account: Account,
     _turn: Arc<Turn>,
 }
 
-/// The cloud and its cluster. One test at a time is in the cloud.
+/// The project and the user of a test. The user is an administrator of the cloud.
+struct Account {
+    administrator: Api,
+    project: String,
+    user: String,
+}
+
+/// The cloud and its cluster, side by side with other tests.
 ///
 /// # Panics
 /// If one is missing: `scripts/test` starts both.
 #[track_caller]
 pub(crate) fn openstack() -> OpenStackEnv {
+    cloud(false)
+}
+
+/// The same for a test that stops a service of the cloud: no other test uses the cloud meanwhile.
+#[track_caller]
+pub(crate) fn openstack_alone() -> OpenStackEnv {
+    cloud(true)
+}
+
+#[track_caller]
+fn cloud(alone: bool) -> OpenStackEnv {
     let folder = PathBuf::from(required("POOLSHIFT_TEST_OPENSTACK", "an OpenStack"));
-    let turn = Turn::take(&folder, "cloud", true);
-    let api = Api::of_the_environment(variable("OS_USERNAME"));
-    OpenStackEnv { ceph: ceph(), folder, api, _turn: turn }
+    let turn = Turn::take(&folder, "cloud", alone);
+    let administrator = Api::of(variable("OS_USERNAME"), variable("OS_PROJECT_NAME"));
+    let (user, project) = (unique("user"), unique("project"));
+    let account = Account::make(administrator, &user, &project);
+    set_variables(&[("OS_USERNAME", &user), ("OS_PROJECT_NAME", &project)]);
+    OpenStackEnv { ceph: ceph(), folder, api: Api::of(user, project), account, _turn: turn }
+}
+
+impl Account {
+    #[track_caller]
+    fn make(administrator: Api, user: &str, project: &str) -> Self {
+        let tell = |method: &Method, path: &str, body: &Value| {
+            let body = Some(body).filter(|body| !body.is_null());
+            let answer = administrator.call(Service::Keystone, method, path, body);
+            let (status, answer) = answer.unwrap_or_else(|error| panic!("{error}"));
+            assert!((200..300).contains(&status), "{method} {path}: {status} {answer:#}");
+            answer
+        };
+        let id = |value: &Value| value["id"].as_str().expect("it has an id").to_owned();
+        let body = json!({"project": {"name": project, "domain_id": "default"}});
+        let project = id(&tell(&Method::POST, "projects", &body)["project"]);
+        let body = json!({"user": {"name": user, "domain_id": "default", "password": variable("OS_PASSWORD")}});
+        let user = id(&tell(&Method::POST, "users", &body)["user"]);
+        let role = id(&tell(&Method::GET, "roles?name=admin", &Value::Null)["roles"][0]);
+        tell(&Method::PUT, &format!("projects/{project}/users/{user}/roles/{role}"), &Value::Null);
+        Self { administrator, project, user }
+    }
+}
+
+impl Drop for Account {
+    fn drop(&mut self) {
+        for path in [format!("users/{}", self.user), format!("projects/{}", self.project)] {
+            let removed = self.administrator.call(Service::Keystone, &Method::DELETE, &path, None);
+            let is_gone = matches!(removed, Ok((204, _)));
+            assert!(is_gone || std::thread::panicking(), "{path} is left: {removed:?}");
+        }
+    }
 }
 
 /// A service of the cloud.
@@ -53,6 +108,7 @@ struct Api {
     http: reqwest::Client,
     auth_url: String,
     user: String,
+    project: String,
     token: RefCell<Token>,
 }
 
@@ -67,11 +123,11 @@ fn variable(name: &str) -> String {
 }
 
 impl Api {
-    fn of_the_environment(user: String) -> Self {
+    fn of(user: String, project: String) -> Self {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
         let http = reqwest::Client::builder().timeout(Duration::from_secs(120)).build().expect("a client");
-        Self { runtime, http, auth_url: variable("OS_AUTH_URL"), user, token: RefCell::default() }
+        Self { runtime, http, auth_url: variable("OS_AUTH_URL"), user, project, token: RefCell::default() }
     }
 
     fn authenticate(&self) -> Result<(), String> {
@@ -80,7 +136,7 @@ impl Api {
             "identity": {"methods": ["password"], "password": {"user": {
                 "name": self.user, "password": variable("OS_PASSWORD"), "domain": domain,
             }}},
-            "scope": {"project": {"name": variable("OS_PROJECT_NAME"), "domain": domain}},
+            "scope": {"project": {"name": self.project, "domain": domain}},
         }});
         let url = format!("{}/auth/tokens", self.auth_url);
         let answer = self.runtime.block_on(async {
@@ -165,7 +221,12 @@ fn address(auth_url: &str, service: Service, project: &str) -> String {
 impl OpenStackEnv {
     /// The id of the project that the tests work in.
     pub(crate) fn project(&self) -> String {
-        self.api.token().expect("the cloud knows its administrator").project
+        self.account.project.clone()
+    }
+
+    /// The id of the user that the test is for the cloud.
+    pub(crate) fn user(&self) -> &str {
+        &self.account.user
     }
 
     /// Asks a service, and gives back what it says, whatever that is.
@@ -194,7 +255,7 @@ impl OpenStackEnv {
         let (user, role) = (id("users", "tenant"), id("roles", "member"));
         let path_of_role = format!("projects/{}/users/{user}/roles/{role}", self.project());
         self.tell(Service::Keystone, &Method::PUT, &path_of_role, &Value::Null);
-        Api::of_the_environment("tenant".into()).call(Service::Nova, method, path, body)
+        Api::of("tenant".into(), self.api.project.clone()).call(Service::Nova, method, path, body)
     }
 
     /// Asks, and is not refused.

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::cutover_bed::{Fleet, report};
 use crate::openstack_bed::{CleanUp, CloudBed, all};
 use crate::openstack_env::{OpenStackEnv, Service, openstack};
-use crate::support::{every_step, poolshift};
+use crate::support::poolshift;
 
 /// What Cinder's quotas of the project count, and what of it is reserved, by `gigabytes_sas` and the like.
 #[track_caller]
@@ -17,15 +17,19 @@ fn usage(env: &OpenStackEnv) -> BTreeMap<String, [i64; 2]> {
     let answer = env.get(Service::Cinder, &format!("os-quota-sets/{}?usage=True", env.project()));
     let counted =
         |(key, of): (&String, &Value)| Some((key.clone(), [of["in_use"].as_i64()?, of["reserved"].as_i64()?]));
-    answer["quota_set"].as_object().expect("an object").iter().filter_map(counted).collect()
+    let all = answer["quota_set"].as_object().expect("an object").iter().filter_map(counted);
+    // Other tests make types meanwhile, of which this project has nothing.
+    all.filter(|(_, counts)| *counts != [0, 0]).collect()
 }
 
 /// So many volumes of 1 GiB more, or less, are counted under a type.
 fn counted(usage: &mut BTreeMap<String, [i64; 2]>, volume_type: &str, volumes: i64) {
     for what in ["volumes", "gigabytes"] {
         let key = format!("{what}_{volume_type}");
-        usage.get_mut(&key).unwrap_or_else(|| panic!("{key} is not counted"))[0] += volumes;
+        let counts = usage.entry(key).or_default();
+        counts[0] += volumes;
     }
+    usage.retain(|_, counts| *counts != [0, 0]);
 }
 
 /// The quotas count what they should: soon, as Cinder shows a deleted volume no more before it has counted that.
@@ -164,16 +168,26 @@ fn a_fleet_of_a_cloud_is_planned_replicated_rehearsed_and_cut_over() {
     bed.ends_as_any_other(0);
     counted(&mut on_target, "sas", -2);
     for what in ["volumes", "gigabytes"] {
-        on_target.get_mut(what).expect("all are counted")[0] -= 2;
+        on_target.get_mut(what).expect("both are counted")[0] -= 2;
     }
     expect_usage(&env, &on_target);
 }
 
 #[test]
 #[ignore = "needs OpenStack"]
+fn two_servers_of_a_cloud_are_cut_over_at_once() {
+    are_cut_over_at_once(2);
+}
+
+/// With ten emulated guests on two busy cores it takes twenty minutes.
+#[test]
+#[ignore = "exhaustive; needs OpenStack"]
 fn ten_servers_of_a_cloud_are_cut_over_at_once() {
-    // Where not all is tried it is two of them: with ten emulated guests on two busy cores it takes twenty minutes.
-    let many = if every_step() { 10 } else { 2 };
+    are_cut_over_at_once(10);
+}
+
+#[track_caller]
+fn are_cut_over_at_once(many: usize) {
     let env = openstack();
     let mut bed = CloudBed::unplanned(&env, "many", many);
     let on_source = usage(&env);

@@ -1,5 +1,6 @@
 //! What integration tests share: the binary under test, and the real Ceph, if there is one.
 
+use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Write;
@@ -195,6 +196,16 @@ impl Run {
     }
 }
 
+thread_local! {
+    /// What a test's own `poolshift` finds in its environment.
+    static VARIABLES: RefCell<Vec<(&'static str, String)>> = RefCell::default();
+}
+
+/// Sets variables for every [`binary`] that this thread makes from now on.
+pub(crate) fn set_variables(variables: &[(&'static str, &str)]) {
+    VARIABLES.set(variables.iter().map(|(name, value)| (*name, (*value).to_owned())).collect());
+}
+
 /// The built binary, with an environment that doesn't depend on who runs the tests.
 pub(crate) fn binary() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_poolshift"));
@@ -215,6 +226,7 @@ pub(crate) fn binary() -> Command {
             command.env_remove(name);
         }
     }
+    VARIABLES.with_borrow(|variables| command.envs(variables.iter().map(|(name, value)| (*name, value.as_str()))));
     // clap wraps help at the width of the terminal; without one, at COLUMNS.
     command.env("COLUMNS", "100").env("NO_COLOR", "1").stdin(Stdio::null());
     command
