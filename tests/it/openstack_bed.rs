@@ -6,14 +6,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::process::Command;
 
-use reqwest::Method;
 use serde_json::{Value, json};
 
-use crate::cutover_bed::{Fleet, Running, report};
+use crate::cutover_bed::{Fleet, Running, report, run_killed_at};
 use crate::openstack_env::{OpenStackEnv, Service};
 use crate::openstack_guest::{CloudGuest, facts_of_volume};
 use crate::openstack_world::{World, unique};
-use crate::support::{Run, every_step, poolshift};
+use crate::support::{Run, poolshift};
 
 /// A server of the plan.
 pub(crate) struct Planned {
@@ -48,14 +47,24 @@ pub(crate) enum Held {
     Nobody,
 }
 
-/// The places at which a cutover is killed: its phases and all steps of what is done with a volume, with the calls that
-/// stop and start whoever has it.
+/// The failpoints of a cutover: its phases and all steps of what is done with a volume, with the calls that stop and start
+/// whoever has it.
 pub(crate) fn places(stop: &'static str, start: Option<&'static str>) -> Vec<&'static str> {
-    let before = [": syncing", ": converged", ": quiescing", stop, ": final delta", ": verifying", ": swapping"];
-    let steps = ["step=Hide(Source)", "step=StandIn(Source)", "step=Retype", "retype volume"];
-    let more = ["step=Aside(Target)", "step=Place(Target)", "step=Done", ": resuming"];
-    let all = before.into_iter().chain(steps).chain(more);
-    all.chain(start).chain([": committed"]).collect()
+    let before = ["cutover.syncing", "cutover.converged", "cutover.quiescing", stop];
+    let phases = ["cutover.final-delta", "cutover.verifying", "cutover.swapping"];
+    let steps = ["switch.rename-to-standby.source", "switch.install-placeholder.source", "switch.retype"];
+    let more = ["openstack.retype-volume", "switch.retire-placeholder.target", "switch.rename-to-active.target"];
+    let all = before.into_iter().chain(phases).chain(steps).chain(more).chain(["switch.done", "cutover.resuming"]);
+    all.chain(start).chain(["cutover.committed"]).collect()
+}
+
+/// The failpoint of the way back that is what this one is of the way there.
+fn on_the_way_back(place: &str) -> String {
+    match place.rsplit_once('.') {
+        Some((step, "source")) => format!("{step}.target"),
+        Some((step, "target")) => format!("{step}.source"),
+        _ => place.to_owned(),
+    }
 }
 
 /// Servers or volumes of a cloud, and the plan that has them.
@@ -93,29 +102,29 @@ fn idle(volume: &str) -> String {
     format!("sas/poolshift-{volume}")
 }
 
-/// All servers, volumes and images of volumes that there are.
+/// All that the test's project has: servers, volumes, the images with a volume's id in their names, and the clones of
+/// these, whatever they are called.
 #[track_caller]
 pub(crate) fn all(env: &OpenStackEnv) -> BTreeSet<String> {
-    let list = |service, path: &str, key: &str| -> Vec<String> {
-        let answer = env.tell(service, &Method::GET, path, &Value::Null);
-        let entries = answer[key].as_array().expect("a list").iter();
-        entries.map(|entry| format!("{key} {} {}", entry["id"], entry["name"])).collect()
+    let list = |service, path: &str, key: &str| -> Vec<Value> {
+        env.get(service, path)[key].as_array().expect("a list").clone()
     };
-    let mut all: BTreeSet<String> =
-        list(Service::Nova, "servers/detail?all_tenants=1", "servers").into_iter().collect();
-    all.extend(list(Service::Cinder, "volumes/detail?all_tenants=1", "volumes"));
+    let (servers, volumes) =
+        (list(Service::Nova, "servers/detail", "servers"), list(Service::Cinder, "volumes/detail", "volumes"));
+    let of = |kind: &str, found: &[Value]| -> Vec<String> {
+        found.iter().map(|entry| format!("{kind} {} {}", entry["id"], entry["name"])).collect()
+    };
+    let mut all: BTreeSet<String> = of("server", &servers).into_iter().chain(of("volume", &volumes)).collect();
+    let ids: Vec<&str> = volumes.iter().filter_map(|volume| volume["id"].as_str()).collect();
     for pool in ["sata", "sas"] {
-        all.extend(
-            env.images(pool, "").iter().filter(|name| is_clouds(name)).map(|name| format!("image {pool}/{name}")),
-        );
+        let names = env.images(pool, "");
+        for name in names.iter().filter(|name| ids.iter().any(|id| name.contains(id))) {
+            let image = format!("{pool}/{name}");
+            let clones = env.rbd(&["children", "--all", "--format", "json", &image]);
+            all.insert(format!("image {image} with the clones {}", clones.trim()));
+        }
     }
     all
-}
-
-/// Whether an image is one of a volume's, or its target: other tests have images in these pools meanwhile.
-fn is_clouds(image: &str) -> bool {
-    let id = image.strip_prefix("volume-").or_else(|| image.strip_prefix("poolshift-"));
-    id.is_some_and(|id| id.len() >= 36 && id.bytes().take(36).all(|byte| byte.is_ascii_hexdigit() || byte == b'-'))
 }
 
 /// Removes what a rehearsal in a test that has failed would leave to the next one.
@@ -507,13 +516,16 @@ impl<'a> CloudBed<'a> {
         }
     }
 
-    /// Whether a cutover that was begun, or is done, is noted with the first target.
+    /// Whether the first target has the journal of a cutover, or the note that pauses the fleet's workers for one.
     pub(crate) fn is_begun(&self, server: usize) -> bool {
         let first = &self.servers[server].volumes[0];
         let images = self.env.images("sas", first);
         let ours = images.iter().find(|name| **name == format!("poolshift-{first}")).or_else(|| images.first());
-        let listed = ours.map(|name| self.env.rbd(&["image-meta", "list", &format!("sas/{name}")]));
-        listed.is_some_and(|listed| listed.contains("poolshift.cutover") || listed.contains("for its cutover"))
+        ours.is_some_and(|name| {
+            let listed = self.env.rbd(&["image-meta", "list", "--format", "json", &format!("sas/{name}")]);
+            let listed: Value = serde_json::from_str(&listed).unwrap_or_default();
+            ["poolshift.cutover", "poolshift.note"].iter().any(|key| listed[key].is_string())
+        })
     }
 
     /// What became of a server, after a run that may have failed: where it is not on a side for good, the next command
@@ -538,53 +550,42 @@ impl<'a> CloudBed<'a> {
                 "undone"
             }
             _ => {
-                // It may have been too late for anything to be left of it.
                 let run = self.run(server, "cutover", &["--yes", "--json"]);
-                let was_over = run.code == Some(1) && run.stderr.contains("runs from its targets already");
-                // What could not be brought back is brought back, and never over.
-                let went_back = run.code == Some(12) && run.stdout.contains("cut at rolling back was undone");
-                assert!(run.code == Some(0) || was_over || went_back, "{run:?}");
+                // What could not be brought back is brought back, and never over; or it was over already (1).
+                let went_back = run.code == Some(12);
+                assert!(went_back || matches!(run.code, Some(0 | 1)), "{run:?}");
                 self.expect_well(server, if went_back { "source" } else { "target" });
                 if went_back { "undone" } else { "finished" }
             }
         }
     }
 
-    /// Starts a command and kills it once it has told a line with that; says whether it was killed.
-    pub(crate) fn killed_at(&self, server: usize, command: &str, words: &[&str], place: &str) -> bool {
+    /// Runs a command that is killed at a failpoint, which it has to come to.
+    #[track_caller]
+    pub(crate) fn killed_at(&self, server: usize, command: &str, words: &[&str], place: &str) {
         let words: Vec<&str> = words.iter().copied().chain(["--yes"]).collect();
-        let mut command = self.command(server, command, &words);
-        command.env("POOLSHIFT_LOG", "poolshift=debug");
-        let mut run = Running::start(command);
-        let told = run.until_line(|line| line.trim_end().ends_with(place) || line.contains(&format!("{place} ")));
-        run.kill() && told
+        run_killed_at(self.command(server, command, &words), place);
     }
 
-    /// The first server is killed at each place, finished or undone, and brought back; with every step to be tried, all
-    /// of that, and on its way back as well.
+    /// The first server is killed on its way over, and that is undone or finished by the next command.
+    #[track_caller]
+    pub(crate) fn killed_and_ended(&self, place: &str, undo: bool) {
+        self.killed_at(0, "cutover", &[], place);
+        let ended = self.brought_to_an_end(0, None, undo);
+        println!("killed at {place}: it is {ended}");
+        assert_eq!(ended, if undo { "undone" } else { "finished" });
+    }
+
+    /// The first server is killed at each place, there and back, and brought to an end both ways.
     #[track_caller]
     pub(crate) fn killed_at_places(&self, places: &[&str]) {
-        let (mut kills, mut tries, mut ends) = (0, 0, BTreeMap::<&str, usize>::new());
-        for (number, place) in places.iter().enumerate() {
-            for undo in [number % 2 == 0, number % 2 == 1].into_iter().take(if every_step() { 2 } else { 1 }) {
-                let killed = self.killed_at(0, "cutover", &[], place);
-                let ended = self.brought_to_an_end(0, None, undo);
-                println!("killed at {place:?}: {killed}; it is {ended}");
-                (kills, tries) = (kills + usize::from(killed), tries + 1);
-                *ends.entry(ended).or_default() += 1;
-                if every_step() && ended == "finished" {
-                    let place = place.replace("(Source)", "(TARGET)").replace("(Target)", "(Source)");
-                    let place = place.replace("(TARGET)", "(Target)");
-                    let killed = self.killed_at(0, "rollback", &["--with-changes"], &place);
-                    println!("its way back killed at {place:?}: {killed}");
-                    (kills, tries) = (kills + usize::from(killed), tries + 1);
-                }
-                self.bring_back(0);
-            }
+        for place in places {
+            self.killed_and_ended(place, true);
+            self.killed_and_ended(place, false);
+            self.killed_at(0, "rollback", &["--with-changes"], &on_the_way_back(place));
+            self.bring_back(0);
+            self.expect_well(0, "source");
         }
-        println!("{kills} kills of {tries} at {} places: {ends:?}", places.len());
-        assert!(kills >= places.len() / 2, "{kills} kills at {} places", places.len());
-        self.expect_well(0, "source");
     }
 
     /// From wherever it is to its sources, also where its way there was cut.

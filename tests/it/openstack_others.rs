@@ -2,28 +2,21 @@
 //! replicated: it ends in one consistent world, or says what a person has to look at.
 
 use reqwest::Method;
-use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::cutover_bed::Running;
+use crate::cutover_bed::stopped_at;
 use crate::openstack_bed::CloudBed;
-use crate::openstack_env::{Service, openstack};
+use crate::openstack_env::{OpenStackEnv, Service, openstack, openstack_alone};
 use crate::openstack_world::unique;
-use crate::support::{Run, every_step};
+use crate::support::{Run, poolshift};
 
-/// Somebody, who touches something while `poolshift` stands still at a place.
+/// What a command was told, and what the test does while it is stopped at a failpoint.
 fn touched_at(bed: &CloudBed<'_>, place: &str, touch: impl FnOnce()) -> Run {
-    let mut command = bed.command(0, "cutover", &["--yes", "--json"]);
-    command.env("POOLSHIFT_LOG", "poolshift=debug");
-    let mut run = Running::start(command);
-    let there = run.until_line(|line| line.trim_end().ends_with(place) || line.contains(&format!("{place} ")));
-    assert!(there, "{place}: {:?}", run.finish());
-    run.signal(Signal::STOP);
+    let run = stopped_at(bed.command(0, "cutover", &["--yes", "--json"]), place);
     touch();
-    run.signal(Signal::CONT);
+    run.resume();
     let run = run.finish();
-    let told: Vec<&str> = run.stderr.lines().filter(|line| !line.starts_with("DEBUG")).collect();
-    println!("touched at {place}: {:?}\n{}\n{}", run.code, told.join("\n"), run.stdout);
+    println!("touched at {place}: {:?}\n{}\n{}", run.code, run.stderr, run.stdout);
     run
 }
 
@@ -57,13 +50,12 @@ fn detach(bed: &CloudBed<'_>, id: &str, attachment: &str) {
     bed.env.wait_for_volume(id, "available");
 }
 
-/// Tells the reason, and what has not begun or went back has left everything where it was.
+/// What has not begun, or went back, has left everything where it was.
 #[track_caller]
-fn is_back(bed: &CloudBed<'_>, run: &Run, because: &str) {
-    assert!(run.stderr.contains(because) || run.stdout.contains(because), "{because}: {run:?}");
+fn is_back(bed: &CloudBed<'_>, run: &Run) {
+    assert_ne!(run.code, Some(0), "{run:?}");
     let end = bed.brought_to_an_end(0, run.code, true);
     assert!(["back", "refused", "undone"].contains(&end), "{end}: {run:?}");
-    println!("{because}: it is {end}");
     bed.expect_well(0, "source");
 }
 
@@ -85,26 +77,12 @@ fn somebody_touches_volumes_that_are_switched() {
     let other = bed.world.volume_type("sata");
 
     // Before it is kept from everybody.
-    let run = touched_at(&bed, ": syncing", || retype(&bed, &id, &other));
+    let run = touched_at(&bed, "cutover.syncing", || retype(&bed, &id, &other));
     retype(&bed, &id, "sata");
-    is_back(&bed, &run, "somebody has retyped it");
-    if every_step() {
-        let mut snapshot = None;
-        let run = touched_at(&bed, ": syncing", || snapshot = Some(bed.world.snapshot(&id)));
-        bed.world.remove_snapshot(&snapshot.expect("it was made"));
-        is_back(&bed, &run, "has a snapshot of Cinder's by now");
-        let mut attachment = None;
-        let run = touched_at(&bed, ": syncing", || attachment = Some(attach(&bed, &id)));
-        assert_eq!(env.volume(&bed.servers[0].volumes[0])["status"], "available", "it is kept from nobody any more");
-        detach(&bed, &id, &attachment.expect("it was made"));
-        // Cinder writes to it how it was attached.
-        bed.look_anew();
-        assert_eq!(run.code, Some(12), "{run:?}");
-        is_back(&bed, &run, "somebody has attached it meanwhile");
-    }
+    is_back(&bed, &run);
 
     // In its midst: what Cinder refuses for a volume in maintenance, and what an administrator does all the same.
-    let run = touched_at(&bed, "step=Retype", || {
+    let run = touched_at(&bed, "switch.retype", || {
         let refused = |path: &str, body: &Value| {
             let (status, answer) = env.ask(Service::Cinder, &Method::POST, path, Some(body)).expect("it answers");
             assert!((400..500).contains(&status), "{path} {body}: {status} {answer}");
@@ -117,39 +95,12 @@ fn somebody_touches_volumes_that_are_switched() {
         reset(&bed, &id, "available");
     });
     is_over(&bed, run);
-    let placeholder = ["sata", "sas"].map(|pool| format!("{pool}/volume-{id}"));
-    if every_step() {
-        let run = touched_at(&bed, "step=Aside(Target)", || drop(env.rbd(&["rm", "--no-progress", &placeholder[1]])));
-        is_over(&bed, run);
-        let run = touched_at(&bed, "step=Place(Target)", || reset(&bed, &id, "available"));
-        is_over(&bed, run);
-        let run = touched_at(&bed, "step=Retype", || reset(&bed, &id, "error"));
-        is_over(&bed, run);
-        let run = touched_at(&bed, "step=Retype", || drop(env.rbd(&["rm", "--no-progress", &placeholder[0]])));
-        let end = bed.brought_to_an_end(0, run.code, true);
-        println!("without its placeholder: it is {end}");
-        bed.bring_back(0);
-        let mut attachment = None;
-        let run = touched_at(&bed, "step=Retype", || {
-            reset(&bed, &id, "available");
-            attachment = Some(attach(&bed, &id));
-        });
-        assert!(run.stderr.contains("somebody has attached it meanwhile"), "{run:?}");
-        assert_ne!(run.code, Some(0));
-        detach(&bed, &id, &attachment.expect("it was made"));
-        bed.look_anew();
-        // It was on its way back, which is where the next command brings it, whichever that is.
-        let end = bed.brought_to_an_end(0, run.code, true);
-        println!("attached in its midst: it is {end}");
-        bed.bring_back(0);
-    }
 
-    // It grows: what is carried over has the new size.
-    let run = touched_at(&bed, ": syncing", || {
+    // It grows before the last delta: what is carried over has the new size.
+    let run = touched_at(&bed, "cutover.syncing", || {
         env.volume_action(&id, &json!({"os-extend": {"new_size": 2}}));
         env.wait_for_volume(&id, "available");
     });
-    println!("extended: {:?}", run.code);
     bed.look_anew();
     bed.note_contents_on(0, if run.code == Some(0) { "target" } else { "source" });
     let end = bed.brought_to_an_end(0, run.code, false);
@@ -157,27 +108,83 @@ fn somebody_touches_volumes_that_are_switched() {
     bed.bring_back(0);
 }
 
-/// Nova, which fails to take a server from its host: it has shut it down, and says for ever after that it runs.
 #[test]
-#[ignore = "needs OpenStack"]
-fn a_server_that_its_cloud_fails_to_shelve_is_switched_or_comes_back() {
+#[ignore = "exhaustive; needs OpenStack"]
+fn somebody_snapshots_or_attaches_volumes_before_they_are_switched() {
     let env = openstack();
-    let mut bed = CloudBed::server(&env, "half", "");
+    let mut bed = CloudBed::detached(&env, 1, "");
+    bed.note_contents(0);
     bed.replicate();
-    let server = bed.guest().id.clone();
-    // Nova's own host stands still, so that it does not come first.
-    let in_time = std::cell::Cell::new(0);
-    let fail = || {
+    let id = bed.servers[0].volumes[1].clone();
+    let mut snapshot = None;
+    let run = touched_at(&bed, "cutover.syncing", || snapshot = Some(bed.world.snapshot(&id)));
+    bed.world.remove_snapshot(&snapshot.expect("it was made"));
+    is_back(&bed, &run);
+    let mut attachment = None;
+    let run = touched_at(&bed, "cutover.syncing", || attachment = Some(attach(&bed, &id)));
+    assert_eq!(env.volume(&bed.servers[0].volumes[0])["status"], "available", "it is kept from nobody any more");
+    detach(&bed, &id, &attachment.expect("it was made"));
+    // Cinder writes to it how it was attached.
+    bed.look_anew();
+    assert_eq!(run.code, Some(12), "{run:?}");
+    is_back(&bed, &run);
+}
+
+#[test]
+#[ignore = "exhaustive; needs OpenStack"]
+fn somebody_breaks_volumes_that_are_switched() {
+    let env = openstack();
+    let mut bed = CloudBed::detached(&env, 1, "");
+    bed.note_contents(0);
+    bed.replicate();
+    let id = bed.servers[0].volumes[1].clone();
+    let placeholder = ["sata", "sas"].map(|pool| format!("{pool}/volume-{id}"));
+    let remove = |image: &str| drop(env.rbd(&["rm", "--no-progress", image]));
+    // The first volume's placeholder is retired at the first such place, the touched one's at the second.
+    let run = touched_at(&bed, "switch.retire-placeholder.target#2", || remove(&placeholder[1]));
+    is_over(&bed, run);
+    let run = touched_at(&bed, "switch.rename-to-active.target", || reset(&bed, &id, "available"));
+    is_over(&bed, run);
+    let run = touched_at(&bed, "switch.retype", || reset(&bed, &id, "error"));
+    is_over(&bed, run);
+    let run = touched_at(&bed, "switch.retype#2", || remove(&placeholder[0]));
+    let end = bed.brought_to_an_end(0, run.code, true);
+    println!("without its placeholder: it is {end}");
+    bed.bring_back(0);
+    let mut attachment = None;
+    let run = touched_at(&bed, "switch.retype", || {
+        reset(&bed, &id, "available");
+        attachment = Some(attach(&bed, &id));
+    });
+    assert_ne!(run.code, Some(0), "{run:?}");
+    detach(&bed, &id, &attachment.expect("it was made"));
+    bed.look_anew();
+    // It was on its way back, which is where the next command brings it, whichever that is.
+    let end = bed.brought_to_an_end(0, run.code, true);
+    println!("attached in its midst: it is {end}");
+    bed.bring_back(0);
+}
+
+/// Nova, which fails to take a server from its host: it has shut it down, and says for ever after that it runs. Nova's
+/// host stands still until the server's task was taken from it, so that it fails every time.
+struct FailingToShelve<'a> {
+    env: &'a OpenStackEnv,
+    server: String,
+}
+
+impl<'a> FailingToShelve<'a> {
+    fn begin(env: &'a OpenStackEnv, server: &str) -> Self {
         env.signal("nova-compute", "STOP");
-        let is_leaving =
-            env.server(&server)["OS-EXT-STS:task_state"].as_str().is_some_and(|task| task.starts_with("shelving"));
-        if !is_leaving {
-            println!("Nova is done already");
-            return env.signal("nova-compute", "CONT");
-        }
-        in_time.set(in_time.get() + 1);
+        Self { env, server: server.to_owned() }
+    }
+
+    /// Nova was asked to shelve it.
+    #[track_caller]
+    fn fail(self) {
+        let (env, server) = (self.env, self.server.clone());
+        assert_eq!(env.server(&server)["OS-EXT-STS:task_state"], "shelving");
         env.server_action(&server, &json!({"os-resetState": {"state": "active"}}));
-        env.signal("nova-compute", "CONT");
+        drop(self);
         // What it does with the domain it does all the same, and fails when it would write down that it is done.
         env.wait_for("the end of its domain", || match std::fs::exists(env.console_file(&server)) {
             Ok(false) => Ok(()),
@@ -185,30 +192,36 @@ fn a_server_that_its_cloud_fails_to_shelve_is_switched_or_comes_back() {
         });
         let shown = env.server(&server);
         assert_eq!((&shown["status"], &shown["OS-EXT-STS:task_state"]), (&json!("ACTIVE"), &Value::Null), "{shown:#}");
-    };
-    let places = [": final delta", ": verifying", ": swapping", "step=Retype"];
-    for place in places.into_iter().filter(|place| every_step() || *place == ": final delta") {
-        let run = touched_at(&bed, place, fail);
-        is_over(&bed, run);
     }
+}
+
+impl Drop for FailingToShelve<'_> {
+    fn drop(&mut self) {
+        // Of a test that failed, too: the others have the same Nova. A second panic would say nothing of the first.
+        let go_on = || self.env.signal("nova-compute", "CONT");
+        if std::thread::panicking() {
+            let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(go_on));
+        } else {
+            go_on();
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs OpenStack"]
+fn a_server_that_its_cloud_fails_to_shelve_is_switched_or_comes_back() {
+    let env = openstack_alone();
+    let mut bed = CloudBed::server(&env, "half", "");
+    bed.replicate();
+    let server = bed.guest().id.clone();
+    let failing = FailingToShelve::begin(&env, &server);
+    let run = touched_at(&bed, "openstack.shelve-server", || failing.fail());
+    is_over(&bed, run);
     // And poolshift is killed there.
-    for (place, undo) in [("step=Retype", true), ("step=StandIn(Source)", false)] {
-        if undo || every_step() {
-            assert!(bed.killed_at(0, "cutover", &[], place), "{place}");
-            fail();
-            println!("killed at {place}: it is {}", bed.brought_to_an_end(0, None, undo));
-            bed.bring_back(0);
-        }
-    }
-    // Where Nova was too fast for all of these.
-    for _ in 0..5 {
-        if in_time.get() == 0 {
-            let run = touched_at(&bed, places[0], fail);
-            is_over(&bed, run);
-        }
-    }
-    assert!(in_time.get() > 0, "it never failed");
-    bed.expect_well(0, "source");
+    let failing = FailingToShelve::begin(&env, &server);
+    bed.killed_at(0, "cutover", &[], "openstack.shelve-server");
+    failing.fail();
+    assert_eq!(bed.brought_to_an_end(0, None, true), "undone");
 }
 
 #[test]
@@ -218,7 +231,7 @@ fn somebody_touches_a_server_that_is_switched() {
     let mut bed = CloudBed::server(&env, "others", "");
     bed.replicate();
     let (server, data) = (bed.guest().id.clone(), bed.servers[0].volumes[1].clone());
-    let unshelve = |api: &crate::openstack_env::OpenStackEnv, owner: bool| {
+    let unshelve = |api: &OpenStackEnv, owner: bool| {
         let (path, body) = (format!("servers/{server}/action"), json!({"unshelve": null}));
         match owner {
             true => api.ask_as_owner(&Method::POST, &path, Some(&body)),
@@ -229,7 +242,7 @@ fn somebody_touches_a_server_that_is_switched() {
     };
 
     // Its owner can't.
-    let run = touched_at(&bed, "step=Aside(Target)", || {
+    let run = touched_at(&bed, "switch.retire-placeholder.target", || {
         env.wait_for_server(&server, "SHELVED_OFFLOADED");
         assert_eq!(env.server(&server)["locked"], true);
         assert_eq!(unshelve(&env, true), 409);
@@ -237,7 +250,7 @@ fn somebody_touches_a_server_that_is_switched() {
     is_over(&bed, run);
 
     // An administrator can.
-    for place in ["step=Aside(Target)", "step=Place(Target)"] {
+    for place in ["switch.retire-placeholder.target", "switch.rename-to-active.target"] {
         let run = touched_at(&bed, place, || {
             env.wait_for_server(&server, "SHELVED_OFFLOADED");
             println!("unshelved: {}", unshelve(&env, false));
@@ -252,27 +265,34 @@ fn somebody_touches_a_server_that_is_switched() {
     }
 
     let other = bed.world.volume_type("sata");
-    let run = touched_at(&bed, ": syncing", || retype(&bed, &data, &other));
+    let run = touched_at(&bed, "cutover.syncing", || retype(&bed, &data, &other));
     retype(&bed, &data, "sata");
-    is_back(&bed, &run, "somebody has retyped it");
+    is_back(&bed, &run);
 }
 
-/// What `status` shows of drift while it is replicated, and whether that holds it.
+/// Waits until `status` shows drift of a kind, by a part of what it says, and that it holds the replication.
+#[track_caller]
+fn shows(bed: &CloudBed<'_>, text: &str, holds: bool) {
+    // Its next cycle may be minutes away, as nothing changes.
+    bed.env.wait_for("the daemon", || match poolshift(["sync-now", &bed.fleet.plan(), "--all"]) {
+        Run { code: Some(0), .. } => Ok(()),
+        run => Err(format!("{run:?}")),
+    });
+    bed.fleet.wait_for_server(0, text, |status| {
+        let drift = status["drift"].as_array().into_iter().flatten();
+        let shown = drift.filter_map(Value::as_str).any(|drift| drift.contains(text));
+        shown && (!holds || status["activity"] == "held" && status["last_error"].to_string().contains(text))
+    });
+}
+
 #[test]
 #[ignore = "needs OpenStack"]
-fn what_somebody_changes_while_it_is_replicated_is_shown() {
+fn a_volume_that_somebody_retypes_while_it_is_replicated_is_shown() {
     let env = openstack();
     let mut bed = CloudBed::detached(&env, 1, "");
     bed.replicate();
     let id = bed.servers[0].volumes[1].clone();
     let other = bed.world.volume_type("sata");
-    let shows = |bed: &CloudBed<'_>, text: &str, holds: bool| {
-        bed.fleet.wait_for_server(0, text, |status| {
-            let drift = status["drift"].as_array().into_iter().flatten();
-            let shown = drift.filter_map(Value::as_str).any(|drift| drift.contains(text));
-            shown && (!holds || status["activity"] == "held" && status["last_error"].to_string().contains(text))
-        });
-    };
     retype(&bed, &id, &other);
     bed.fleet.start_daemon();
     shows(&bed, "somebody has given volume", true);
@@ -284,9 +304,15 @@ fn what_somebody_changes_while_it_is_replicated_is_shown() {
         status["drift"].as_array().is_none_or(Vec::is_empty) && status["point"].is_object()
     });
     bed.fleet.stop_daemon();
-    if !every_step() {
-        return;
-    }
+}
+
+#[test]
+#[ignore = "exhaustive; needs OpenStack"]
+fn what_somebody_does_with_volumes_while_they_are_replicated_is_shown() {
+    let env = openstack();
+    let mut bed = CloudBed::detached(&env, 1, "");
+    bed.replicate();
+    let id = bed.servers[0].volumes[1].clone();
     let attachment = attach(&bed, &id);
     bed.fleet.start_daemon();
     shows(&bed, "it was attached to server", false);
@@ -337,17 +363,11 @@ fn what_somebody_does_with_a_server_while_it_is_replicated_is_shown() {
     let env = openstack();
     let mut bed = CloudBed::server(&env, "drift", "");
     bed.replicate();
-    let shows = |bed: &CloudBed<'_>, text: &str| {
-        bed.fleet.wait_for_server(0, text, |status| {
-            let drift = status["drift"].as_array().into_iter().flatten();
-            drift.filter_map(Value::as_str).any(|drift| drift.contains(text))
-        });
-    };
     let server = bed.guest().id.clone();
     let [more] = &bed.world.volumes(&[unique("more")])[..] else { panic!("one") };
     bed.world.attach(&server, more);
     bed.fleet.start_daemon();
-    shows(&bed, "that the plan does not have");
+    shows(&bed, "that the plan does not have", false);
     bed.fleet.stop_daemon();
     for id in [more, &bed.servers[0].volumes[1]] {
         let path = format!("servers/{server}/os-volume_attachments/{id}");
@@ -355,11 +375,10 @@ fn what_somebody_does_with_a_server_while_it_is_replicated_is_shown() {
         env.wait_for_volume(id, "available");
     }
     bed.fleet.start_daemon();
-    shows(&bed, "is not with its server");
+    shows(&bed, "is not with its server", false);
     bed.fleet.stop_daemon();
-    let refused = bed.run(0, "cutover", &["--yes"]).expect_code(14);
-    assert!(format!("{refused:?}").contains("it has not the volume"), "{refused:?}");
+    bed.run(0, "cutover", &["--yes"]).expect_code(14);
     bed.world.delete_server(&server);
     bed.fleet.start_daemon();
-    shows(&bed, "the cloud has no server");
+    shows(&bed, "the cloud has no server", false);
 }
