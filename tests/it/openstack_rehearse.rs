@@ -140,7 +140,7 @@ fn a_rehearsal_of_a_cloud_s_server_that_is_killed_leaves_no_trace_for_long() {
     let mut bed = CloudBed::server(&env, "struck", ", rehearsal = { console = \"GUEST READY\" }");
     bed.replicate();
     let _clean_up = CleanUp(&bed);
-    is_killed(&bed, "openstack.manage-image", true);
+    is_killed(&bed, "rehearsal.cloned", true);
     is_killed(&bed, "openstack.create-server", true);
     bed.expect_well(0, "source");
 }
@@ -149,10 +149,13 @@ fn a_rehearsal_of_a_cloud_s_server_that_is_killed_leaves_no_trace_for_long() {
 #[ignore = "exhaustive; needs OpenStack"]
 fn a_rehearsal_of_a_cloud_s_server_is_killed_at_every_place() {
     const PLACES: &[&str] = &[
+        "rehearsal.cloned",
         "openstack.manage-image",
         "openstack.manage-image#2",
         "openstack.write-the",
         "openstack.create-server",
+        "rehearsal.launched",
+        "rehearsal.judged",
         "openstack.delete-server",
         "openstack.unmanage-volume",
         "openstack.unmanage-volume#2",

@@ -22,11 +22,6 @@ pub(crate) struct CephEnv {
     pub _turn: Arc<Turn>,
 }
 
-/// Whether all that can be tried is to be tried (`POOLSHIFT_TEST_EVERY_STEP=1`), which takes hours, and not a part of it.
-pub(crate) fn every_step() -> bool {
-    std::env::var_os("POOLSHIFT_TEST_EVERY_STEP").is_some_and(|value| value == "1")
-}
-
 /// A test's turn on a bed: any number of tests side by side, or one alone. It is a lock on a file in the cluster's
 /// folder, so it also holds between tests that run in processes of their own, and ends with the process.
 #[derive(Debug)]
