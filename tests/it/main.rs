@@ -17,6 +17,8 @@ mod ceph_relations;
 mod ceph_vm;
 mod ceph_vm_provider;
 mod cli;
+#[cfg(debug_assertions)]
+mod cloud_contract;
 mod cutover_bed;
 mod files;
 mod fleet_commands;
