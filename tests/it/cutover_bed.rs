@@ -384,21 +384,6 @@ impl Running {
         Some(line)
     }
 
-    /// Reads on until it tells that it is at a phase; says whether it did, before its end.
-    pub(crate) fn until(&mut self, phase: &str) -> bool {
-        self.until_line(|line| line.trim_end().ends_with(&format!(": {phase}")))
-    }
-
-    /// Reads on until it has told a line like that; says whether it did, before its end.
-    pub(crate) fn until_line(&mut self, wanted: impl Fn(&str) -> bool) -> bool {
-        while let Some(line) = self.take_line() {
-            if wanted(&line) {
-                return true;
-            }
-        }
-        false
-    }
-
     pub(crate) fn id(&self) -> u32 {
         self.child.id()
     }

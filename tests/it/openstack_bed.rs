@@ -286,7 +286,7 @@ impl<'a> CloudBed<'a> {
             };
             let _ = write!(
                 plan,
-                "[[server]]\nname = \"{name}\"\ncutover = {{ openstack = {{ {holder}limit = \"90s\"{more} }} }}\n"
+                "[[server]]\nname = \"{name}\"\ncutover = {{ openstack = {{ {holder}limit = \"180s\"{more} }} }}\n"
             );
             for (number, id) in volumes.iter().enumerate() {
                 let (boot, source, idle) = (number == 0, source(id), idle(id));

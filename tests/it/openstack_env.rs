@@ -14,7 +14,7 @@ use crate::support::{CephEnv, Turn, ceph, required, set_variables};
 use crate::vm::{clients, rbd, rbd_command, run, run_for_text};
 
 /// How long anything of the cloud's may take.
-const PATIENCE: Duration = Duration::from_secs(180);
+const PATIENCE: Duration = Duration::from_secs(300);
 /// How often it is looked.
 const POLL: Duration = Duration::from_millis(100);
 

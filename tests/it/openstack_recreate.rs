@@ -44,7 +44,7 @@ impl<'a> Again<'a> {
         let _ = write!(
             plan,
             "[[server]]\nname = \"web\"\ncutover = {{ openstack = {{ server = \"{planned}\", strategy = \"recreate\", limit \
-             = \"90s\" }} }}\n"
+             = \"180s\" }} }}\n"
         );
         for (number, id) in volumes.iter().enumerate() {
             let boot = number == 0;

@@ -45,7 +45,7 @@ impl<'a> Batch<'a> {
                 plan,
                 "[[volume]]\nname = \"v{number}\"\nsource = \"rbd:{}\"\ntarget = \"rbd:sas/poolshift-{id}\"\n\
                  cinder = {{ volume = \"{id}\", from_type = \"sata\", to_type = \"sas\" }}\n\
-                 cutover = {{ openstack = {{ strategy = \"retype\", limit = \"90s\" }} }}\n",
+                 cutover = {{ openstack = {{ strategy = \"retype\", limit = \"180s\" }} }}\n",
                 image("sata", id)
             );
         }
