@@ -97,7 +97,11 @@ impl Volume {
 
     /// A sync that is stopped at a failpoint.
     pub(crate) async fn sync_stopped_at(&self, failpoint: &'static str) -> Running {
-        let command = self.sync_command(&[]);
+        self.sync_with_stopped_at(&[], failpoint).await
+    }
+
+    pub(crate) async fn sync_with_stopped_at(&self, words: &[&str], failpoint: &'static str) -> Running {
+        let command = self.sync_command(words);
         Running(blocking(move || stopped_at(command, failpoint)).await)
     }
 
@@ -182,13 +186,11 @@ impl Volume {
     }
 
     /// Starts a sync that writes slowly, and gives it back, running, when it has written its first batch of several.
-    pub(crate) async fn writing(&mut self, words: &[&str]) -> (Running, InFlight) {
+    pub(crate) async fn writing(&mut self) -> Running {
         self.throttle(MIB).await;
-        let command = self.sync_command(words);
-        let run = blocking(move || stopped_at(command, "apply.batch")).await;
-        let in_flight = self.in_flight().await.expect("it is in the middle of its writes");
+        let run = self.sync_stopped_at("apply.batch").await;
         run.resume();
-        (Running(run), in_flight)
+        run
     }
 }
 
@@ -411,7 +413,7 @@ async fn a_second_run_names_the_first() {
     let mut volume = Volume::new(&env, "second", 13, 48 * MIB).await;
     volume.converge("at first").await;
     volume.write().await;
-    let (first, _) = volume.writing(&[]).await;
+    let first = volume.writing().await;
     let second = volume.start_sync().finish().await.expect_code(6);
     volume.no_throttle().await;
     assert!(second.stderr.contains(&format!("process {} on ", first.0.id())), "{}", second.stderr);

@@ -41,7 +41,7 @@ async fn an_osd_that_comes_back_and_one_that_does_not() {
     volume.converge("at first").await;
     // Stopped and started in the middle of the writes: the run waits for it and goes on.
     volume.write().await;
-    let (run, _) = volume.writing(&[]).await;
+    let run = volume.writing().await;
     Disturbed::osd_stopped(&env, 1).undo();
     volume.no_throttle().await;
     let run = run.finish().await;
@@ -50,13 +50,13 @@ async fn an_osd_that_comes_back_and_one_that_does_not() {
     volume.converge("after the OSD came back").await;
     // It stays away: a bounded wait, and an error that says to run again.
     volume.write().await;
-    let (run, _) = volume.writing(&["--io-timeout", "3"]).await;
+    let run = volume.sync_with_stopped_at(&["--io-timeout", "5"], "apply.batch").await;
     let stopped = Disturbed::osd_stopped(&env, 1);
+    run.resume();
     let begun = Instant::now();
     let run = run.finish().await;
     let waited = begun.elapsed();
     stopped.undo();
-    volume.no_throttle().await;
     let run = run.expect_code(7);
     assert!(run.stderr.contains("did not answer in time"), "{}", run.stderr);
     assert!(waited < Duration::from_secs(60), "{waited:?}");
