@@ -30,8 +30,12 @@ pub(crate) use failpoint;
 mod armed {
     use std::collections::HashMap;
     use std::sync::{LazyLock, Mutex, PoisonError};
+    use std::time::Duration;
 
     use rustix::process::{Signal, getpid, kill_process};
+
+    /// How long a signal may take until it has stopped all threads.
+    const TAKES_EFFECT: Duration = Duration::from_millis(200);
 
     /// What is done at a failpoint, and how often it has to be reached before.
     struct Armed {
@@ -76,8 +80,9 @@ mod armed {
             *count
         };
         if let Some(armed) = ARMED.iter().find(|armed| armed.name == name && armed.count == count) {
-            // A signal that a process sends to itself is delivered before the call returns.
             let _ = kill_process(getpid(), armed.signal);
+            // The kernel may give the signal to another thread: this one goes no further until it has taken effect.
+            std::thread::sleep(TAKES_EFFECT);
         }
     }
 
@@ -106,7 +111,7 @@ mod armed {
 pub(crate) use armed::{reach, reach_blocking};
 
 /// The failpoints of one thread's unit tests: a simulated process is killed at the N-th place that it reaches.
-#[cfg(test)]
+#[cfg(all(test, debug_assertions))]
 pub(crate) mod script {
     use std::cell::RefCell;
     use std::sync::Arc;

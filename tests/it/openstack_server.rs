@@ -77,7 +77,7 @@ fn what_stands_in_the_way_of_volumes_is_named_and_left_alone() {
     let foreign = format!("sas/volume-{id}");
     env.rbd(&["create", &foreign, "--size", "7M"]);
     env.rbd(&["image-meta", "set", &foreign, "whose", "somebody's"]);
-    refused("");
+    refused("does not know");
     assert_eq!(env.rbd(&["image-meta", "get", &foreign, "whose"]).trim(), "somebody's");
     env.rbd(&["rm", "--no-progress", &foreign]);
 

@@ -2,12 +2,13 @@
 //!
 //! It answers as the real services do, and lies as they do: a request is accepted (202) before anything is done, and
 //! may come to nothing; lists lag behind; states are passed through one after the other. All of its time is tokio's, so
-//! with a paused clock hours pass in an instant. What it does is held to the real services by the contract tests of
-//! `tests/it/cloud_contract.rs`, which run against both; the answers were recorded on OpenStack Zed.
+//! with a paused clock hours pass in an instant. Its states, answers and times were recorded on OpenStack Zed;
+//! `tests/it/cloud_contract.rs` holds most of them to the real services. Not simulated are types with QoS, quotas, lists in
+//! pages, Neutron, and the strategies recreate and retype.
 //!
 //! | part | what it is |
 //! |---|---|
-//! | [`state`](self) | volumes, servers, and what happens at which time |
+//! | `state` | volumes, servers, and what happens at which time |
 //! | `cinder`, `nova` | what the requests do |
 //! | `guest` | what a running server does with the images it has open |
 //! | `http` | requests and answers, tokens |

@@ -81,8 +81,8 @@ pub struct Script {
     changes: Vec<String>,
     /// The different ones that only read.
     reads: Vec<String>,
-    /// Whether the trouble has come about.
-    struck: bool,
+    /// The request with which the trouble first came about.
+    struck: Option<String>,
     outage: Option<Instant>,
     ended: Option<String>,
     killed: Arc<Notify>,
@@ -118,7 +118,12 @@ impl Script {
 
     /// Whether the trouble has come about.
     pub fn has_struck(&self) -> bool {
-        self.struck
+        self.struck.is_some()
+    }
+
+    /// The request with which the trouble first came about.
+    pub fn struck(&self) -> Option<&str> {
+        self.struck.as_deref()
     }
 
     /// Notified when whoever makes the requests is killed.
@@ -140,7 +145,7 @@ impl Script {
             return Fate::TokenRefused;
         }
         let Some(trouble) = self.trouble(call, changes, token) else { return Fate::CarriedOut };
-        self.struck = true;
+        self.struck.get_or_insert_with(|| call.to_owned());
         match trouble {
             Trouble::TokenEnded => {
                 // Where each request has it, the next token is as good as the one before.

@@ -51,7 +51,7 @@ pub mod retype;
 mod server;
 mod stand_in;
 mod switch;
-#[cfg(test)]
+#[cfg(all(test, debug_assertions))]
 mod tests;
 mod volumes;
 

@@ -15,9 +15,9 @@
 //!   a placeholder.
 //! - An image that poolshift does not know is neither renamed nor removed.
 
-use crate::cutover::journal::kept_name;
 use std::sync::Arc;
 
+use crate::cutover::journal::kept_name;
 use crate::image::pools::{Named, Pools, VolumeImage};
 use crate::image::rbd::Connector;
 use crate::image::{ErrorKind, ImageError, ImageSpec};
