@@ -114,7 +114,7 @@ impl World {
             name: planned.name.clone(),
             volumes: disks_of(planned).into_iter().zip(&self.volumes).map(volume).collect(),
             provider: Arc::new(provider),
-            retention: planned.retention.clone(),
+            retention: planned.retention,
         }
     }
 
