@@ -8,7 +8,7 @@ use crate::cutover_bed::stopped_at;
 use crate::openstack_bed::CloudBed;
 use crate::openstack_env::{OpenStackEnv, Service, openstack, openstack_alone};
 use crate::openstack_world::unique;
-use crate::support::{Run, poolshift};
+use crate::support::Run;
 
 /// What a command was told, and what the test does while it is stopped at a failpoint.
 fn touched_at(bed: &CloudBed<'_>, place: &str, touch: impl FnOnce()) -> Run {
@@ -273,11 +273,6 @@ fn somebody_touches_a_server_that_is_switched() {
 /// Waits until `status` shows drift of a kind, by a part of what it says, and that it holds the replication.
 #[track_caller]
 fn shows(bed: &CloudBed<'_>, text: &str, holds: bool) {
-    // Its next cycle may be minutes away, as nothing changes.
-    bed.env.wait_for("the daemon", || match poolshift(["sync-now", &bed.fleet.plan(), "--all"]) {
-        Run { code: Some(0), .. } => Ok(()),
-        run => Err(format!("{run:?}")),
-    });
     bed.fleet.wait_for_server(0, text, |status| {
         let drift = status["drift"].as_array().into_iter().flatten();
         let shown = drift.filter_map(Value::as_str).any(|drift| drift.contains(text));
