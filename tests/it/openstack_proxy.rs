@@ -14,6 +14,7 @@ use http_body_util::{BodyExt as _, Full};
 use hyper::body::Incoming;
 use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
+use poolshift::openstack::sim::trouble::{OUTAGE, Trouble};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::cutover_bed::Running;
@@ -21,63 +22,15 @@ use crate::openstack_bed::CloudBed;
 use crate::openstack_env::{OpenStackEnv, host, openstack};
 use crate::support::Run;
 
-/// What becomes of a call.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Trouble {
-    /// It is answered with that status, and not passed on; with 429, it is said for how long to wait.
-    Refused(u16),
-    /// The same, and nothing is said of how long to wait.
-    RefusedJustSo(u16),
-    /// It is not answered, and not passed on.
-    Lost,
-    /// It is passed on, and not answered.
-    Unanswered,
-    /// It is said to be accepted, and not passed on.
-    Pretended,
-    /// The same, with every further call like it.
-    AlwaysPretended,
-    /// Its token is not accepted any more, there or later.
-    TokenEnded,
-    /// It is passed on, and then its token is revoked.
-    TokenRevoked,
-    /// It is not answered, nor is anything else for a while.
-    Outage,
-    /// It is passed on, and who has made it is killed.
-    Killed,
-}
-
-const ALL: [Trouble; 13] = [
-    Trouble::Refused(400),
-    Trouble::Refused(500),
-    Trouble::Refused(409),
-    Trouble::Refused(429),
-    Trouble::RefusedJustSo(429),
-    Trouble::Lost,
-    Trouble::Unanswered,
-    Trouble::Pretended,
-    Trouble::AlwaysPretended,
-    Trouble::TokenEnded,
-    Trouble::TokenRevoked,
-    Trouble::Outage,
-    Trouble::Killed,
-];
-
-/// What may be with a call that only reads.
-const OF_READS: [Trouble; 5] =
-    [Trouble::Refused(500), Trouble::Refused(429), Trouble::Lost, Trouble::Unanswered, Trouble::TokenEnded];
-
 /// The two ways: the command, what it is told, and the side that the server is on then.
 const OVER_AND_BACK: [(&str, &[&str], &str); 2] =
     [("cutover", &[], "target"), ("rollback", &["--with-changes"], "source")];
-
-/// How long an outage is: longer than any call is repeated by itself.
-const OUTAGE: Duration = Duration::from_secs(20);
 
 /// Those that are tried.
 fn troubles() -> Vec<Trouble> {
     let some = std::env::var("POOLSHIFT_TEST_TROUBLES").unwrap_or_default();
     let is_wanted = |trouble: &Trouble| some.split_whitespace().any(|name| name == format!("{trouble:?}"));
-    ALL.into_iter().filter(|trouble| some.is_empty() || is_wanted(trouble)).collect()
+    Trouble::ALL.into_iter().filter(|trouble| some.is_empty() || is_wanted(trouble)).collect()
 }
 
 /// What the proxy is to do, and what it has done.
@@ -539,7 +492,7 @@ fn with_a_nova_that_lags(bed: &CloudBed<'_>, proxy: &Proxy) {
 }
 
 fn every_read_with_every_trouble(bed: &CloudBed<'_>, proxy: &Proxy) {
-    for trouble in OF_READS {
+    for trouble in Trouble::OF_READS {
         for way in OVER_AND_BACK {
             with_reads_that_fail(bed, proxy, trouble, way);
         }
