@@ -41,13 +41,13 @@ pub fn placeholder_name(name: &str) -> String {
 
 /// What has a name in a pool.
 #[derive(Debug)]
-pub enum Named {
+pub enum Named<I = Arc<dyn VolumeImage>> {
     /// Nothing.
     Nothing,
     /// A placeholder.
-    Placeholder(Arc<dyn VolumeImage>),
+    Placeholder(I),
     /// An image.
-    Image(Arc<dyn VolumeImage>),
+    Image(I),
 }
 
 /// The image of a volume, or its placeholder.

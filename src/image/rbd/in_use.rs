@@ -12,24 +12,13 @@ use async_trait::async_trait;
 
 use super::target::STATE_KEY;
 use super::{Connector, CreateOptions, RbdImage};
-use crate::image::pools::{self, LIMIT_KEYS, Limits, Pools, VolumeImage, placeholder_name};
+use crate::image::pools::{LIMIT_KEYS, Limits, Named, Pools, VolumeImage, placeholder_name};
 use crate::image::{Disk as _, ErrorKind, ImageError, ImageSpec, Result, SourceImage as _};
 
 /// The metadata key of the mark.
 const MARK_KEY: &str = "poolshift.placeholder";
 /// The size of a placeholder, in bytes: one object.
 const PLACEHOLDER_SIZE: u64 = 4 << 20;
-
-/// What has a name in a pool.
-#[derive(Debug)]
-pub enum Named {
-    /// Nothing.
-    Nothing,
-    /// A placeholder.
-    Placeholder(RbdImage),
-    /// An image.
-    Image(RbdImage),
-}
 
 /// Where an image is, by the names of its pool and namespace, or why it can't be on RBD.
 fn place_of(spec: &ImageSpec) -> Result<(&str, Option<&str>, &str)> {
@@ -52,7 +41,7 @@ impl Connector {
     }
 
     /// What has that name.
-    pub async fn named(&self, pool: &str, namespace: Option<&str>, name: &str) -> Result<Named> {
+    pub async fn named(&self, pool: &str, namespace: Option<&str>, name: &str) -> Result<Named<RbdImage>> {
         match RbdImage::open_target(self, pool, namespace, name).await {
             Ok(image) if image.is_placeholder().await? => Ok(Named::Placeholder(image)),
             Ok(image) => Ok(Named::Image(image)),
@@ -166,11 +155,11 @@ impl VolumeImage for RbdImage {
 
 #[async_trait]
 impl Pools for Connector {
-    async fn named(&self, pool: &str, namespace: Option<&str>, name: &str) -> Result<pools::Named> {
+    async fn named(&self, pool: &str, namespace: Option<&str>, name: &str) -> Result<Named> {
         Ok(match self.named(pool, namespace, name).await? {
-            Named::Nothing => pools::Named::Nothing,
-            Named::Placeholder(image) => pools::Named::Placeholder(Arc::new(image)),
-            Named::Image(image) => pools::Named::Image(Arc::new(image)),
+            Named::Nothing => Named::Nothing,
+            Named::Placeholder(image) => Named::Placeholder(Arc::new(image)),
+            Named::Image(image) => Named::Image(Arc::new(image)),
         })
     }
 

@@ -52,7 +52,6 @@ mod view;
 use errors::Failure;
 use lease::Held;
 
-pub use in_use::Named;
 pub use pool_list::{PoolImage, PoolSpace};
 pub use relations::{
     FlattenBound, FlattenCost, FlattenProgress, Flattened, RbdLink, RbdParentLink, RbdRelations, RbdSnapshot,
