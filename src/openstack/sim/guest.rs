@@ -12,12 +12,13 @@ fn address(server: &str) -> String {
 }
 
 impl State {
-    /// The guest opens the image that it was told for a volume; it must hold all that was written to the volume.
-    /// `false` if there is no such image.
+    /// The guest opens the image that it was told for a volume, and writes to it; it must hold all that was written to the
+    /// volume, and accept the write. `false` if there is no such image.
     pub(super) fn open(&mut self, server: &str, volume: &str) -> bool {
         let Some(found) = self.volume(volume) else { return false };
         let told = found.records.iter().find(|record| record.server == server).and_then(|record| record.image.clone());
-        let Some((pool, name)) = told.as_deref().and_then(|told| told.split_once('/')) else { return false };
+        let told = told.unwrap_or_default();
+        let Some((pool, name)) = told.split_once('/') else { return false };
         let Some(image) = self.pools.find(pool, name) else { return false };
         if image.bytes_at(&Point::Head).as_ref() != Some(&found.acknowledged) {
             let what = format!("server {server} opens {pool}/{name}, which lacks what was written to volume {volume}");
@@ -27,7 +28,10 @@ impl State {
         let volume = volume.to_owned();
         if let Some(server) = self.server_mut(server) {
             server.open.retain(|(opened, _)| *opened != volume);
-            server.open.push((volume, image));
+            server.open.push((volume.clone(), image.clone()));
+        }
+        if !self.write_to(server, &volume, &image) {
+            self.violate(format!("server {server} opens {told:?}, to which it may not write"));
         }
         true
     }
@@ -57,15 +61,18 @@ impl State {
         }
     }
 
-    fn write_to(&mut self, server: &str, volume: &str, image: &MemoryImage) {
+    /// Whether the write was accepted.
+    fn write_to(&mut self, server: &str, volume: &str, image: &MemoryImage) -> bool {
         self.counter = self.counter.wrapping_add(1).max(1);
-        let Some(found) = self.volumes.iter_mut().find(|found| found.id == volume) else { return };
+        let Some(found) = self.volumes.iter_mut().find(|found| found.id == volume) else { return false };
         let size = found.acknowledged.len();
         let (at, length) = (fastrand::usize(..size - 64), fastrand::usize(1..64));
         let data = vec![self.counter; length];
-        if image.write_at_server(&address(server), at as u64, &data).is_ok() {
+        let accepted = image.write_at_server(&address(server), at as u64, &data).is_ok();
+        if accepted {
             found.acknowledged[at..at + length].copy_from_slice(&data);
         }
+        accepted
     }
 
     /// What is wrong with a server that is to run from these images, by volume; and how it has its volumes.

@@ -15,8 +15,9 @@
 //! | [`trouble`] | requests that fail |
 //!
 //! What must never happen is noted as a violation: Cinder moves an image that is no placeholder, or deletes one of the
-//! volume's name in the pool it moves to; a server starts from images that lack what it wrote; a server is unshelved
-//! before Nova has forgotten its host.
+//! volume's name in the pool it moves to; a server starts from images that lack what it wrote, or to which it may not
+//! write; a volume that Cinder is at is to be kept for a shelved server; a server is unshelved before Nova has forgotten its
+//! host.
 
 mod cinder;
 mod guest;

@@ -96,6 +96,10 @@ impl State {
     fn keep(&mut self, server: &str, volume: &str) {
         let id = self.new_id(3);
         let Some(volume) = self.volume_mut(volume) else { return };
+        if !["in-use", "reserved"].contains(&volume.status.as_str()) {
+            let what = format!("Nova can't keep volume {} for server {server}: it is {}", volume.id, volume.status);
+            return self.violate(what);
+        }
         for record in volume.records.iter_mut().filter(|record| record.server == server) {
             *record = Record { id: id.clone(), status: "reserved", image: None, ..record.clone() };
         }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use tokio_util::sync::CancellationToken;
 
@@ -17,9 +17,12 @@ use crate::cutover::{self, Observer, Options, Server, Volume};
 use crate::failpoint::script as failpoints;
 use crate::fleet::group;
 use crate::image::memory::{MemoryImage, MemoryPools};
-use crate::image::{Disk, Layout, Point};
+use crate::image::{Disk, Layout, Point, SourceImage as _};
 use crate::openstack::sim::{SimCloud, VolumeEnd};
 use crate::plan::{Cutover, Plan};
+
+/// Where somebody is who has nothing to do with the cloud.
+const STRANGER: &str = "10.0.0.9:0/9";
 
 /// Who has the volumes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,14 +44,28 @@ pub(super) struct World {
     server: Option<String>,
     /// How the server had its volumes in the beginning.
     had: Vec<(String, String, bool)>,
+    /// What a stranger could have done.
+    exposed: Mutex<Vec<String>>,
 }
 
-/// Has the servers of the cloud write at every phase in which they run.
-struct Writing<'a>(&'a SimCloud);
+/// What others do at every phase: the servers of the cloud write, and a stranger looks for a way to lose data.
+struct Others<'a> {
+    world: &'a World,
+    to: Side,
+}
 
-impl Observer for Writing<'_> {
-    fn phase(&self, _phase: Phase) {
-        self.0.write();
+impl Observer for Others<'_> {
+    fn phase(&self, phase: Phase) {
+        self.world.cloud.write();
+        for volume in &self.world.volumes {
+            let [source, target] = self.world.images(volume);
+            let (leaving, arriving, pool) = match self.to {
+                Side::Target => (source, target, "sas"),
+                Side::Source => (target, source, "sata"),
+            };
+            self.world.start_early((volume, pool), &arriving, phase);
+            self.world.write_late(&leaving, phase);
+        }
     }
 }
 
@@ -68,7 +85,7 @@ impl World {
         let plan = Plan::parse(&plan_of(held, server.as_deref(), &volumes), Path::new("plan.toml"));
         let plan = plan.unwrap_or_else(|error| panic!("{error:?}"));
         let had = server.as_ref().map(|id| cloud.server(id, &BTreeMap::new()).expect("it runs")).unwrap_or_default();
-        let world = Self { cloud, held, plan, volumes, server, had };
+        let world = Self { cloud, held, plan, volumes, server, had, exposed: Mutex::default() };
         let opened = world.process();
         let sides = Sides { server: &opened, to: Side::Target };
         struct Silent;
@@ -82,6 +99,33 @@ impl World {
     /// Has all servers write.
     pub(super) fn write(&self) {
         self.cloud.write();
+    }
+
+    /// As long as an image is written by the copy, nobody who starts the server may get it.
+    fn start_early(&self, (volume, pool): (&str, &str), arriving: &MemoryImage, phase: Phase) {
+        let is_written = matches!(
+            phase,
+            Phase::Syncing | Phase::Converged | Phase::Quiescing | Phase::FinalDelta | Phase::Verifying
+        );
+        let in_use = self.cloud.pools().find(pool, &format!("volume-{volume}"));
+        if is_written && in_use.is_some_and(|image| image.is_same(arriving)) {
+            self.expose(format!("{phase}: a server that is started gets volume {volume} while it is written"));
+        }
+    }
+
+    /// From the last delta until the server runs on the other side, nobody may write to what is left.
+    fn write_late(&self, leaving: &MemoryImage, phase: Phase) {
+        if matches!(phase, Phase::FinalDelta | Phase::Verifying | Phase::Swapping | Phase::Resuming) {
+            leaving.open_as_server(STRANGER);
+            if leaving.write_at_server(STRANGER, 0, b"late").is_ok() {
+                self.expose(format!("{phase}: somebody may write to {}", leaving.location()));
+            }
+            leaving.close_as_server(STRANGER);
+        }
+    }
+
+    fn expose(&self, what: String) {
+        self.exposed.lock().expect("no test panics with it").push(what);
     }
 
     /// The images of a volume, under whichever of their names: on the source, and on the target.
@@ -129,7 +173,7 @@ impl World {
     /// Cuts over, as a process of its own; `None` if that is killed.
     pub(super) async fn cut_over(&self) -> End {
         let (server, options, cancel) = (self.process(), Options::default(), CancellationToken::new());
-        let observer = Writing(&self.cloud);
+        let observer = Others { world: self, to: Side::Target };
         tokio::select! {
             ended = cutover::cutover(&server, &options, &observer, &cancel) => Some(ended),
             () = self.killed() => None,
@@ -139,7 +183,7 @@ impl World {
     /// Rolls back with the changes, as a process of its own; `None` if that is killed.
     pub(super) async fn roll_back(&self) -> End {
         let (server, options, cancel) = (self.process(), Options::default(), CancellationToken::new());
-        let observer = Writing(&self.cloud);
+        let observer = Others { world: self, to: Side::Source };
         tokio::select! {
             ended = cutover::rollback(&server, Some(Changes::Carry), &options, &observer, &cancel) => Some(ended),
             () = self.killed() => None,
@@ -183,7 +227,8 @@ impl World {
                 return Err(format!("the server has {has:?}, and had {:?}", self.had));
             }
         }
-        match self.cloud.violations() {
+        let exposed = self.exposed.lock().expect("no test panics with it").clone();
+        match [self.cloud.violations(), exposed].concat() {
             none if none.is_empty() => Ok(side),
             some => Err(some.join("; ")),
         }
