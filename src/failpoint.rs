@@ -122,6 +122,8 @@ pub(crate) mod script {
     struct Script {
         reached: Vec<String>,
         kill_at: Option<usize>,
+        /// The name of the only places that count for `kill_at`; `None`: all of them.
+        name: Option<&'static str>,
         killed: Arc<Notify>,
     }
 
@@ -134,7 +136,12 @@ pub(crate) mod script {
         SCRIPT.set(Script { kill_at, ..Script::default() });
     }
 
-    /// The places that were reached since [`begin`], in their order.
+    /// The same, at the `kill_at`-th place of that name.
+    pub(crate) fn begin_at(name: &'static str, kill_at: usize) {
+        SCRIPT.set(Script { kill_at: Some(kill_at), name: Some(name), ..Script::default() });
+    }
+
+    /// The places that were reached since [`begin`] or [`begin_at`], in their order.
     pub(crate) fn reached() -> Vec<String> {
         SCRIPT.with_borrow(|script| script.reached.clone())
     }
@@ -148,7 +155,9 @@ pub(crate) mod script {
     pub(super) async fn reach(name: &str) {
         let dies = SCRIPT.with_borrow_mut(|script| {
             script.reached.push(name.to_owned());
-            let dies = script.kill_at == Some(script.reached.len());
+            let counts = |place: &str| script.name.is_none_or(|only| only == place);
+            let so_far = script.reached.iter().filter(|place| counts(place)).count();
+            let dies = counts(name) && script.kill_at == Some(so_far);
             if dies {
                 script.killed.notify_one();
             }

@@ -207,8 +207,9 @@ impl Drop for FailingToShelve<'_> {
     }
 }
 
+/// Every run does this to the simulated cloud, under the same name.
 #[test]
-#[ignore = "needs OpenStack"]
+#[ignore = "exhaustive; needs OpenStack"]
 fn a_server_that_its_cloud_fails_to_shelve_is_switched_or_comes_back() {
     let env = openstack_alone();
     let mut bed = CloudBed::server(&env, "half", "");

@@ -176,18 +176,19 @@ fn a_fleet_of_a_cloud_is_planned_replicated_rehearsed_and_cut_over() {
 #[test]
 #[ignore = "needs OpenStack"]
 fn two_servers_of_a_cloud_are_cut_over_at_once() {
-    are_cut_over_at_once(2);
+    are_cut_over_at_once(2, false);
 }
 
 /// With ten emulated guests on two busy cores it takes twenty minutes.
 #[test]
 #[ignore = "exhaustive; needs OpenStack"]
 fn ten_servers_of_a_cloud_are_cut_over_at_once() {
-    are_cut_over_at_once(10);
+    are_cut_over_at_once(10, true);
 }
 
+/// So many at once; with `back`, all of them back at once, too.
 #[track_caller]
-fn are_cut_over_at_once(many: usize) {
+fn are_cut_over_at_once(many: usize, back: bool) {
     let env = openstack();
     let mut bed = CloudBed::unplanned(&env, "many", many);
     let on_source = usage(&env);
@@ -218,7 +219,9 @@ fn are_cut_over_at_once(many: usize) {
     }
     expect_usage(&env, &on_target);
 
-    // All of them back at once, too.
+    if !back {
+        return;
+    }
     let begun = Instant::now();
     let words = ["--all", "--parallel", "10", "--with-changes", "--yes", "--json"];
     let run = poolshift([&["rollback", &bed.fleet.plan()], &words[..]].concat());

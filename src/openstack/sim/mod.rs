@@ -136,6 +136,11 @@ impl SimCloud {
         self.lock().lag = lag;
     }
 
+    /// Has Nova fail the next so many shelves half way: the guest is shut down, and the server shown as it was.
+    pub fn fail_shelves(&self, many: usize) {
+        self.lock().shelves_to_fail = many;
+    }
+
     /// Has every running server write to all of its volumes.
     pub fn write(&self) {
         self.lock().write();

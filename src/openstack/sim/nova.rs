@@ -76,6 +76,10 @@ impl State {
         let id = id.to_owned();
         self.after(STOPS, move |state| {
             state.close_all(&id);
+            if state.shelves_to_fail > 0 {
+                state.shelves_to_fail -= 1;
+                return state.set(&id, |server| server.task = None);
+            }
             let volumes = state.volumes_of(&id);
             let mut later = 300;
             for volume in volumes {

@@ -95,6 +95,8 @@ pub(super) struct State {
     pub(super) violations: Vec<String>,
     /// For how long Nova names a volume after Cinder has released it, if it lags; and Cinder reserves it.
     pub(super) lag: Option<Duration>,
+    /// How many servers are still to be shut down and not taken from their host when they are shelved.
+    pub(super) shelves_to_fail: usize,
     pub(super) tokens: Vec<String>,
     pub(super) tokens_made: u64,
     /// Notified when something more is to happen.
@@ -112,6 +114,7 @@ impl State {
             servers: Vec::new(),
             violations: Vec::new(),
             lag: None,
+            shelves_to_fail: 0,
             tokens: Vec::new(),
             tokens_made: 0,
             more: Arc::default(),

@@ -253,3 +253,31 @@ async fn a_nova_that_lags_behind_cinder_is_waited_for() {
         judge(&world, &ended, way, (true, &format!("{milliseconds} ms, {way:?}"))).await;
     }
 }
+
+/// A Nova that shuts a server down and does not take it from its host, once, more often or always, and a process that is
+/// killed then: the server is switched, or runs where it was.
+#[tokio::test(start_paused = true)]
+async fn a_server_that_its_cloud_fails_to_shelve_is_switched_or_comes_back() {
+    const ASKED: &str = "openstack.shelve-server";
+    let (mut ends, mut kills) = (Ends::default(), 0);
+    for (fails, way) in [1, 2, 100].into_iter().flat_map(|fails| [(fails, Way::There), (fails, Way::Back)]) {
+        for kill_at in 0.. {
+            let world = World::replicated(Held::Server).await;
+            if way == Way::Back {
+                world.cut_over().await.expect("nothing kills it").expect("nothing goes wrong");
+            }
+            world.cloud.fail_shelves(fails);
+            failpoints::begin_at(ASKED, kill_at);
+            let ended = if way == Way::There { world.cut_over().await } else { world.roll_back().await };
+            world.cloud.fail_shelves(0);
+            let what = format!("{fails} shelves fail, {way:?}, killed when asked for {kill_at} times");
+            ends.count(judge(&world, &ended, way, (false, &what)).await);
+            kills += usize::from(ended.is_none());
+            if kill_at > 0 && ended.is_some() {
+                break;
+            }
+        }
+    }
+    assert!(kills >= 10, "{kills} kills");
+    ends.print("Server, shelves that fail, with kills");
+}
