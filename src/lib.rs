@@ -19,6 +19,7 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`extent`] | offsets, lengths, extents; checked arithmetic |
+//! | `clock` | the time of day, never set back |
 //! | `failpoint` | places at which tests kill the process; debug builds only |
 //! | `ceph` | librados and librbd, loaded at run time; the only unsafe code |
 //! | [`image`] | the contracts [`image::SourceImage`] and [`image::TargetImage`], and the backends: RBD, files, memory |
@@ -95,6 +96,7 @@ pub mod batch;
 #[allow(unsafe_code)]
 mod ceph;
 pub mod cli;
+mod clock;
 pub mod cutover;
 pub mod delta;
 pub mod extent;

@@ -41,6 +41,31 @@ use crate::image::{DiskUser, ImageError, LeaseOwner, LockHolder};
 use crate::pipeline::Limits;
 use crate::replicate::{self, LastDelta};
 
+/// When a server was stopped: for people, and as a clock counts that nobody sets.
+#[derive(Clone, Copy)]
+pub(super) struct Stopped {
+    at: Timestamp,
+    since: Instant,
+    /// What had passed by then, of a stop by a process that is gone.
+    before: Duration,
+}
+
+impl Stopped {
+    fn now() -> Self {
+        Self { at: Timestamp::now(), since: Instant::now(), before: Duration::ZERO }
+    }
+
+    /// What is known of a process that is gone is the time of day.
+    fn earlier(at: Timestamp) -> Self {
+        let before = Duration::try_from(Timestamp::now().duration_since(at)).unwrap_or_default();
+        Self { at, since: Instant::now(), before }
+    }
+
+    fn until(self, moment: Instant) -> Duration {
+        self.before + moment.saturating_duration_since(self.since)
+    }
+}
+
 /// A server on its way.
 pub(super) struct Walk<'a> {
     pub(super) sides: Sides<'a>,
@@ -50,7 +75,7 @@ pub(super) struct Walk<'a> {
     pub(super) journal: Journal,
     pub(super) phases: Vec<PhaseTime>,
     pub(super) since: Instant,
-    pub(super) stopped: Option<Timestamp>,
+    pub(super) stopped: Option<Stopped>,
     pub(super) outage: Option<Duration>,
     pub(super) deltas: Vec<LastDelta>,
     pub(super) moved: u64,
@@ -119,7 +144,7 @@ impl<'a> Walk<'a> {
     pub(super) fn again(mut self, found: Journal) -> Result<Self> {
         self.sides.refuse_others(&found)?;
         let worker = self.journal.worker.clone();
-        self.stopped = found.stopped.as_deref().and_then(|at| at.parse().ok());
+        self.stopped = found.stopped.as_deref().and_then(|at| Some(Stopped::earlier(at.parse().ok()?)));
         self.journal = Journal { worker, ..found };
         Ok(self)
     }
@@ -217,13 +242,13 @@ impl<'a> Walk<'a> {
         self.take_free_turn();
         let before = self.users_before().await?;
         let runs = self.stopped.is_none();
-        self.stopped.get_or_insert_with(Timestamp::now);
-        self.journal.stopped = self.stopped.map(|at| at.to_string());
+        self.stopped.get_or_insert_with(Stopped::now);
+        self.journal.stopped = self.stopped.map(|stopped| stopped.at.to_string());
         self.enter(Phase::Quiescing).await?;
         if runs {
             // Until now it ran.
-            self.stopped = Some(Timestamp::now());
-            self.journal.stopped = self.stopped.map(|at| at.to_string());
+            self.stopped = Some(Stopped::now());
+            self.journal.stopped = self.stopped.map(|stopped| stopped.at.to_string());
         }
         let holder = self.within_limit(async |walk: &mut Self| walk.quiesce().await).await?;
         // Whole or not at all: a lock that comes late would be a broken disk to a server that was brought back.
@@ -267,7 +292,7 @@ impl<'a> Walk<'a> {
         if server.provider.by_hand() {
             return Ok(());
         }
-        let started = Timestamp::now();
+        let started = Instant::now();
         let observed = self.observe().await?;
         if observed != (Observed { power: Power::Running, side: Some(to) }) {
             return Err(self.unexpected("start", &observed));
@@ -278,9 +303,8 @@ impl<'a> Walk<'a> {
     }
 
     /// The server runs, since that moment at the latest.
-    pub(super) fn note_outage(&mut self, started: Timestamp) {
-        let passed = |at: Timestamp| Duration::try_from(started.duration_since(at)).ok();
-        self.outage = self.stopped.and_then(passed);
+    pub(super) fn note_outage(&mut self, started: Instant) {
+        self.outage = self.stopped.map(|stopped| stopped.until(started));
     }
 
     pub(super) async fn observe(&self) -> Result<Observed> {
@@ -390,7 +414,7 @@ impl<'a> Walk<'a> {
             }
             if self.sides.users().await?.iter().all(Vec::is_empty) {
                 // Its outage begins when its images are closed, as far as anybody here can tell.
-                self.stopped = Some(Timestamp::now());
+                self.stopped = Some(Stopped::now());
                 return Ok(());
             }
             tokio::time::sleep(Duration::from_millis(200)).await;
@@ -419,8 +443,7 @@ impl<'a> Walk<'a> {
     /// How much is left of the outage that is allowed.
     fn time_left(&self) -> Option<(Duration, Duration)> {
         let (limit, stopped) = (self.options.max_outage?, self.stopped?);
-        let passed = Duration::try_from(Timestamp::now().duration_since(stopped)).unwrap_or_default();
-        Some((limit, limit.saturating_sub(passed)))
+        Some((limit, limit.saturating_sub(stopped.until(Instant::now()))))
     }
 
     fn check_limit(&self) -> Result<()> {

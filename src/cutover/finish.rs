@@ -102,7 +102,7 @@ impl Walk<'_> {
             Ok(Back::Here) => Ok(self.report(Phase::RolledBack, Some(&because))),
             Ok(Back::There) => {
                 self.remarks.push(format!("it runs where it was to go all the same, after: {}", chain_text(&because)));
-                self.note_outage(jiff::Timestamp::now());
+                self.note_outage(std::time::Instant::now());
                 // Its disks are its own.
                 self.sides.release_leases().await;
                 self.commit().await
@@ -151,7 +151,7 @@ impl Walk<'_> {
                 return Err(self.unexpected("way back", &now));
             }
             if !runs {
-                self.note_outage(jiff::Timestamp::now());
+                self.note_outage(std::time::Instant::now());
             }
             match server.provider.settle(from, &mut self.journal.notes).await {
                 Ok(remarks) => self.remarks.extend(remarks),

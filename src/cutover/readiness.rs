@@ -8,6 +8,7 @@ use tokio::time::Instant;
 use super::provider::{Precondition, Side, Verdict};
 use super::server::{CutoverError, Options, Readiness, Result, Server, Volume};
 use super::sides::Sides;
+use crate::clock;
 use crate::fleet::group;
 use crate::image::{Disk, DiskUser, LeaseOwner};
 
@@ -57,11 +58,17 @@ pub(super) fn refuse(server: &Server, readiness: &Readiness, options: &Options) 
 fn point_precondition(seen: &[group::Seen]) -> Precondition {
     let point = group::common_point(seen.iter().map(|seen| &seen.look));
     match point {
-        Some(point) => {
-            let age = Duration::try_from(jiff::Timestamp::now().duration_since(point.at)).unwrap_or_default();
-            let text = format!("{}, {} s old", point.snapshot, age.as_secs());
-            Precondition::new("newest point", Verdict::Ok, text)
-        }
+        Some(point) => match clock::age(point.at, clock::now()) {
+            Ok(age) => {
+                let text = format!("{}, {} s old", point.snapshot, age.as_secs());
+                Precondition::new("newest point", Verdict::Ok, text)
+            }
+            Err(ahead) => {
+                let (snapshot, ahead) = (point.snapshot, ahead.as_secs());
+                let text = format!("{snapshot}, {ahead} s ahead of this host's clock: compare the clocks of the hosts");
+                Precondition::new("newest point", Verdict::Warning, text)
+            }
+        },
         None => {
             let found = "there is none that all volumes have: run poolshift replicate (or sync-now) first";
             Precondition::new("newest point", Verdict::Error, found)

@@ -33,7 +33,7 @@ impl Events {
         // Sent under the lock, so that every receiver sees the ids in their order.
         let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
         let id = recent.back().map_or(1, |last| last.id + 1);
-        let at = jiff::Timestamp::now().to_string();
+        let at = crate::clock::now().to_string();
         let event = Event { id, at, server: owned(server), volume: owned(volume), kind, message };
         match kind {
             EventKind::CycleFailed | EventKind::Held => {

@@ -308,7 +308,7 @@ fn nothing_to_do(seen: &[Seen], options: &GroupOptions) -> Option<GroupEnd> {
     if seen.iter().all(|seen| seen.changed == Some(0)) {
         return Some(GroupEnd::Unchanged { point });
     }
-    let age = jiff::Timestamp::now().duration_since(point.at);
+    let age = crate::clock::now().duration_since(point.at);
     let young = Duration::try_from(age).is_ok_and(|age| age < options.not_younger_than);
     (young && !options.forced).then_some(GroupEnd::Recent { point })
 }
@@ -378,7 +378,7 @@ impl Group<'_> {
         let begun = begun(&looks);
         let point = common_point(&looks);
         if let Some(point) = point.clone().filter(|_| begun.is_empty() && !self.options.forced) {
-            let age = Duration::try_from(jiff::Timestamp::now().duration_since(point.at));
+            let age = Duration::try_from(crate::clock::now().duration_since(point.at));
             if age.is_ok_and(|age| age < self.options.not_younger_than) {
                 return Ok(GroupEnd::Recent { point });
             }
@@ -447,7 +447,7 @@ impl Group<'_> {
 
     async fn new_point(&self, finished_first: bool) -> Result<GroupReport, GroupError> {
         let name = replicate::name_of_now();
-        let (begun, at) = (Instant::now(), jiff::Timestamp::now());
+        let (begun, at) = (Instant::now(), crate::clock::now());
         let gate = Gate::new(&self.options.server, &self.options.quiesce, self.members.len());
         let cycle = |member: &Member| {
             let (mut member, pass) = (member.clone(), gate.member());

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use futures::stream::{self, StreamExt};
-use jiff::Timestamp;
 
 use super::group::{self, Member};
 use super::job::error_text;
@@ -24,7 +23,7 @@ pub async fn status_from_images(plan: &Plan, opener: &dyn Opener) -> FleetStatus
     FleetStatus {
         plan: plan.path.display().to_string(),
         origin: Origin::Images,
-        at: Timestamp::now().to_string(),
+        at: crate::clock::now().to_string(),
         worker: None,
         servers,
         throttles: Vec::new(),
@@ -33,7 +32,7 @@ pub async fn status_from_images(plan: &Plan, opener: &dyn Opener) -> FleetStatus
 
 async fn look_at(server: &Server, opener: &dyn Opener) -> ServerStatus {
     let mut track = ServerTrack::new(server);
-    let now = Timestamp::now();
+    let now = crate::clock::now();
     let (activity, paused_because) = match find_out(server, opener, &mut track).await {
         Ok(found) => found,
         Err((volume, error)) => {
@@ -81,7 +80,7 @@ async fn find_out(
         }
     }
     let seen = group::look(&members).await.map_err(|error| (error.volume, error.error))?;
-    track.seen(Timestamp::now(), &seen);
+    track.seen(crate::clock::now(), &seen);
     let mut paused = by_the_plan();
     let mut busy = false;
     for (index, member) in members.iter().enumerate() {

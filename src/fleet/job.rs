@@ -52,7 +52,7 @@ pub(super) async fn run(shared: Arc<Shared>, server: Server, forced: bool, cance
             return JobEnd::NotOpened(volume, drifted);
         }
     }
-    let looked = Timestamp::now();
+    let looked = crate::clock::now();
     if let Some(mut idle) = shared.take_idle(&server.name)
         && let Some(point) = group::still_unchanged(&members, &mut idle).await
     {
@@ -69,7 +69,7 @@ pub(super) async fn run(shared: Arc<Shared>, server: Server, forced: bool, cance
         Ok(None) => {}
         Err(error) => return JobEnd::NotOpened(first.name.clone(), error),
     }
-    let begun = Timestamp::now();
+    let begun = crate::clock::now();
     let limits = {
         let mut core = shared.core();
         if let Some(track) = core.tracks.get_mut(&server.name) {
@@ -136,7 +136,8 @@ impl group::Observer for Observer<'_> {
         *self.last_seen.lock().unwrap_or_else(PoisonError::into_inner) = seen.to_vec();
         let mut core = self.shared.core();
         let point = group::common_point(seen.iter().map(|seen| &seen.look));
-        core.scheduler.found(self.server, point.map(|point| point.at.as_millisecond()));
+        let now = crate::clock::now();
+        core.scheduler.found(self.server, point.map(|point| point.at.min(now).as_millisecond()));
         if let Some(track) = core.tracks.get_mut(self.server) {
             track.seen(self.begun, seen);
         }

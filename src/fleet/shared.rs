@@ -120,7 +120,7 @@ impl Shared {
             commands,
             images: Mutex::default(),
             idle: Mutex::default(),
-            since: Timestamp::now(),
+            since: crate::clock::now(),
             heartbeat: Mutex::new(tokio::time::Instant::now()),
             completed: AtomicU64::new(0),
             failed: AtomicU64::new(0),
@@ -175,7 +175,7 @@ impl Shared {
     }
 
     fn status(&self) -> FleetStatus {
-        let now = Timestamp::now();
+        let now = crate::clock::now();
         let core = self.core();
         let servers = core.plan.servers.iter().filter_map(|server| {
             let track = core.tracks.get(&server.name)?;
@@ -374,7 +374,7 @@ impl FleetControl for Fleet {
         let servers = self.0.servers(scope)?;
         // Here first, at once: whoever pauses a fleet may have no time for a cluster that does not answer.
         let done = self.0.act(Verb::Pause, servers.clone()).await?;
-        self.0.note(&servers, Some(&format!("{PAUSED} by a person at {}", Timestamp::now()))).await?;
+        self.0.note(&servers, Some(&format!("{PAUSED} by a person at {}", crate::clock::now()))).await?;
         Ok(done)
     }
 

@@ -8,6 +8,7 @@ use jiff::Timestamp;
 use super::group::{GroupPoint, GroupReport, Seen};
 use super::predict::{CostModel, SlowMean, convergence};
 use super::status::{Activity, CycleStatus, ErrorStatus, LastCycle, PointStatus, Sample, ServerStatus, VolumeStatus};
+use crate::clock;
 use crate::plan::{Server, Volume};
 use crate::replicate::{Progress, SyncReport};
 
@@ -216,8 +217,24 @@ impl ServerTrack {
     }
 
     fn lag(&self, now: Timestamp) -> Option<f64> {
-        let at = self.unchanged_at.into_iter().chain(self.point.as_ref().map(|point| point.at)).max()?;
-        self.point.as_ref().map(|_| seconds_between(at, now))
+        let point = self.point.as_ref()?;
+        let at = self.unchanged_at.map_or(point.at, |unchanged| unchanged.max(point.at));
+        clock::age(at, now).ok().map(|age| age.as_secs_f64())
+    }
+
+    /// What is not as the plan has it, and a point that is of the future by this host's clock.
+    fn drift(&self, now: Timestamp) -> Vec<String> {
+        let ahead = self.point.as_ref().and_then(|point| Some((point, clock::age(point.at, now).err()?)));
+        let ahead = ahead.map(|(point, ahead)| {
+            format!(
+                "its newest point, {}, is of {}, {} s ahead of this host's clock: its lag is not known; compare the \
+                 clocks of the hosts",
+                point.snapshot,
+                point.at,
+                ahead.as_secs()
+            )
+        });
+        self.drift.iter().cloned().chain(ahead).collect()
     }
 
     /// What has changed since the point by now: what the last look found, and what has come since at the usual rate.
@@ -273,7 +290,7 @@ impl ServerTrack {
             predicted_outage_seconds: changed.and_then(|changed| self.model.predict(changed)),
             convergence: convergence(&self.model, self.change_rate.get(), lag, target_lag, throttled),
             next_at: next_at.map(|at| at.to_string()),
-            drift: self.drift.clone(),
+            drift: self.drift(now),
             last_error: self.last_error.clone(),
             last_cycle: self.last_cycle.clone(),
             volumes: server
@@ -283,7 +300,7 @@ impl ServerTrack {
                 .map(|(planned, track)| {
                     let mut volume = track.status(planned, activity, self.last_error.as_ref());
                     let at = track.base_at.map(|at| self.unchanged_at.map_or(at, |unchanged| unchanged.max(at)));
-                    volume.lag_seconds = at.map(|at| seconds_between(at, now));
+                    volume.lag_seconds = at.and_then(|at| clock::age(at, now).ok()).map(|age| age.as_secs_f64());
                     volume
                 })
                 .collect(),

@@ -40,7 +40,7 @@ const PAUSED_EVERY: Duration = Duration::from_secs(15);
 const STOP_PATIENCE: Duration = Duration::from_secs(20);
 
 pub(super) fn now_millis() -> Millis {
-    Timestamp::now().as_millisecond()
+    crate::clock::now().as_millisecond()
 }
 
 /// What a server asks the scheduler for.
@@ -186,7 +186,7 @@ impl Worker {
             // On a busy fleet the jobs never end all at once.
             tokio::spawn(rbd::release_memory());
             self.memory_used = false;
-            let at = Timestamp::now();
+            let at = crate::clock::now();
             self.shared.core().tracks.values_mut().for_each(|track| track.sample(at));
         }
         if self.memory_used && self.jobs.is_empty() {
@@ -226,7 +226,7 @@ impl Worker {
 
     /// What a job's end means for the scheduler, and for those who watch.
     fn judge(&mut self, name: &str, end: JobEnd) -> Outcome {
-        let now = Timestamp::now();
+        let now = crate::clock::now();
         let was_elsewhere = self.elsewhere.remove(name);
         self.shared.core().elsewhere.remove(name);
         match end {
@@ -239,7 +239,8 @@ impl Worker {
             }
             JobEnd::Group(Ok(GroupEnd::Recent { point }), _) => {
                 self.shared.with_track(name, |track| track.made_elsewhere(&point));
-                let at = point.at.as_millisecond();
+                // Another host's clock may be ahead.
+                let at = point.at.min(now).as_millisecond();
                 let interval = self.interval(name);
                 Outcome::Elsewhere { point: Some(at), again: at + interval }
             }
