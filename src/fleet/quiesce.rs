@@ -5,7 +5,13 @@
 //! and again a few times: a freeze that was under way may get through late, and a thaw may fail once. So a frozen server
 //! is thawed after an error, a panic, a dropped future and a `kill -9`. A point whose freeze took longer than its limit is
 //! not one: the watchdog may have thawed in its middle.
+//!
+//! A watchdog that thaws would end the freeze of whoever comes next, another process too. So as long as one is there it
+//! has a socket bound to an abstract name of the server's, which all processes of the host see, and a freeze waits until
+//! the name is free.
 
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -15,9 +21,17 @@ use tokio::process::{Child, ChildStdin, Command};
 use crate::plan::Quiesce;
 
 /// What the watchdog runs: waits for the word, for at most `$1` seconds, or thaws with the rest of its arguments: at once,
-/// a few times soon after, and when a freeze that began with it must have ended.
-const WATCHDOG: &str = r#"limit=$1; shift; [ "$(timeout "$limit" head -c 6)" = thawed ] && exit
-for wait in 0 1 2 4 8 "$limit"; do sleep "$wait"; "$@"; done"#;
+/// a few times soon after, and when a freeze that began with it must have ended. Its standard output is the socket with
+/// the server's name, which it keeps and no thaw gets. Before it thaws it closes the pipe: the word comes too late then.
+const WATCHDOG: &str = r#"exec 3>&1 >/dev/null; limit=$1; shift
+[ "$(timeout "$limit" head -c 6)" = thawed ] && exit
+exec </dev/null
+for wait in 0 1 2 4 8 "$limit"; do sleep "$wait"; "$@" 3>&-; done"#;
+
+/// For how long after its last limit an earlier watchdog may go on: its waits, and as many thaws.
+const WATCHDOG_ENDS_AFTER: Duration = Duration::from_secs(60);
+/// How often it is looked whether it has ended.
+const STEP: Duration = Duration::from_millis(100);
 
 /// A server could not be frozen, or not be thawed in time.
 #[derive(Debug, thiserror::Error)]
@@ -48,6 +62,28 @@ pub enum QuiesceError {
         status: ExitStatus,
         /// What it wrote, in brief.
         output: String,
+    },
+    /// The watchdog of an earlier freeze, of this process or one that is gone, may still thaw the server.
+    #[error(
+        "{server} can't be frozen: the watchdog of an earlier freeze has not ended after {waited:?}, and may thaw it; \
+         look with ps for the thaw that hangs: {command:?}"
+    )]
+    EarlierWatchdog {
+        /// The server.
+        server: String,
+        /// For how long its end was waited for.
+        waited: Duration,
+        /// The thaw.
+        command: String,
+    },
+    /// The watchdog was not there to the end of the freeze.
+    #[error(
+        "{server} may have been thawed too early: the watchdog of its freeze has ended or thawed it before its limit; \
+         this is no point"
+    )]
+    WatchdogLost {
+        /// The server.
+        server: String,
     },
     /// The limit on the frozen time has passed; the watchdog has thawed the server.
     #[error(
@@ -98,16 +134,38 @@ fn command(words: &[String], server: &str, point: &str) -> Command {
     command
 }
 
+/// A socket bound to the name that the watchdogs of a server have, once no earlier one has it any more.
+async fn name_of(server: &str, thaw: &[String], limit: Duration) -> Result<UnixDatagram, QuiesceError> {
+    let of_server = blake3::hash(format!("{server}\0{}", thaw.join("\0")).as_bytes());
+    let name = format!("poolshift-freeze-{}", of_server.to_hex());
+    let (begun, patience) = (Instant::now(), limit + WATCHDOG_ENDS_AFTER);
+    loop {
+        match SocketAddr::from_abstract_name(&name).and_then(|name| UnixDatagram::bind_addr(&name)) {
+            Ok(bound) => return Ok(bound),
+            Err(error) if error.kind() != std::io::ErrorKind::AddrInUse => {
+                let (server, command) = (server.to_owned(), thaw.join(" "));
+                return Err(QuiesceError::Start { what: "watchdog", server, command, error });
+            }
+            Err(_) if begun.elapsed() >= patience => {
+                let (server, command) = (server.to_owned(), thaw.join(" "));
+                return Err(QuiesceError::EarlierWatchdog { server, waited: patience, command });
+            }
+            Err(_) => tokio::time::sleep(STEP).await,
+        }
+    }
+}
+
 /// Freezes a server; `None` where its plan asks for nothing. On an error the server is thawed again.
 pub async fn freeze(quiesce: &Quiesce, server: &str, point: &str) -> Result<Option<Frozen>, QuiesceError> {
     let Some((freeze, thaw, limit)) = commands(quiesce) else { return Ok(None) };
+    let name = name_of(server, &thaw, limit).await?;
     let mut words = vec!["/bin/sh".to_owned(), "-c".to_owned(), WATCHDOG.to_owned(), "watchdog".to_owned()];
     words.push(format!("{:.3}", limit.as_secs_f64()));
     words.extend(thaw.iter().cloned());
     // A group of its own: what a terminal or a supervisor sends to poolshift's does not reach it.
     let watchdog = command(&words, server, point)
         .stdin(Stdio::piped())
-        .stdout(Stdio::null())
+        .stdout(Stdio::from(std::os::fd::OwnedFd::from(name)))
         .stderr(Stdio::null())
         .process_group(0)
         .spawn();
@@ -165,16 +223,20 @@ impl Frozen {
     /// Thaws the server. An error means that it was not frozen all the time up to this call, or that the thaw failed;
     /// the watchdog thaws it then as well. Gives back how long the server was frozen.
     pub async fn thaw(mut self) -> Result<Duration, QuiesceError> {
-        let in_time = self.since.elapsed() < self.limit && matches!(self.watchdog.try_wait(), Ok(None));
+        let in_time = self.since.elapsed() < self.limit;
         // Whatever the watchdog does: a thaw can be repeated.
         self.run("thaw", &self.thaw).await?;
         let frozen_for = self.since.elapsed();
-        // A watchdog that is gone has thawed by itself.
-        let _ = self.word.write_all(b"thawed").await;
+        // Nobody reads it any more where the watchdog has ended, or thaws.
+        let was_there = self.word.write_all(b"thawed").await.is_ok();
         let Self { server, limit, mut watchdog, word, .. } = self;
         drop(word);
         let _ = watchdog.wait().await;
-        if in_time { Ok(frozen_for) } else { Err(QuiesceError::TooLong { server, limit }) }
+        match () {
+            () if !in_time => Err(QuiesceError::TooLong { server, limit }),
+            () if !was_there => Err(QuiesceError::WatchdogLost { server }),
+            () => Ok(frozen_for),
+        }
     }
 }
 
@@ -242,6 +304,28 @@ mod tests {
         assert!(log(folder.path()).starts_with("freeze web p1\nthaw\n"));
         let quiesce = hooks(folder.path(), "sleep 60", Duration::from_millis(100));
         assert!(matches!(freeze(&quiesce, "web", "p2").await, Err(QuiesceError::TooLong { .. })));
+    }
+
+    /// The watchdog of a process that is gone thaws several times: whoever freezes next waits until it has ended.
+    #[tokio::test]
+    async fn a_freeze_waits_for_the_watchdog_of_an_earlier_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let quiesce = hooks(folder.path(), "true", Duration::from_millis(1500));
+        drop(freeze(&quiesce, "web", "p1").await.unwrap().unwrap());
+        let frozen = freeze(&quiesce, "web", "p2").await.unwrap().unwrap();
+        assert_eq!(log(folder.path()), format!("freeze web p1\n{}freeze web p2\n", "thaw\n".repeat(6)));
+        frozen.thaw().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_freeze_whose_watchdog_has_ended_is_no_point() {
+        let folder = tempfile::tempdir().unwrap();
+        let quiesce = hooks(folder.path(), "true", Duration::from_secs(20));
+        let frozen = freeze(&quiesce, "web", "p1").await.unwrap().unwrap();
+        let watchdog = i32::try_from(frozen.watchdog.id().unwrap()).unwrap();
+        let watchdog = rustix::process::Pid::from_raw(watchdog).unwrap();
+        rustix::process::kill_process_group(watchdog, rustix::process::Signal::KILL).unwrap();
+        assert!(matches!(frozen.thaw().await, Err(QuiesceError::WatchdogLost { .. })));
     }
 
     #[test]
