@@ -99,7 +99,7 @@ fn open_file(path: &Path) -> anyhow::Result<(File, Option<Unfinished>)> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let temporary = tempfile::Builder::new()
                 .prefix(".poolshift-")
-                .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644))
+                .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o600))
                 .tempfile_in(folder_of(path))
                 .map_err(|error| failed(path, "create a file beside it", error))?;
             let (file, temporary) = temporary.into_parts();

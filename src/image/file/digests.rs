@@ -55,7 +55,9 @@ pub(super) struct Digests {
 impl Digests {
     /// The digests of `generation`, if the file is there, whole, and for an image of `image_size`. Any doubt is `None`.
     pub(super) fn open(paths: &SidePaths, generation: u64, image_size: u64) -> Option<Self> {
-        let file = OpenOptions::new().read(true).write(true).open(&paths.digests).ok()?;
+        // A link is not followed: it could lead to a file of somebody else's.
+        let no_link = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
+        let file = OpenOptions::new().read(true).write(true).custom_flags(no_link).open(&paths.digests).ok()?;
         let mut header = [0; HEADER_BYTES];
         let read = raw::read_up_to(&file, &mut header, 0).ok()?;
         (read == HEADER_BYTES && header == encode_header(generation, image_size)).then_some(Self {

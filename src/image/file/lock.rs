@@ -11,9 +11,10 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::fs::FlockOperation;
+use rustix::fs::{FlockOperation, OFlags};
 use rustix::io::Errno;
 
 use super::raw;
@@ -40,6 +41,9 @@ pub(super) struct HeldLock {
 pub(super) enum LockError {
     /// Somebody has it: who, as far as the file tells.
     Held(String),
+    /// The lock file is a symbolic link, or something else than a file. It is not followed: it could lead to a file of
+    /// somebody else's, which would be written.
+    NoFile(PathBuf),
     Io(io::Error),
 }
 
@@ -57,13 +61,7 @@ impl HeldLock {
             if attempt > 0 {
                 std::thread::sleep(PAUSE);
             }
-            let file = OpenOptions::new()
-                .read(true)
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .mode(paths.mode | 0o600)
-                .open(&paths.lock)?;
+            let file = open_plain(OpenOptions::new().write(true).create(true).mode(paths.mode | 0o600), &paths.lock)?;
             if !try_lock(&file, FlockOperation::NonBlockingLockExclusive)? {
                 last_seen = read_owner(&file)?;
                 match &last_seen {
@@ -114,10 +112,10 @@ impl Drop for HeldLock {
 
 /// Who holds the lease, if anybody does. Blocks for up to a second if it is held by somebody unnamed.
 pub(super) fn owner(paths: &SidePaths) -> Result<Option<LeaseOwner>, LockError> {
-    let file = match File::open(&paths.lock) {
+    let file = match open_plain(&mut OpenOptions::new(), &paths.lock) {
         Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error.into()),
+        Err(LockError::Io(error)) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
     };
     for _ in 0..ATTEMPTS {
         if try_lock(&file, FlockOperation::NonBlockingLockShared)? {
@@ -129,6 +127,19 @@ pub(super) fn owner(paths: &SidePaths) -> Result<Option<LeaseOwner>, LockError> 
         }
     }
     Err(LockError::Held(format!("a process that does not name itself in {}", paths.lock.display())))
+}
+
+/// Opens a file to be read, and whatever else the options say; nothing that its name leads elsewhere to, and nothing to
+/// wait for, as a pipe is.
+fn open_plain(options: &mut OpenOptions, path: &Path) -> Result<File, LockError> {
+    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    let no_file = || LockError::NoFile(path.to_owned());
+    match options.read(true).custom_flags(flags.bits().cast_signed()).open(path) {
+        Ok(file) if file.metadata()?.is_file() => Ok(file),
+        Ok(_) => Err(no_file()),
+        Err(error) if error.raw_os_error() == Some(Errno::LOOP.raw_os_error()) => Err(no_file()),
+        Err(error) => Err(error.into()),
+    }
 }
 
 fn try_lock(file: &File, operation: FlockOperation) -> io::Result<bool> {
@@ -155,6 +166,24 @@ mod tests {
 
     fn paths(folder: &tempfile::TempDir) -> SidePaths {
         SidePaths::beside(&folder.path().join("disk"), 0o644)
+    }
+
+    #[test]
+    fn a_lock_file_that_leads_elsewhere_is_not_followed() {
+        let folder = tempfile::tempdir().unwrap();
+        let (paths, me) = (paths(&folder), LeaseOwner::current().unwrap());
+        let other = folder.path().join("other");
+        std::fs::write(&other, "somebody's").unwrap();
+        for leads_to in [other.clone(), folder.path().join("nothing")] {
+            std::os::unix::fs::symlink(leads_to, &paths.lock).unwrap();
+            assert!(matches!(HeldLock::acquire(&paths, None, &me), Err(LockError::NoFile(path)) if path == paths.lock));
+            assert!(matches!(owner(&paths), Err(LockError::NoFile(_))));
+            std::fs::remove_file(&paths.lock).unwrap();
+        }
+        std::fs::create_dir(&paths.lock).unwrap();
+        assert!(matches!(owner(&paths), Err(LockError::NoFile(_))));
+        assert_eq!(std::fs::read_to_string(&other).unwrap(), "somebody's");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use super::lock::{HeldLock, LockError};
@@ -80,13 +80,15 @@ impl Opened {
         if fs::symlink_metadata(&canonical).is_ok() {
             return Err(failed(io::Error::from_raw_os_error(rustix::io::Errno::EXIST.raw_os_error())));
         }
-        // As for the image itself, the umask decides who may read them.
-        let side = SidePaths::beside(&canonical, 0o666);
+        // What is on a disk is its owner's, whatever the umask.
+        let side = SidePaths::beside(&canonical, 0o600);
         let owner = LeaseOwner::current().map_err(failed)?;
         let _lock = HeldLock::acquire(&side, None, &owner).map_err(|e| lock_error(e, &location, &operation))?;
         // They would say of the new image what was true of another.
         side.remove_leftovers().map_err(failed)?;
-        let file = OpenOptions::new().read(true).write(true).create_new(true).open(&canonical).map_err(failed)?;
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create_new(true).mode(0o600);
+        let file = options.open(&canonical).map_err(failed)?;
         let sized = file.set_len(size).and_then(|()| file.sync_all()).and_then(|()| sync_folder(&side.folder));
         if let Err(error) = sized {
             let _ = fs::remove_file(&canonical);
@@ -194,6 +196,9 @@ fn create_error(error: io::Error, path: &Path, location: &str, operation: &str) 
 pub(super) fn lock_error(error: LockError, location: &str, operation: &str) -> ImageError {
     match error {
         LockError::Io(error) => described(error, location, operation),
+        LockError::NoFile(path) => ImageError::new(ErrorKind::Unsupported, location, operation)
+            .detail(format!("{} is a symbolic link, or no file", path.display()))
+            .hint("Find out who made it; poolshift keeps who writes the image in a file of that name."),
         LockError::Held(holder) => ImageError::new(ErrorKind::Busy { holder }, location, operation)
             .hint("Wait until it is done; its lease ends with its process."),
     }
