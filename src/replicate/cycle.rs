@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::batch::Compression;
 use crate::delta::{self, Method, Plan};
-use crate::extent::{ByteRange, Extent, normalize, subtract};
+use crate::extent::{ByteRange, Extent};
 use crate::failpoint::failpoint;
 use crate::image::{ImageError, Point, Snapshot, SnapshotSupport, SourceImage, TargetImage, View};
 use crate::pipeline::{self, Applied, ApplyOptions, Counters, Limits, ReadOptions};
@@ -194,6 +194,33 @@ async fn content_differs(target: &dyn TargetImage, newest: &Snapshot) -> Result<
     Ok(found.first_difference.is_some())
 }
 
+/// Whether a snapshot that a user has named, and that both sides have, is what the source holds now. A name that stood for
+/// another moment is no success: a server would be switched over with the disk of that moment. The names of a fleet's
+/// points are given once.
+pub(super) async fn not_now(
+    source: &dyn SourceImage,
+    state: &TargetState,
+    commit: &Commit,
+    request: &Request,
+) -> Result<Option<ConflictKind>> {
+    if request.automatic {
+        return Ok(None);
+    }
+    let name = commit.name.clone();
+    let newest = state.newest().filter(|newest| newest.source_id != commit.source_id);
+    if let Some(newest) = newest {
+        return Ok(Some(ConflictKind::NotNow { name, newest: Some(newest.name.clone()) }));
+    }
+    let head = source.view(&Point::Head).await?;
+    let plan = delta::plan(head.as_ref(), Some(&commit.on_source())).await?;
+    let mut changed = head.size() != commit.size;
+    let mut extents = delta::extents(head, &plan, source.layout(), 0);
+    while let Some(window) = extents.try_next().await?.filter(|_| !changed) {
+        changed = !window.is_empty();
+    }
+    Ok(changed.then_some(ConflictKind::NotNow { name, newest: None }))
+}
+
 /// Where extents are, whatever they are.
 pub(super) fn ranges(
     extents: BoxStream<'static, Result<Vec<Extent>, ImageError>>,
@@ -234,15 +261,12 @@ pub(super) fn automatic_name(facts: &Facts) -> String {
 /// millisecond the second is one later: a name is for one point only.
 pub fn name_of_now() -> String {
     static LAST: AtomicI64 = AtomicI64::new(i64::MIN);
-    let now = jiff::Timestamp::now().as_millisecond();
-    let next = |last: i64| if last >= now && last.saturating_sub(now) < CLOCK_STEP { last + 1 } else { now };
+    let now = crate::clock::now().as_millisecond();
+    let next = |last: i64| now.max(last.saturating_add(1));
     let last = LAST.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |last| Some(next(last)));
     let at = jiff::Timestamp::from_millisecond(next(last.unwrap_or_else(|last| last))).unwrap_or(jiff::Timestamp::MAX);
     format!("{NAME_PREFIX}{}", at.strftime("%Y%m%dT%H%M%S.%3fZ"))
 }
-
-/// A clock that is further behind the last name than this, in milliseconds, was set: it is believed.
-const CLOCK_STEP: i64 = 1000;
 
 /// Whether a name is of poolshift's own scheme. That is no proof that poolshift gave it.
 pub fn is_automatic(name: &str) -> bool {
@@ -305,6 +329,11 @@ impl<'a> Cycle<'a> {
     async fn carry_out(&mut self, facts: &Facts, decision: Decision) -> Result<SyncReport> {
         let (commit, base) = match decision {
             Decision::AlreadyThere(commit) => {
+                let not_now = not_now(self.source.as_ref(), &self.side.state, &commit, &self.options.request).await?;
+                if let Some(kind) = not_now {
+                    let facts = facts.clone();
+                    return Err(conflict(kind, self.source.as_ref(), self.side.target.as_ref(), facts));
+                }
                 return Ok(SyncReport { already_there: true, ..self.report(&commit, None) });
             }
             Decision::EnterCommit { in_flight, target } => {
@@ -351,17 +380,25 @@ impl<'a> Cycle<'a> {
     async fn replicate(&mut self, mut in_flight: InFlight) -> Result<(Commit, Option<String>)> {
         let base = self.side.base_name(&in_flight.from);
         let went_on = in_flight.dirty && !in_flight.rewind;
+        // Before the size is known: a file that grows from here on has changed while it was read.
+        let token = self.source.change_token().await?;
         let view = self.snapshot_source(&mut in_flight).await?;
         self.stages.source_snapshot_seconds = self.clock.lap();
         self.rewound = self.side.prepare(&mut in_flight, view.size()).await?;
         self.stages.rewind_seconds = self.clock.lap();
         if !in_flight.applied {
             self.transfer(&mut in_flight, view.clone(), went_on).await?;
+            if self.source.snapshot_support() == SnapshotSupport::HeadOnly {
+                self.unchanged_while_read = Some(token.is_some() && token == self.source.change_token().await?);
+            }
             point_still_there(self.source.as_ref(), view.point()).await?;
             if let Some(base) = self.side.base(&in_flight.from).map(Commit::on_source) {
                 still_there(self.source.as_ref(), &base).await?;
             }
             self.stages.transfer_seconds = self.clock.lap();
+        } else if went_on {
+            let plan = self.plan(&in_flight, view.as_ref()).await?;
+            self.check_nobody_wrote(&in_flight, &plan).await?;
         }
         let target = self.side.finish(&mut in_flight).await?;
         let commit = self.side.enter(&in_flight, &target, true).await?;
@@ -411,7 +448,6 @@ impl<'a> Cycle<'a> {
         } else {
             delta::extents(view.clone(), &plan, layout, start)
         };
-        let token = self.source.change_token().await?;
         let read = ReadOptions {
             limits: self.options.limits.clone(),
             drop_zeroes: in_flight.from == Origin::Blank,
@@ -425,9 +461,6 @@ impl<'a> Cycle<'a> {
         let applied = pipeline::apply(batches, target.clone(), apply, &mut keeper, counters, cancel).await?;
         if applied == Applied::Part {
             return Err(interrupted(in_flight, size));
-        }
-        if self.source.snapshot_support() == SnapshotSupport::HeadOnly {
-            self.unchanged_while_read = Some(token.is_some() && token == self.source.change_token().await?);
         }
         Ok(())
     }
@@ -443,36 +476,16 @@ impl<'a> Cycle<'a> {
         Ok(delta::plan(view, base.as_ref()).await?)
     }
 
-    /// Between an interrupted run and this one somebody else may have written the target. Where what changed there since
-    /// the base reaches beyond the objects of the delta, somebody has; what they wrote within is not told apart.
+    /// Between an interrupted run and this one somebody else may have written the target.
     async fn check_nobody_wrote(&self, in_flight: &InFlight, plan: &Plan) -> Result<()> {
+        // Without object maps of the source nobody knows which objects are in the delta.
+        if plan.method != Method::TwoLevel {
+            return Ok(());
+        }
+        let Some(since) = self.side.written_beyond(in_flight, plan.runs.clone(), plan.size).await? else {
+            return Ok(());
+        };
         let target = self.side.target;
-        let base = self.side.base(&in_flight.from).map(Commit::on_target);
-        if in_flight.from == Origin::Compare || target.snapshot_support() == SnapshotSupport::HeadOnly {
-            return Ok(());
-        }
-        let head = target.view(&Point::Head).await?;
-        let changed = delta::plan(head.as_ref(), base.as_ref()).await?;
-        if plan.method != Method::TwoLevel || changed.method != Method::TwoLevel {
-            return Ok(());
-        }
-        let (period, size) = (target.layout().period(), plan.size);
-        // A shrink touches what lies across the new end, on the target even where the source has nothing there.
-        let across = base
-            .as_ref()
-            .filter(|base| base.size > size)
-            .and_then(|_| ByteRange::between(size.saturating_sub(1), size));
-        let within = plan.runs.iter().copied().chain(across).map(|run| run.align_outward(period, size));
-        let expected = normalize(within.collect());
-        // The object map may name an object that has not changed; there the exact extents decide.
-        let mut written = false;
-        for beyond in subtract(&changed.runs, &expected) {
-            written = written || !head.diff(base.as_ref(), beyond).await?.is_empty();
-        }
-        if !written {
-            return Ok(());
-        }
-        let since = base.map_or_else(|| "its creation".to_owned(), |base| base.name);
         let facts = gather(self.source.as_ref(), target.as_ref()).await?;
         Err(conflict(ConflictKind::Diverged { since }, self.source.as_ref(), target.as_ref(), facts))
     }

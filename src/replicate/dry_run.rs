@@ -9,7 +9,7 @@ use crate::delta::{self, Method};
 use crate::extent::ExtentKind;
 use crate::image::{Point, Snapshot, SnapshotSupport, SourceImage, TargetImage};
 
-use super::cycle::{NAME_PREFIX, automatic_name, conflict, gather};
+use super::cycle::{NAME_PREFIX, automatic_name, conflict, gather, not_now};
 use super::error::Result;
 use super::lineage::{Decision, Request, decide};
 use super::state::{Commit, Origin, TargetState};
@@ -63,7 +63,13 @@ pub async fn dry_run(
     };
     let state = facts.state.as_ref();
     match decision {
-        Decision::AlreadyThere(commit) => Ok(DryRun::nothing("nothing", &commit.name, commit.size)),
+        Decision::AlreadyThere(commit) => {
+            let known = facts.state.clone().unwrap_or_else(|| TargetState::new(source.identity(), source.location()));
+            if let Some(kind) = not_now(source.as_ref(), &known, &commit, request).await? {
+                return Err(conflict(kind, source.as_ref(), target.as_ref(), facts));
+            }
+            Ok(DryRun::nothing("nothing", &commit.name, commit.size))
+        }
         Decision::EnterCommit { in_flight, target } => {
             Ok(DryRun::nothing("enter-commit", &in_flight.name, target.size))
         }

@@ -145,6 +145,13 @@ pub enum ConflictKind {
         /// The name.
         name: String,
     },
+    /// The snapshot asked for is on both sides, and is not what the source holds now.
+    NotNow {
+        /// Its name.
+        name: String,
+        /// The newest commit, where that is another one.
+        newest: Option<String>,
+    },
     /// The snapshot asked for is older than what the target has.
     OlderThanBase {
         /// The snapshot asked for.
@@ -178,6 +185,7 @@ impl ConflictKind {
             Self::CommitRemoved { .. } => "commit-removed",
             Self::NoCommonSnapshot => "no-common-snapshot",
             Self::NameTaken { .. } => "name-taken",
+            Self::NotNow { .. } => "not-now",
             Self::OlderThanBase { .. } => "older-than-base",
             Self::NotNewest { .. } => "not-newest",
             Self::WrongBase { .. } => "wrong-base",
@@ -201,6 +209,10 @@ impl ConflictKind {
             }
             Self::NoCommonSnapshot => "start over with --full: both sides are compared, and what differs is written",
             Self::NameTaken { .. } => "choose another name, or remove that snapshot of the target",
+            Self::NotNow { .. } => {
+                "nothing was copied: give a name that neither side has, or none (each sync names its snapshot); poolshift \
+                 verify compares the snapshots of this name"
+            }
             Self::OlderThanBase { .. } => "name a newer snapshot, or none",
             Self::NotNewest { .. } => "start over with sync --full: it compares both sides and writes what differs",
             Self::WrongBase { .. } => "send again from the snapshot that the target is at (poolshift status shows it)",
@@ -226,6 +238,12 @@ impl fmt::Display for ConflictKind {
             Self::NoCommonSnapshot => f.write_str("no snapshot is left that both sides have"),
             Self::NameTaken { name } => {
                 write!(f, "the target has another snapshot {name} already")
+            }
+            Self::NotNow { name, newest: Some(newest) } => {
+                write!(f, "snapshot {name} is on both sides already, and {newest} is newer")
+            }
+            Self::NotNow { name, newest: None } => {
+                write!(f, "snapshot {name} is on both sides already, and the source has changed since")
             }
             Self::OlderThanBase { name, base } => {
                 write!(f, "snapshot {name} of the source is older than {base}, which the target has")

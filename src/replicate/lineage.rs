@@ -346,10 +346,13 @@ pub fn accept(facts: &Facts, offer: &Offer<'_>) -> Result<Acceptance, ConflictKi
         && in_flight.snapshot.as_ref().is_some_and(same)
         && in_flight.from == from
     {
-        return Ok(match made(facts, in_flight)? {
-            Some(target) => Acceptance::EnterCommit { in_flight: in_flight.clone(), target },
-            None => Acceptance::Resume(in_flight.clone()),
-        });
+        let base_is_lost =
+            in_flight.rewind && facts.target_support == SnapshotSupport::HeadOnly && from != Origin::Blank;
+        return match made(facts, in_flight)? {
+            Some(target) => Ok(Acceptance::EnterCommit { in_flight: in_flight.clone(), target }),
+            None if base_is_lost => Err(wrong_base("no snapshot: it holds parts of a stream with a fault".to_owned())),
+            None => Ok(Acceptance::Resume(in_flight.clone())),
+        };
     }
     let committed = state.commits.iter().find(|commit| commit.source_id == offer.to.id && commit.name == offer.to.name);
     if let Some(commit) = committed.filter(|commit| on_target(facts, commit)) {

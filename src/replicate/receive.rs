@@ -1,14 +1,15 @@
 //! Receiving: a batch stream is applied to a target, with the same steps and the same state as a cycle.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use futures::StreamExt;
 use serde::Serialize;
 use tokio::io::AsyncRead;
 use tokio_util::sync::CancellationToken;
 
+use crate::extent::ByteRange;
 use crate::image::{SnapshotSupport, TargetImage};
-use crate::pipeline::{self, Applied, ApplyOptions, Counted, Limits};
+use crate::pipeline::{self, Applied, ApplyOptions, Counted, Limits, PipelineError};
 use crate::transport::pipe::{self, Received};
 use crate::wire::{Hello, StreamReader, Totals};
 
@@ -183,12 +184,17 @@ impl Receiver<'_> {
         report: &mut ReceiveReport,
     ) -> Result<()> {
         let (size, target, cancel) = (self.hello.to.size, self.side.target, self.side.cancel);
+        let went_on = in_flight.dirty && !in_flight.rewind;
         report.rewound = self.side.prepare(&mut in_flight, size).await?;
         let received = Received::default();
         let done = in_flight.progress_to;
+        let covered = Arc::new(Mutex::new(Covered::of(target.layout().period(), size)));
+        let covers = Arc::clone(&covered);
         let batches = pipe::receive(stream, self.side.limits.clone(), received.clone())
             .map(move |loaded| {
                 let mut loaded = loaded?;
+                let ranges = loaded.batch.chunks.iter().map(|chunk| chunk.range);
+                covers.lock().unwrap_or_else(PoisonError::into_inner).add(ranges);
                 // A stream that is sent again begins at its beginning: what is done and flushed is not written twice.
                 loaded.batch.chunks.retain(|chunk| chunk.range.end() > done);
                 Ok(loaded)
@@ -198,13 +204,61 @@ impl Receiver<'_> {
         let apply = ApplyOptions { requests: self.side.limits.requests, ..ApplyOptions::default() };
         let counters = self.progress.counters.clone();
         let mut keeper = self.side.keeper(&mut in_flight);
-        let applied = pipeline::apply(batches, target.clone(), apply, &mut keeper, counters, cancel).await?;
+        let applied = pipeline::apply(batches, target.clone(), apply, &mut keeper, counters, cancel).await;
+        let applied = match applied {
+            Ok(applied) => applied,
+            Err(error) => {
+                // Of a stream with a fault nobody knows since when it was wrong.
+                let is_cut = |error: &PipelineError| match error {
+                    PipelineError::Wire(error) => error.is_cut(),
+                    PipelineError::Image(_) => true,
+                    _ => false,
+                };
+                if !is_cut(&error) {
+                    self.side.spoil(&mut in_flight).await?;
+                }
+                return Err(error.into());
+            }
+        };
         report.totals = *received.lock().unwrap_or_else(PoisonError::into_inner);
         if applied == Applied::Part || report.totals.is_none() {
             return Err(interrupted(&in_flight, size));
         }
+        if went_on {
+            let ranges = std::mem::take(&mut *covered.lock().unwrap_or_else(PoisonError::into_inner)).ranges;
+            if let Some(since) = self.side.written_beyond(&in_flight, ranges, size).await? {
+                let facts = gather(target.as_ref(), self.hello).await?;
+                return Err(refused(ConflictKind::Diverged { since }, self.hello, target.as_ref(), &facts));
+            }
+        }
         let made = self.side.finish(&mut in_flight).await?;
         self.side.enter(&in_flight, &made, true).await?;
         Ok(())
+    }
+}
+
+/// The objects that a stream writes to, as ranges in ascending order: at most one for every second object.
+#[derive(Default)]
+struct Covered {
+    period: u64,
+    size: u64,
+    ranges: Vec<ByteRange>,
+}
+
+impl Covered {
+    fn of(period: u64, size: u64) -> Self {
+        Self { period, size, ranges: Vec::new() }
+    }
+
+    /// Ranges that begin behind all before them.
+    fn add(&mut self, ranges: impl Iterator<Item = ByteRange>) {
+        for range in ranges.map(|range| range.align_outward(self.period, self.size)) {
+            match self.ranges.last_mut() {
+                Some(last) if range.offset() <= last.end() => {
+                    *last = ByteRange::between(last.offset(), last.end().max(range.end())).unwrap_or(*last);
+                }
+                _ => self.ranges.push(range),
+            }
+        }
     }
 }

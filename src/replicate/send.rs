@@ -100,5 +100,5 @@ async fn both_still_there(source: &dyn SourceImage, from: Option<&Snapshot>, to:
 
 /// What the point of a live image is called: when it was read.
 fn live_label() -> String {
-    format!("live-{}", jiff::Timestamp::now().strftime("%Y%m%dT%H%M%S.%3fZ"))
+    format!("live-{}", crate::clock::now().strftime("%Y%m%dT%H%M%S.%3fZ"))
 }

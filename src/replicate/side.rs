@@ -5,6 +5,8 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use tokio_util::sync::CancellationToken;
 
+use crate::delta;
+use crate::extent::{ByteRange, normalize, subtract};
 use crate::failpoint::failpoint;
 use crate::image::{ErrorKind, ImageError, LeaseOwner, Point, Snapshot, SnapshotSupport, SourceImage, TargetImage};
 use crate::pipeline::{Applied, Checkpoint, Limits};
@@ -74,13 +76,17 @@ impl TargetSide<'_> {
         self.store_in_flight(in_flight).await?;
         failpoint!("cycle.dirty");
         let rewind = in_flight.rewind;
-        if let (true, Origin::Base(_)) = (rewind, &in_flight.from) {
-            let base = self.base(&in_flight.from).map(Commit::on_target);
-            let base = base.ok_or_else(|| no_such_base(self.target.as_ref()))?;
-            if rewind::rewind(self.target, &base, self.limits.clone(), self.cancel).await? == Applied::Part {
-                return Err(interrupted(in_flight, size));
+        if rewind && in_flight.from != Origin::Compare {
+            if in_flight.from == Origin::Blank {
+                self.target.resize(0).await?;
+            } else {
+                let base = self.base(&in_flight.from).map(Commit::on_target);
+                let base = base.ok_or_else(|| no_such_base(self.target.as_ref()))?;
+                if rewind::rewind(self.target, &base, self.limits.clone(), self.cancel).await? == Applied::Part {
+                    return Err(interrupted(in_flight, size));
+                }
+                still_there(self.target.as_ref(), &base).await?;
             }
-            still_there(self.target.as_ref(), &base).await?;
             in_flight.rewind = false;
             self.store_in_flight(in_flight).await?;
             failpoint!("cycle.rewound");
@@ -97,6 +103,46 @@ impl TargetSide<'_> {
             failpoint!("cycle.resized");
         }
         Ok(rewind)
+    }
+
+    /// HEAD holds what does not belong there: the next run must not go on from it.
+    pub(super) async fn spoil(&self, in_flight: &mut InFlight) -> Result<()> {
+        (in_flight.rewind, in_flight.progress_to) = (true, 0);
+        self.store_in_flight(in_flight).await?;
+        failpoint!("cycle.spoiled");
+        Ok(())
+    }
+
+    /// Where HEAD, which holds parts or all of what is in flight, has changed since its base beyond `expected`, the
+    /// ranges of what is in flight: somebody else has written to it. What they wrote within is not told apart. Gives back
+    /// the name of the base where that is so.
+    pub(super) async fn written_beyond(
+        &self,
+        in_flight: &InFlight,
+        expected: Vec<ByteRange>,
+        size: u64,
+    ) -> Result<Option<String>> {
+        if in_flight.from == Origin::Compare || self.head_only() {
+            return Ok(None);
+        }
+        let base = self.base(&in_flight.from).map(Commit::on_target);
+        let head = self.target.view(&Point::Head).await?;
+        let changed = delta::plan(head.as_ref(), base.as_ref()).await?;
+        let period = self.target.layout().period();
+        // A shrink touches what lies across the new end, on the target even where the source has nothing there.
+        let across = base
+            .as_ref()
+            .filter(|base| base.size > size)
+            .and_then(|_| ByteRange::between(size.saturating_sub(1), size));
+        let within = expected.into_iter().chain(across).map(|run| run.align_outward(period, size));
+        let expected = normalize(within.collect());
+        // The object map may name an object that has not changed; there the exact extents decide.
+        for beyond in subtract(&changed.runs, &expected) {
+            if !head.diff(base.as_ref(), beyond).await?.is_empty() {
+                return Ok(Some(base.map_or_else(|| "its creation".to_owned(), |base| base.name)));
+            }
+        }
+        Ok(None)
     }
 
     /// Steps 8 and 9: everything is applied and flushed; the target snapshot is made.
@@ -139,7 +185,7 @@ impl TargetSide<'_> {
         self.state.commits.push(commit.clone());
         self.state.in_flight = None;
         if is_base {
-            retention::retire(&mut self.state, &self.keep, jiff::Timestamp::now());
+            retention::retire(&mut self.state, &self.keep, crate::clock::now());
         }
         self.make_room()?;
         self.store().await?;

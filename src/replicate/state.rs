@@ -71,7 +71,8 @@ pub struct InFlight {
     /// Its snapshot is made at one moment with those of other volumes, so that without an id it counts for nothing.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub in_step: bool,
-    /// HEAD holds something else than `from` says, and must be brought back to the base before anything is applied.
+    /// HEAD holds something else than `from` says, and must be brought back before anything is applied: to the base, or
+    /// to zeroes.
     #[serde(default)]
     pub rewind: bool,
     /// HEAD of the target may hold something else than the newest commit. Stored before the first change of HEAD; until
@@ -96,7 +97,7 @@ pub struct InFlight {
 impl InFlight {
     /// A new intent: nothing is done yet. `dirty` says whether HEAD holds parts of an earlier one.
     pub fn new(name: String, snapshot: Option<Snapshot>, automatic: bool, from: Origin, dirty: bool) -> Self {
-        let at = jiff::Timestamp::now().to_string();
+        let at = crate::clock::now().to_string();
         Self {
             name,
             snapshot,

@@ -68,7 +68,8 @@ pub struct StatusInFlight {
 impl StatusPoint {
     fn of(commit: &Commit) -> Self {
         let since = commit.at.parse::<jiff::Timestamp>().ok();
-        let age = since.map(|at| jiff::Timestamp::now().as_second().saturating_sub(at.as_second()).max(0));
+        let age = since.and_then(|at| crate::clock::age(at, crate::clock::now()).ok());
+        let age = age.and_then(|age| i64::try_from(age.as_secs()).ok());
         Self { snapshot: commit.name.clone(), at: commit.at.clone(), age_seconds: age }
     }
 }

@@ -18,6 +18,13 @@ pub struct WireError {
     pub fault: WireFault,
 }
 
+impl WireError {
+    /// Whether the stream was only cut: what came before was in order.
+    pub fn is_cut(&self) -> bool {
+        matches!(self.fault, WireFault::Io { .. } | WireFault::Truncated { .. } | WireFault::SenderFailed { .. })
+    }
+}
+
 /// What is wrong with a stream.
 #[derive(Debug, thiserror::Error)]
 pub enum WireFault {

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::batch::Compression;
-use crate::wire::StreamReader;
+use crate::wire::{Message, StreamReader, StreamWriter};
 
 /// The stream of a source's delta, as bytes.
 async fn stream_of(source: &MemoryImage, from: Option<&str>, to: &str, compression: Compression) -> Vec<u8> {
@@ -87,6 +87,56 @@ async fn a_stream_cut_anywhere_commits_nothing_and_is_resumed() {
             assert_at(&source, &target, "b").await;
         }
     }
+}
+
+/// A stream with a chunk that was moved, and with its faults found at its very end only.
+async fn moved_chunk(stream: &[u8]) -> Vec<u8> {
+    let mut reader = StreamReader::open(std::io::Cursor::new(stream.to_vec())).await.unwrap();
+    let mut writer = StreamWriter::open(Vec::new(), reader.hello()).await.unwrap();
+    while let Message::Batch(batch) = reader.next().await.unwrap() {
+        let mut batch = crate::batch::decode(batch).unwrap();
+        if let Some(last) = batch.chunks.last_mut() {
+            last.range = ByteRange::new(last.range.offset() + 65_536, last.range.length()).unwrap();
+            batch.progress_to = batch.progress_to.max(last.range.end());
+        }
+        writer.write(&crate::batch::encode(batch, Compression::None)).await.unwrap();
+    }
+    let mut bytes = writer.finish().await.unwrap().1;
+    bytes.push(0);
+    bytes
+}
+
+/// What a stream with a fault has left must not shine through under the right one, sent anew.
+#[tokio::test]
+async fn a_stream_with_a_fault_is_not_gone_on_from() {
+    let source = source().await;
+    for (from, to) in [(None, "a"), (Some("a"), "b")] {
+        let target = MemoryImage::new("target", SIZE, LAYOUT);
+        if let Some(from) = from {
+            receive_bytes(&target, &stream_of(&source, None, from, Compression::None).await).await.unwrap();
+        }
+        let good = stream_of(&source, from, to, Compression::None).await;
+        let before = target.bytes_at(&Point::Head).unwrap();
+        let refused = receive_bytes(&target, &moved_chunk(&good).await).await.unwrap_err();
+        assert!(matches!(refused, CycleError::Pipeline(_)), "{refused}");
+        assert!(target.bytes_at(&Point::Head).unwrap() != before, "it was applied before it was refused");
+        receive_bytes(&target, &good).await.unwrap();
+        assert_at(&source, &target, to).await;
+    }
+}
+
+/// Between a stream that was cut and the same one sent anew, somebody writes to what neither has anything for.
+#[tokio::test]
+async fn a_write_between_two_receives_is_seen() {
+    let source = source().await;
+    let target = MemoryImage::new("target", SIZE, LAYOUT);
+    receive_bytes(&target, &stream_of(&source, None, "a", Compression::None).await).await.unwrap();
+    let delta = stream_of(&source, Some("a"), "b", Compression::None).await;
+    receive_bytes(&target, &delta[..delta.len() - 40]).await.unwrap_err();
+    target.write_as_server(SIZE - 4096, b"theirs");
+    let seen = kind_of(receive_bytes(&target, &delta).await.unwrap_err());
+    assert_eq!(seen, ConflictKind::Diverged { since: "a".into() });
+    assert_eq!(target.snapshots().await.unwrap().len(), 1);
 }
 
 #[tokio::test]

@@ -151,13 +151,22 @@ async fn a_snapshot_of_the_users_is_used_kept_and_not_replicated_twice() {
     let snapshot = pair.source.create_snapshot("before-upgrade").await.unwrap();
     pair.source.write_as_server(0, &[2; 9000]);
     pair.sync_well(&named("before-upgrade")).await;
-    assert!(pair.sync(&named("before-upgrade")).await.unwrap().already_there);
+    // The source has other bytes by now: the name stands for another moment.
+    let changed = kind_of(pair.sync(&named("before-upgrade")).await.unwrap_err());
+    assert_eq!(changed, ConflictKind::NotNow { name: "before-upgrade".into(), newest: None });
     for _ in 0..3 {
         pair.source.write_as_server(5000, &[3; 100]);
         pair.sync_well(&options()).await;
     }
     assert!(pair.source.snapshots().await.unwrap().contains(&snapshot));
     assert!(pair.target.snapshots().await.unwrap().iter().any(|s| s.name == "before-upgrade"));
+    let newer = kind_of(pair.sync(&named("before-upgrade")).await.unwrap_err());
+    assert!(matches!(newer, ConflictKind::NotNow { newest: Some(_), .. }), "{newer}");
+    // What has not changed since is there.
+    pair.sync_well(&named("last")).await;
+    assert!(pair.sync(&named("last")).await.unwrap().already_there);
+    pair.source.resize_as_server(SIZE + 4096);
+    assert!(matches!(kind_of(pair.sync(&named("last")).await.unwrap_err()), ConflictKind::NotNow { newest: None, .. }));
 }
 
 #[tokio::test]

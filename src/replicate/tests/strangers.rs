@@ -105,6 +105,33 @@ async fn writes_outside_an_interrupted_delta_are_noticed() {
     }
 }
 
+/// Wherever a cycle dies: what somebody writes beside its delta then is noticed, or comes after its snapshot.
+#[tokio::test]
+async fn writes_behind_a_cycle_that_died_anywhere_never_get_into_its_snapshot() {
+    for at in 1.. {
+        let mut pair = Pair::new();
+        pair.source.write_as_server(0, &[1; 100_000]);
+        pair.sync_well(&options()).await;
+        pair.source.write_as_server(0, &[2; 5000]);
+        pair.target.set_fault(Some(Fault { at, after: true, seed: 1 }));
+        if pair.sync(&options()).await.is_ok() && !pair.target.has_crashed() {
+            assert!(at > 5, "{at} steps");
+            break;
+        }
+        pair.target.reopen().write_as_server(400_000, b"a stray write");
+        match pair.sync(&options()).await {
+            Ok(report) => {
+                let of = async |image: &MemoryImage| {
+                    let found = image.snapshots().await.unwrap().into_iter().find(|s| s.name == report.snapshot);
+                    image.bytes_at(&Point::Snapshot(found.unwrap())).unwrap()
+                };
+                assert!(of(&pair.target).await == of(&pair.source).await, "died at {at}");
+            }
+            Err(error) => assert_eq!(kind_of(error).name(), "diverged", "died at {at}"),
+        }
+    }
+}
+
 #[tokio::test]
 async fn an_older_snapshot_does_not_replace_a_lost_one() {
     let mut pair = Pair::new();
