@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::library::{Library, library};
-use super::{CephError, Raw, Result, blocking, c_string, check, close_in_background, exit};
+use super::{BLOCKLIST, CephError, Raw, Result, blocking, c_string, check, close_in_background, exit};
 
 /// How to connect.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -43,6 +43,19 @@ fn c_path(path: &Path) -> Result<CString> {
     CString::new(path.as_os_str().as_bytes()).map_err(|_| CephError::Nul(path.display().to_string()))
 }
 
+/// The configuration file that librados reads where it is given none.
+fn conf_of_environment() -> Option<PathBuf> {
+    std::env::var_os("CEPH_CONF").map(PathBuf::from)
+}
+
+/// The name of the cluster that a configuration file is of, as Ceph's own tools take it: that of `remote.conf` is
+/// `remote`, so that the keyring `remote.client.NAME.keyring` is found. Any other file's is `ceph`.
+fn cluster_name(conf: Option<&Path>) -> String {
+    let named = conf.filter(|conf| conf.extension().is_some_and(|extension| extension == "conf"));
+    let stem = named.and_then(|conf| conf.file_stem()?.to_str());
+    stem.unwrap_or("ceph").to_owned()
+}
+
 /// A connection, shared by every image that is reached through it.
 #[derive(Debug)]
 pub(crate) struct Cluster {
@@ -66,8 +79,9 @@ impl Cluster {
         let user = options.user.as_deref().unwrap_or("admin");
         let user = c_string(&format!("client.{}", user.strip_prefix("client.").unwrap_or(user)))?;
         let mut raw = ptr::null_mut();
+        let name = c_string(&cluster_name(options.conf.clone().or_else(conf_of_environment).as_deref()))?;
         // SAFETY: `raw` is a valid place for a handle, the strings end with NUL and outlive the call.
-        check("rados_create2", unsafe { (rados.rados_create2)(&mut raw, c"ceph".as_ptr(), user.as_ptr(), 0) })?;
+        check("rados_create2", unsafe { (rados.rados_create2)(&mut raw, name.as_ptr(), user.as_ptr(), 0) })?;
         // From here on dropped, and so shut down, on every way out.
         exit::connection_begins();
         exit::watch_the_end();
@@ -119,6 +133,17 @@ impl Cluster {
     /// Whether the cluster is known to have blocklisted this connection.
     pub(crate) fn is_fenced(&self) -> bool {
         self.fenced.load(Ordering::Acquire)
+    }
+
+    /// Adds a client to the cluster's blocklist for so many seconds: the OSDs refuse its requests from then on. `address`
+    /// is that of its lock (`10.0.0.7:0/123`). Returns once this connection has the OSD map that says so, which its next
+    /// requests take to the OSDs. An entry that is there already gets the new end. Blocks.
+    pub(crate) fn blocklist(&self, address: &str, seconds: u32) -> Result<()> {
+        let rados = &library()?.rados;
+        let address = c_string(address)?;
+        // SAFETY: the cluster is connected, the address ends with NUL, and librados only reads it.
+        let added = unsafe { (rados.rados_blocklist_add)(self.raw.0, address.as_ptr().cast_mut(), seconds) };
+        check(BLOCKLIST, added).map(drop)
     }
 
     /// Opens a pool, and a namespace of it. Blocks.
@@ -192,5 +217,17 @@ impl Drop for Pool {
             // SAFETY: images keep an `Arc` of their pool, so that nobody uses it any more. Doesn't block.
             unsafe { (rados.rados_ioctx_destroy)(self.raw.0) };
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cluster_has_the_name_of_its_configuration_file() {
+        let of = |path: &str| cluster_name(Some(Path::new(path)));
+        assert_eq!([of("/etc/ceph/ceph.conf"), of("remote.conf"), of("/tmp/a.b.conf")], ["ceph", "remote", "a.b"]);
+        assert_eq!([of("/etc/ceph/conf"), of("/x/.conf"), cluster_name(None)], ["ceph", "ceph", "ceph"]);
     }
 }

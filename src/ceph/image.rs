@@ -27,6 +27,7 @@ impl Features {
     pub(crate) const FAST_DIFF: u64 = 1 << 4;
     pub(crate) const DEEP_FLATTEN: u64 = 1 << 5;
     pub(crate) const JOURNALING: u64 = 1 << 6;
+    pub(crate) const DATA_POOL: u64 = 1 << 7;
     pub(crate) const MIGRATING: u64 = 1 << 9;
     pub(crate) const NON_PRIMARY: u64 = 1 << 10;
 
@@ -86,9 +87,10 @@ pub(crate) struct CreateSpec {
     /// Objects have `1 << order` bytes.
     pub(crate) order: u32,
     pub(crate) features: Features,
-    /// Unit and count, if not the plain layout.
-    pub(crate) striping: Option<(u64, u64)>,
-    pub(crate) data_pool: Option<String>,
+    /// Unit and count.
+    pub(crate) striping: (u64, u64),
+    /// The pool of its data; its own, too, is named: without a name it is that of `rbd_default_data_pool`.
+    pub(crate) data_pool: String,
 }
 
 /// An open image.
@@ -96,7 +98,7 @@ pub(crate) struct CreateSpec {
 pub(crate) struct Image {
     pub(super) raw: Raw,
     pub(super) in_flight: Arc<InFlight>,
-    pool: Arc<Pool>,
+    pub(super) pool: Arc<Pool>,
 }
 
 impl Image {

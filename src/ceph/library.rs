@@ -133,6 +133,8 @@ table! {
     rados_mon_command: fn(Handle, *mut *const c_char, usize, *const c_char, usize, *mut *mut c_char, *mut usize,
         *mut *mut c_char, *mut usize) -> c_int;
     rados_buffer_free: fn(*mut c_char);
+    rados_break_lock: fn(Handle, *const c_char, *const c_char, *const c_char, *const c_char) -> c_int;
+    rados_blocklist_add: fn(Handle, *mut c_char, u32) -> c_int;
 }
 
 table! {
@@ -196,10 +198,8 @@ table! {
     rbd_lock_release: fn(Handle) -> c_int;
     rbd_lock_get_owners: fn(Handle, *mut c_int, *mut *mut c_char, *mut usize) -> c_int;
     rbd_lock_get_owners_cleanup: fn(*mut *mut c_char, usize);
-    rbd_lock_break: fn(Handle, c_int, *const c_char) -> c_int;
     rbd_lock_exclusive: fn(Handle, *const c_char) -> c_int;
     rbd_unlock: fn(Handle, *const c_char) -> c_int;
-    rbd_break_lock: fn(Handle, *const c_char, *const c_char) -> c_int;
     rbd_list_lockers: fn(Handle, *mut c_int, *mut c_char, *mut usize, *mut c_char, *mut usize, *mut c_char,
         *mut usize, *mut c_char, *mut usize) -> isize;
 }

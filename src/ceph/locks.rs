@@ -6,8 +6,11 @@ use std::ptr;
 
 use rustix::io::Errno;
 
+use super::library::library;
 use super::{CephError, Image, Result, c_string, check};
 
+/// The name of both locks on an image's header: `RBD_LOCK_NAME` of `include/rbd_types.h`.
+const LOCK: &CStr = c"rbd_lock";
 /// `RBD_LOCK_MODE_EXCLUSIVE`
 const EXCLUSIVE: c_int = 0;
 
@@ -54,14 +57,6 @@ impl Image {
         Ok(owner)
     }
 
-    /// Takes the exclusive lock away from `owner`, and blocklists that client. ENOENT or EBUSY if it holds it no more.
-    pub(crate) fn break_lock(&self, owner: &str) -> Result<()> {
-        let owner = c_string(owner)?;
-        // SAFETY: the image is open, the address ends with NUL.
-        check("rbd_lock_break", unsafe { (self.rbd()?.rbd_lock_break)(self.raw.0, EXCLUSIVE, owner.as_ptr()) })
-            .map(drop)
-    }
-
     /// Takes the advisory lock. EBUSY if another has it, EEXIST if this client has it with this cookie.
     pub(crate) fn acquire_advisory_lock(&self, cookie: &str) -> Result<()> {
         let cookie = c_string(cookie)?;
@@ -76,16 +71,22 @@ impl Image {
         check("rbd_unlock", unsafe { (self.rbd()?.rbd_unlock)(self.raw.0, cookie.as_ptr()) }).map(drop)
     }
 
-    /// Takes the advisory lock away from somebody, and blocklists that client.
-    pub(crate) fn break_advisory_lock(&self, locker: &Locker) -> Result<()> {
+    /// Takes either lock away from a client. ENOENT if it holds it no more. Not through `rbd_lock_break`, which blocklists
+    /// the client or not, and for how long, as the configuration of cluster, pool or image has it.
+    pub(crate) fn break_lock(&self, locker: &Locker) -> Result<()> {
+        let header = c_string(&format!("rbd_header.{}", self.id()?))?;
         let (client, cookie) = (c_string(&locker.client)?, c_string(&locker.cookie)?);
-        // SAFETY: the image is open, both strings end with NUL.
-        let value = unsafe { (self.rbd()?.rbd_break_lock)(self.raw.0, client.as_ptr(), cookie.as_ptr()) };
-        check("rbd_break_lock", value).map(drop)
+        let rados = &library()?.rados;
+        // SAFETY: the pool is open, all strings end with NUL.
+        let value = unsafe {
+            let [object, name] = [header.as_ptr(), LOCK.as_ptr()];
+            (rados.rados_break_lock)(self.pool.raw.0, object, name, client.as_ptr(), cookie.as_ptr())
+        };
+        check("rados_break_lock", value).map(drop)
     }
 
     /// Who holds advisory locks; or the exclusive lock, which librbd keeps in the same place, with a cookie of its own.
-    pub(crate) fn advisory_lockers(&self) -> Result<Vec<Locker>> {
+    pub(crate) fn lockers(&self) -> Result<Vec<Locker>> {
         const ROOM: usize = 64 * 1024;
         let mut tag = [0u8; 256];
         let (mut clients, mut cookies, mut addresses) = (vec![0u8; ROOM], vec![0u8; ROOM], vec![0u8; ROOM]);

@@ -76,6 +76,9 @@ pub(crate) enum CephError {
     Nonsense { function: &'static str, what: String },
 }
 
+/// The function that adds a client to the blocklist.
+pub(crate) const BLOCKLIST: &str = "rados_blocklist_add";
+
 pub(crate) type Result<T, E = CephError> = std::result::Result<T, E>;
 
 impl CephError {
@@ -85,6 +88,11 @@ impl CephError {
             Self::Call { errno, .. } | Self::Option { errno, .. } => Some(*errno),
             _ => None,
         }
+    }
+
+    /// Whether it is this function that failed.
+    pub(crate) fn is_of(&self, wanted: &str) -> bool {
+        matches!(self, Self::Call { function, .. } if *function == wanted)
     }
 
     /// Whether the storage gave this errno.

@@ -54,6 +54,13 @@ impl Options {
         }
         Ok(options)
     }
+
+    fn set_data_pool(&self, pool: &str) -> Result<()> {
+        let pool = c_string(pool)?;
+        // SAFETY: the options exist, the string ends with NUL and is copied.
+        let set = unsafe { (self.rbd.rbd_image_options_set_string)(self.raw, option::DATA_POOL, pool.as_ptr()) };
+        check("rbd_image_options_set_string", set).map(drop)
+    }
 }
 
 impl Drop for Options {
@@ -63,32 +70,38 @@ impl Drop for Options {
     }
 }
 
-/// Creates an image. EEXIST if there is one of that name.
+/// Creates an image. EEXIST if there is one of that name. All of its properties are given: what is left out would be
+/// what the cluster's configuration has for it (`rbd_default_*`).
 pub(crate) fn create_image(pool: &Pool, name: &str, spec: &CreateSpec) -> Result<()> {
     let name = c_string(name)?;
-    let mut numbers =
-        vec![(option::FORMAT, 2), (option::FEATURES, spec.features.0), (option::ORDER, u64::from(spec.order))];
-    let striping = spec.striping.iter();
-    numbers.extend(striping.flat_map(|&(unit, count)| [(option::STRIPE_UNIT, unit), (option::STRIPE_COUNT, count)]));
-    let options = Options::new(&numbers)?;
-    if let Some(data_pool) = &spec.data_pool {
-        let data_pool = c_string(data_pool)?;
-        // SAFETY: the options exist, the string ends with NUL and is copied.
-        let set =
-            unsafe { (options.rbd.rbd_image_options_set_string)(options.raw, option::DATA_POOL, data_pool.as_ptr()) };
-        check("rbd_image_options_set_string", set)?;
-    }
+    let (unit, count) = spec.striping;
+    let options = Options::new(&[
+        (option::FORMAT, 2),
+        (option::FEATURES, spec.features.0),
+        (option::ORDER, u64::from(spec.order)),
+        (option::STRIPE_UNIT, unit),
+        (option::STRIPE_COUNT, count),
+    ])?;
+    options.set_data_pool(&spec.data_pool)?;
     // SAFETY: the pool is open, the name ends with NUL, the options exist.
     let value = unsafe { (options.rbd.rbd_create4)(pool.raw.0, name.as_ptr(), spec.size, options.raw) };
     check("rbd_create4", value).map(drop)
 }
 
 impl Pool {
-    /// Makes a clone, of the second format, of a snapshot that need not be protected; both in this pool. It gets a
-    /// copy of the parent's metadata. EEXIST if there is an image of that name.
-    pub(crate) fn clone_image(&self, parent: &str, snapshot: &str, clone: &str, features: Features) -> Result<()> {
+    /// Makes a clone, of the second format, of a snapshot that need not be protected; both in this pool, whose name is
+    /// `pool` and which gets the clone's data. It gets a copy of the parent's metadata. EEXIST if there is an image of
+    /// that name.
+    pub(crate) fn clone_image(
+        &self,
+        pool: &str,
+        (parent, snapshot): (&str, &str),
+        clone: &str,
+        features: Features,
+    ) -> Result<()> {
         let (parent, snapshot, clone) = (c_string(parent)?, c_string(snapshot)?, c_string(clone)?);
         let options = Options::new(&[(option::FEATURES, features.0), (option::CLONE_FORMAT, 2)])?;
+        options.set_data_pool(pool)?;
         // SAFETY: the pool is open, the names end with NUL, the options exist.
         let value = unsafe {
             (options.rbd.rbd_clone3)(

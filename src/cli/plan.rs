@@ -12,7 +12,10 @@ use super::exit::Exit;
 use super::streams::Output;
 use super::values::{PoolName, human_bytes};
 use super::{Context, Interrupted, images, output};
+use crate::cutover::journal::KEPT_SUFFIX;
+use crate::cutover::rehearsal;
 use crate::delta::{self, Method};
+use crate::image::pools::PLACEHOLDER_SUFFIX;
 use crate::image::rbd::{Connector, PoolImage, RbdImage};
 use crate::image::{ErrorKind, ImageError, ImageSpec, Point, SourceImage as _};
 use crate::plan::values::matches_glob;
@@ -105,6 +108,8 @@ async fn find(context: &Context<'_>, settings: &PoolPlan) -> anyhow::Result<(Vec
             Ok(Ok(image)) => found.push(image),
             Ok(Err(reason)) => skipped.push((name, reason)),
             Err(error) if error.kind == ErrorKind::NotFound => skipped.push((name, "it was just removed".into())),
+            // The others are not to wait for what is wrong with one of them. Whatever else it is concerns them all.
+            Err(error) if is_of_one(&error.kind) => skipped.push((name, crate::fleet::chain_text(&error))),
             Err(error) => return Err(error.into()),
         }
     }
@@ -131,12 +136,38 @@ async fn look(connector: &Connector, from: &PoolName, listed: PoolImage) -> Resu
     if listed.id.is_none() {
         return Ok(Err("it is of format 1: make one of format 2 of it with rbd deep cp".into()));
     }
+    if let Some(aside) = aside(&name) {
+        return Ok(Err(aside.into()));
+    }
     let image = RbdImage::open_source(connector, &from.pool, from.namespace.as_deref(), &name).await?;
+    if image.is_placeholder().await? {
+        return Ok(Err(PLACEHOLDER.into()));
+    }
+    if image.rehearsal_mark().await?.is_some() {
+        return Ok(Err(REHEARSAL.into()));
+    }
     if let Some(obstacle) = image.obstacle() {
         return Ok(Err(obstacle.into()));
     }
     let (size, used) = extent(&image).await?;
     Ok(Ok(Found { image: name, size, used }))
+}
+
+const PLACEHOLDER: &str = "it is a placeholder, which has a volume's name while poolshift switches it";
+const REHEARSAL: &str = "it is a disk of a rehearsal";
+
+/// Whether a name is one of what poolshift, or Cinder, has put aside: no server runs from it.
+fn aside(name: &str) -> Option<&'static str> {
+    let kept = "it is a source that was kept at a cutover: poolshift finalize removes it";
+    let deleted = "it is a volume that Cinder has deleted, and keeps for its clones";
+    let suffixes =
+        [(KEPT_SUFFIX, kept), (PLACEHOLDER_SUFFIX, PLACEHOLDER), (rehearsal::SUFFIX, REHEARSAL), (".deleted", deleted)];
+    suffixes.into_iter().find(|(suffix, _)| name.ends_with(suffix)).map(|(_, reason)| reason)
+}
+
+/// Whether an error says something of one image, and nothing of the others in its pool.
+fn is_of_one(kind: &ErrorKind) -> bool {
+    matches!(kind, ErrorKind::PermissionDenied | ErrorKind::Unsupported | ErrorKind::Corrupt | ErrorKind::ReadOnly)
 }
 
 /// How large an image is, and how many bytes the objects have that there are; `None` where the object map doesn't tell.

@@ -36,8 +36,11 @@ pub type Limits = Vec<Option<String>>;
 
 /// The name that the placeholder of `name` has before and after it stands in.
 pub fn placeholder_name(name: &str) -> String {
-    format!("{name}.poolshift-placeholder")
+    format!("{name}{PLACEHOLDER_SUFFIX}")
 }
+
+/// How the names of placeholders end that do not have a volume's name yet, or any more.
+pub const PLACEHOLDER_SUFFIX: &str = ".poolshift-placeholder";
 
 /// What has a name in a pool.
 #[derive(Debug)]

@@ -304,6 +304,93 @@ async fn a_rename_that_was_cut_is_finished() {
     rig.end().await;
 }
 
+/// A placeholder that was being renamed by a process that was killed, and was then removed by its other name.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
+async fn a_name_that_opens_nothing_keeps_no_placeholder_from_it() {
+    let env = ceph();
+    let (connector, name) = (connect(&env).await, name("stale"));
+    let mut librbd = Librbd::start(&env);
+    for prepared in [true, false] {
+        let placeholder = connector.prepare_placeholder("sas", None, &name).await.unwrap();
+        placeholder.rename(&name).await.unwrap();
+        drop(placeholder);
+        librbd.call(format!("cut-rename sas/{name} {name}.poolshift-placeholder")).await;
+        librbd.remove(&[&format!("sas/{name}")]).await;
+        if prepared {
+            let again = connector.prepare_placeholder("sas", None, &name).await.unwrap();
+            assert!(again.is_placeholder().await.unwrap());
+        }
+        connector.remove_placeholder("sas", None, &name).await.unwrap();
+    }
+    // And the name is free.
+    let options = CreateOptions::new(MIB);
+    RbdImage::create(&connector, "sas", None, &format!("{name}.poolshift-placeholder"), &options).await.unwrap();
+    librbd.remove(&[&format!("sas/{name}.poolshift-placeholder")]).await;
+}
+
+/// What poolshift keeps with an image is that image's: a copy that somebody has made of it has none of it.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
+async fn a_copy_of_an_image_has_none_of_its_records() {
+    let env = ceph();
+    let mut rig = Rig::lock(&env, "records").await;
+    rig.disk.acquire_lease(&LeaseOwner::current().unwrap()).await.unwrap();
+    rig.disk.store_state("state").await.unwrap();
+    rig.disk.store_journal(Some("journal")).await.unwrap();
+    rig.disk.store_note(Some("note")).await.unwrap();
+    rig.disk.release_lease().await.unwrap();
+    let of = async |image: &RbdImage| {
+        let (state, journal) = (image.load_state().await.unwrap(), image.load_journal().await.unwrap());
+        [state, journal, image.load_note().await.unwrap()]
+    };
+    let all = ["state", "journal", "note"].map(|text| Some(text.to_owned()));
+    assert_eq!(of(&rig.disk).await, all);
+    let copied = format!("{}-copy", rig.name);
+    crate::vm::rbd(&env, &["deep", "cp", "--no-progress", &rig.place, &format!("sas/{copied}")]);
+    let copy = RbdImage::open_target(&rig.connector, "sas", None, &copied).await.unwrap();
+    assert_eq!(of(&copy).await, [None, None, None]);
+    // With its first own record those of the other one are gone, and with its last own one all.
+    copy.store_note(Some("own")).await.unwrap();
+    assert_eq!(of(&copy).await, [None, None, Some("own".to_owned())]);
+    let listed = || crate::vm::rbd(&env, &["image-meta", "ls", &format!("sas/{copied}")]);
+    assert!(!listed().contains("poolshift.state"), "{}", listed());
+    copy.store_note(None).await.unwrap();
+    assert!(!listed().contains("poolshift"), "{}", listed());
+    assert_eq!(of(&rig.disk).await, all);
+    drop(copy);
+    rig.librbd.remove(&[&format!("sas/{copied}")]).await;
+    rig.end().await;
+}
+
+/// A new image is as it was asked for, whatever the pool's configuration has for new images.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph alone"]
+async fn an_image_is_made_as_it_was_asked_for() {
+    let env = ceph_alone();
+    let (connector, name) = (connect(&env).await, name("as-asked"));
+    let config = |words: &[&str]| crate::vm::rbd(&env, &[&["config", "pool"], words].concat());
+    let defaults =
+        [("rbd_default_data_pool", "sata"), ("rbd_default_stripe_unit", "65536"), ("rbd_default_stripe_count", "4")];
+    for (option, value) in defaults {
+        config(&["set", "sas", option, value]);
+    }
+    let made = RbdImage::create(&connector, "sas", None, &name, &CreateOptions::new(16 * MIB)).await;
+    let place = format!("sas/{name}");
+    let info = crate::vm::rbd(&env, &["info", "--format", "json", &place]);
+    for (option, _) in defaults {
+        config(&["remove", "sas", option]);
+    }
+    made.unwrap();
+    let info: serde_json::Value = serde_json::from_str(&info).unwrap();
+    assert_eq!(
+        (&info["data_pool"], &info["stripe_count"]),
+        (&serde_json::Value::Null, &serde_json::Value::Null),
+        "{info:#}"
+    );
+    Librbd::start(&env).remove(&[&place]).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs Ceph"]
 async fn the_journal_is_kept_with_the_image() {

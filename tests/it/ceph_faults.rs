@@ -311,12 +311,12 @@ async fn users_without_the_caps_are_told_which() {
     for caps in ["profile rbd pool=sas", "profile rbd pool=sata, profile rbd-read-only pool=sas"] {
         let key = admin(&env, "ceph", &["auth", "get-or-create", &entity, "mon", "profile rbd", "osd", caps]);
         volume.env = CephEnv { conf: conf_with(&env, &folder, &user, &key), user: user.clone(), ..env.clone() };
-        let says = ["is not allowed to", "hint: give it the caps for both pools", "profile rbd pool=sata"];
+        let says = ["is not allowed to", "hint: compare what it has", "'profile rbd' on pool"];
         sync_ends(&volume, &[], 1, &says).await;
         admin(&env, "ceph", &["auth", "rm", &entity]);
     }
     volume.env = CephEnv { user: "nobody".into(), ..usual.clone() };
-    sync_ends(&volume, &[], 1, &["cannot connect as client.nobody", "hint: give it the caps"]).await;
+    sync_ends(&volume, &[], 1, &["cannot connect as client.nobody", "hint: name the file with its key"]).await;
     // Nobody answers there.
     let away = folder.path().join("away.conf");
     std::fs::write(&away, "[global]\nmon host = 127.0.0.1:1\nauth client required = none\n").unwrap();

@@ -1,18 +1,15 @@
 //! An RBD image as a server's disk: who has it open, the fence, its name, and the journal of a cutover.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use async_trait::async_trait;
 use rustix::io::Errno;
 
-use super::target::STATE_KEY;
+use super::records::{self, JOURNAL_KEY, STATE_KEY};
 use super::{Connector, Inner, Place, RbdImage, RbdWatcher};
 use crate::ceph::{self, CephError, Features, Image, OpenMode};
 use crate::image::{Disk, DiskUser, ErrorKind, ImageError, ImageIdentity, JOURNAL_MAX, LeaseOwner, LockHolder, Result};
-
-/// The metadata key of the journal.
-pub(super) const JOURNAL_KEY: &str = "poolshift.cutover";
 
 impl RbdImage {
     /// Opens the image that has this id ([`crate::image::ImageIdentity::image`]), whatever its name is by now, to read
@@ -73,10 +70,32 @@ impl RbdImage {
     }
 
     /// Changes a key of the image's metadata without its lock: a server that has it need not give it.
-    async fn store(&self, key: &'static str, value: Option<&str>, operation: &str) -> Result<()> {
+    pub(super) async fn set_metadata(&self, key: &'static str, value: Option<&str>, operation: &str) -> Result<()> {
         let (inner, value) = (Arc::clone(&self.inner), value.map(str::to_owned));
-        let store = move || inner.pool.set_image_metadata(&inner.id, key, value.as_deref());
-        self.inner.call(operation, "rados_exec", store).await
+        let set = move || inner.pool.set_image_metadata(&inner.id, key, value.as_deref());
+        self.inner.call(operation, "rados_exec", set).await
+    }
+
+    /// Stores a record, or removes it, without the lock.
+    async fn store(&self, key: &'static str, value: Option<&str>, operation: &str) -> Result<()> {
+        // While a server stands still each look counts: that the records are this image's is looked at once.
+        if value.is_some() && self.has_records.load(Ordering::Acquire) {
+            return self.set_metadata(key, value, operation).await;
+        }
+        let (inner, text) = (Arc::clone(&self.inner), value.map(str::to_owned));
+        let store = move |image: &Image| {
+            let set = |key: &str, value: Option<&str>| inner.pool.set_image_metadata(&inner.id, key, value);
+            records::store((image, &inner.id), (key, text.as_deref()), set)
+        };
+        self.inner.look(operation, store).await?;
+        self.has_records.store(value.is_some(), Ordering::Release);
+        Ok(())
+    }
+
+    /// A record of this image's own.
+    pub(super) async fn load_record(&self, key: &'static str, operation: &str) -> Result<Option<String>> {
+        let id = self.inner.id.clone();
+        self.inner.look(operation, move |image| records::load(image, &id, key)).await
     }
 }
 
@@ -139,7 +158,7 @@ impl Disk for RbdImage {
     }
 
     async fn load_journal(&self) -> Result<Option<String>> {
-        self.inner.look("read the journal", |image| image.metadata(JOURNAL_KEY)).await
+        self.load_record(JOURNAL_KEY, "read the journal").await
     }
 
     async fn store_journal(&self, journal: Option<&str>) -> Result<()> {

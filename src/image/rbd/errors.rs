@@ -23,9 +23,9 @@ impl Failure {
             (ErrorKind::TimedOut, _) => failed
                 .detail("the storage did not answer in time")
                 .hint("look at the cluster's health: ceph -s; poolshift goes on from where it was when run again"),
-            (ErrorKind::PermissionDenied, _) => {
-                failed.detail(format!("client.{} is not allowed to", self.user)).hint(caps_hint(&self.user, &self.pool))
-            }
+            (ErrorKind::PermissionDenied, _) => failed
+                .detail(format!("client.{} is not allowed to", self.user))
+                .hint(caps_hint(&self.user, Some(&self.pool))),
             (ErrorKind::NoSpace, _) if error.is(Errno::DQUOT) => failed
                 .detail(format!("the quota of pool {:?} is reached", self.pool))
                 .hint(format!("raise it: ceph osd pool set-quota {} max_bytes BYTES", self.pool)),
@@ -58,13 +58,12 @@ fn missing_backend(failed: ImageError, error: &CephError) -> ImageError {
     failed.detail(error.to_string()).hint(hint)
 }
 
-/// The one command that makes a user with the caps that poolshift needs.
-pub(super) fn caps_hint(user: &str, pool: &str) -> String {
-    let other = if pool == "sata" { "sas" } else { "sata" };
+/// What a user needs, and how its caps are looked at. `ceph auth caps` is not named: it replaces what a user has.
+pub(super) fn caps_hint(user: &str, pool: Option<&str>) -> String {
+    let pool = pool.map_or_else(|| "the pools of source and target".into(), |pool| format!("pool {pool}"));
     format!(
-        "give it the caps for both pools (here {pool} and {other}): ceph auth get-or-create client.{user} mon \
-         'profile rbd' osd 'profile rbd pool={pool}, profile rbd pool={other}'; for a user that exists: ceph auth \
-         caps with the same words"
+        "compare what it has, ceph auth get client.{user}, with what it needs: mon 'profile rbd', and osd 'profile rbd' \
+         on {pool} and on the pools of the parents of its clones"
     )
 }
 
@@ -85,8 +84,9 @@ pub(super) fn connecting(options: &RbdOptions, user: &str, error: CephError) -> 
             ImageError::new(ErrorKind::PermissionDenied, location, format!("connect as client.{user}"))
                 .detail(format!("there is no keyring with a key for client.{user}"))
                 .hint(format!(
-                    "save the key: ceph auth get-or-create client.{user} > /etc/ceph/ceph.client.{user}.keyring; {}",
-                    caps_hint(user, "sata")
+                    "name the file with its key in the configuration file (keyring = ...), or another user with \
+                     --ceph-user; {}",
+                    caps_hint(user, None)
                 ))
                 .caused_by(error)
         }
@@ -116,7 +116,7 @@ mod tests {
         let denied = failure.of("open", call(Errno::PERM));
         assert_eq!(denied.kind, ErrorKind::PermissionDenied);
         let hint = denied.hint.clone().unwrap();
-        assert!(hint.contains("osd 'profile rbd pool=sas, profile rbd pool=sata'"), "{hint}");
+        assert!(hint.contains("pool sas") && !hint.contains("sata") && !hint.contains("auth caps"), "{hint}");
         let quota = failure.of("write", call(Errno::DQUOT));
         assert!(quota.kind == ErrorKind::NoSpace && quota.to_string().contains("quota of pool \"sas\""));
         assert_eq!(failure.of("write", call(Errno::SHUTDOWN)).kind, ErrorKind::Fenced);

@@ -9,9 +9,11 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use rustix::io::Errno;
 
-use super::target::STATE_KEY;
-use super::{Connector, CreateOptions, RbdImage};
+use super::records::STATE_KEY;
+use super::{Connector, CreateOptions, Place, RbdImage};
+use crate::ceph::{self, Image, OpenMode};
 use crate::image::pools::{LIMIT_KEYS, Limits, Named, Pools, VolumeImage, placeholder_name};
 use crate::image::{Disk as _, ErrorKind, ImageError, ImageSpec, Result, SourceImage as _};
 
@@ -83,6 +85,7 @@ impl Connector {
     /// Makes a placeholder for the name, which it has not yet ([`Disk::rename`](crate::image::Disk::rename)). There already is no error.
     pub async fn prepare_placeholder(&self, pool: &str, namespace: Option<&str>, name: &str) -> Result<RbdImage> {
         let aside = placeholder_name(name);
+        self.forget_stale_name(pool, namespace, &aside).await?;
         match RbdImage::create(self, pool, namespace, &aside, &CreateOptions::new(PLACEHOLDER_SIZE)).await {
             Ok(()) => {}
             Err(error) if error.kind == ErrorKind::AlreadyExists => {}
@@ -100,10 +103,28 @@ impl Connector {
 
     /// Removes the placeholder that was put aside of that name. Nothing there is no error.
     pub async fn remove_placeholder(&self, pool: &str, namespace: Option<&str>, name: &str) -> Result<()> {
-        match self.named(pool, namespace, &placeholder_name(name)).await? {
+        let aside = placeholder_name(name);
+        match self.named(pool, namespace, &aside).await? {
             Named::Placeholder(image) => image.remove().await,
-            Named::Nothing | Named::Image(_) => Ok(()),
+            Named::Nothing => self.forget_stale_name(pool, namespace, &aside).await,
+            Named::Image(_) => Ok(()),
         }
+    }
+
+    /// Takes a name away that opens nothing: a placeholder that had it was being renamed by a process that was killed,
+    /// and was then removed by its other name. No image could be given the name otherwise.
+    async fn forget_stale_name(&self, pool: &str, namespace: Option<&str>, name: &str) -> Result<()> {
+        let place = Place::new(pool, namespace, name);
+        let (opened, name) = (self.pool(&place).await?, name.to_owned());
+        let forget = move || {
+            let Some(id) = opened.id_of_name(&name)? else { return Ok(()) };
+            match Image::open_by_id(&opened, &id, OpenMode::ReadOnly) {
+                Err(error) if error.is(Errno::NOENT) => opened.forget_name(&name),
+                opened => opened.map(drop),
+            }
+        };
+        let forgotten = ceph::blocking("rados_remove", self.io_timeout, forget).await;
+        forgotten.map_err(|error| self.failure(&place).of("take away a name that opens nothing", error))
     }
 }
 
@@ -121,12 +142,12 @@ impl RbdImage {
 
     /// Whether poolshift has written to it: it keeps a state with it, or a journal.
     pub async fn is_replicated(&self) -> Result<bool> {
-        let state = self.inner.look("look for a state", |image| image.metadata(STATE_KEY)).await?;
+        let state = self.load_record(STATE_KEY, "look for a state").await?;
         Ok(state.is_some() || self.load_journal().await?.is_some())
     }
 
     async fn mark_as_placeholder(&self, name: &str) -> Result<()> {
-        self.store_bounded(MARK_KEY, Some(name), 1024, "mark the placeholder").await
+        self.set_metadata(MARK_KEY, Some(name), "mark the placeholder").await
     }
 }
 

@@ -9,8 +9,13 @@
 //!   its watch had the time to run out, for it could also be a poolshift that was killed before it wrote the record.
 //! - Who gives a lease back removes its record first, and who takes one leaves its record after: in between, neither is
 //!   told from a stranger but by looking again.
-//! - A silent owner is waited for until its watch has timed out (30 s), and blocklisted by librbd.
-//! - An owner that is known dead is broken at once, which blocklists it too. A blocklisted client writes nothing.
+//! - A silent owner is waited for until its watch has timed out (30 s).
+//! - An owner that is known dead is not waited for.
+//!
+//! Whoever loses the lock without having given it back is on the cluster's blocklist first, by poolshift's own request,
+//! and for [`BLOCKLISTED_FOR`]: a host that hung goes on at any time, and its writes have to be refused then. librbd
+//! would do so only where `rbd_blocklist_on_break_lock` is set, on cluster, pool or image, and for
+//! `rbd_blocklist_expire_seconds`. Where the monitors refuse the request, the lock is not taken.
 //!
 //! A fence is the same lock, taken for a cutover: see [`LockHolder`] for what it does about another live owner. As
 //! tried with librbd 16.2, an owner that is asked writes what it has in its cache, gives the lock, and from then on
@@ -18,7 +23,7 @@
 //! Once the lock is released, or its holder's handle closed, it takes the lock again by itself with its next write.
 //!
 //! Without the exclusive-lock feature an advisory lock takes its place. Nothing but poolshift looks at it, and it
-//! doesn't time out; a holder that has no watch any more is taken for dead, and blocklisted.
+//! doesn't time out; a holder that has no watch any more is taken for dead.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, Weak};
@@ -36,6 +41,9 @@ pub(super) const LEASE_KEY: &str = "poolshift.lease";
 /// How long taking the lock may take beyond the usual: a silent holder's watch times out after 30 s, here and once more
 /// within librbd.
 const WATCH_TIMEOUT: Duration = Duration::from_secs(90);
+
+/// How long a client that lost its lock stays on the blocklist, in seconds: ten years.
+const BLOCKLISTED_FOR: u32 = 10 * 365 * 86_400;
 
 /// The lease, while this image holds it.
 #[derive(Debug)]
@@ -188,6 +196,9 @@ impl RbdImage {
                 *self.held.lock().unwrap_or_else(PoisonError::into_inner) = held.map(Arc::new);
                 Ok(())
             }
+            Err(error) if error.is_of(ceph::BLOCKLIST) => Err(self.inner.fail(operation, error).detail(
+                "the client that has its lock is silent or dead, and may write again as long as it is not blocklisted",
+            )),
             Err(error) => Err(self.inner.fail(operation, error)),
         }
     }
@@ -242,7 +253,7 @@ impl RbdImage {
 /// Who holds the lock, as the record calls it. A read-only handle can't be asked for the owner of the exclusive lock
 /// (EINVAL), but for the lockers of the object that stands for either kind.
 fn holder(image: &Image, exclusive: bool) -> ceph::Result<Option<String>> {
-    let locker = image.advisory_lockers()?.into_iter().next();
+    let locker = image.lockers()?.into_iter().next();
     Ok(locker.map(|locker| if exclusive { locker.address } else { advisory_name(&locker) }))
 }
 
@@ -278,7 +289,7 @@ fn stranger(client: String) -> LeaseOwner {
 fn take(inner: &Inner, owner: &LeaseOwner, purpose: Purpose, wanted: &Weak<()>) -> ceph::Result<(Taken, Option<Held>)> {
     let image = Image::open_by_id(&inner.pool, &inner.id, OpenMode::ReadWrite)?;
     let (taken, lock) = if inner.features.has(Features::EXCLUSIVE_LOCK) {
-        (take_exclusive(&image, purpose, wanted)?, Lock::Exclusive)
+        (take_exclusive(inner, &image, purpose, wanted)?, Lock::Exclusive)
     } else {
         let cookie = new_cookie(owner);
         (take_advisory(inner, &image, &cookie, wanted)?, Lock::Advisory { cookie })
@@ -305,41 +316,71 @@ fn is_held(error: &CephError) -> bool {
     [Errno::ROFS, Errno::BUSY, Errno::AGAIN].iter().any(|&errno| error.is(errno))
 }
 
-fn take_exclusive(image: &Image, purpose: Purpose, wanted: &Weak<()>) -> ceph::Result<Taken> {
+/// Takes the lock from a client that is dead or silent, which is blocklisted before.
+fn break_lock(inner: &Inner, image: &Image, locker: &Locker) -> ceph::Result<()> {
+    inner.pool.cluster().blocklist(&locker.address, BLOCKLISTED_FOR)?;
+    match image.break_lock(locker) {
+        // Somebody else was faster.
+        Err(error) if error.is(Errno::NOENT) => Ok(()),
+        result => result,
+    }
+}
+
+/// Whether a client that has the lock is dead: its watch has timed out. Whoever gives the lock back does so before it
+/// closes the image.
+fn is_silent(image: &Image, address: &str) -> ceph::Result<bool> {
+    Ok(!is_watched(image, address)? && image.lock_owner()?.as_deref() == Some(address))
+}
+
+/// Whether a client that had the lock before it was acquired did not give it: it fell silent just then, and librbd may
+/// have broken its lock without blocklisting it. A poolshift (`had_record`) that gives its lease back removes its record
+/// before; a server that is asked for its lock keeps the image open.
+fn was_broken(image: &Image, address: &str, had_record: bool) -> ceph::Result<bool> {
+    Ok(if had_record { record_of(image, address)?.is_some() } else { !is_watched(image, address)? })
+}
+
+fn take_exclusive(inner: &Inner, image: &Image, purpose: Purpose, wanted: &Weak<()>) -> ceph::Result<Taken> {
     let mut patience = purpose.patience().map(|limit| Patience::new(limit, wanted));
     let mut change = Patience::new(Patience::FOR_A_CHANGE, wanted);
     let mut refused = false;
     loop {
+        let mut before = None;
         if let Some(address) = image.lock_owner()? {
-            match record_of(image, &address)? {
-                Some(record) if record.is_known_dead() => {
-                    tracing::warn!(holder = %record, "the lease's holder is dead: breaking its lock");
-                    match image.break_lock(&address) {
-                        // Somebody else was faster.
-                        Err(error) if error.is(Errno::NOENT) || error.is(Errno::BUSY) => {}
-                        result => result?,
-                    }
+            let record = record_of(image, &address)?;
+            if record.as_ref().is_some_and(LeaseOwner::is_known_dead) || is_silent(image, &address)? {
+                tracing::warn!(holder = describe(record, &address), "the lock's holder is dead: breaking its lock");
+                let lockers = image.lockers()?;
+                if let Some(locker) = lockers.iter().find(|locker| locker.address == address) {
+                    break_lock(inner, image, locker)?;
                 }
-                Some(_) => {}
-                // It would give the lock away, and stop writing. One without a watch is dead, and librbd breaks it.
-                None => match &mut patience {
-                    Some(patience) if is_watched(image, &address)? => {
-                        if patience.wait(&address) || refused && change.wait(&address) {
-                            continue;
-                        }
-                        return Ok(Taken::HeldBy(describe(None, &address)));
+            } else {
+                // It would give the lock away, and stop writing.
+                if let (None, Some(patience)) = (&record, &mut patience) {
+                    if patience.wait(&address) || refused && change.wait(&address) {
+                        continue;
                     }
-                    _ => {}
-                },
+                    return Ok(Taken::HeldBy(describe(None, &address)));
+                }
+                before = Some((address, record.is_some()));
             }
         }
         match image.acquire_lock() {
             Ok(()) => {
+                if let Some((address, had_record)) = before
+                    && was_broken(image, &address, had_record)?
+                {
+                    // The image is closed without a write where this fails, and the lock with it.
+                    inner.pool.cluster().blocklist(&address, BLOCKLISTED_FOR)?;
+                }
                 let address = image.lock_owner()?.ok_or_else(|| super::view::no_entry("rbd_lock_get_owners"))?;
                 return Ok(Taken::Yes { address, size: image.size()? });
             }
             Err(error) if is_held(&error) => {}
-            Err(error) => return Err(error),
+            Err(error) => match &before {
+                // librbd could not take the lock from a client that fell silent.
+                Some((address, _)) if is_silent(image, address)? => continue,
+                _ => return Err(error),
+            },
         }
         // Most who refuse to give it have a record; who gives it back has one no more, and who has just taken it not yet.
         refused = true;
@@ -374,7 +415,7 @@ fn take_advisory(inner: &Inner, image: &Image, cookie: &str, wanted: &Weak<()>) 
             Err(error) if error.is(Errno::BUSY) || error.is(Errno::EXIST) => {}
             Err(error) => return Err(error),
         }
-        let Some(locker) = image.advisory_lockers()?.into_iter().next() else {
+        let Some(locker) = image.lockers()?.into_iter().next() else {
             if patience.wait("nobody") {
                 continue;
             }
@@ -391,17 +432,12 @@ fn take_advisory(inner: &Inner, image: &Image, cookie: &str, wanted: &Weak<()>) 
             return Ok(Taken::HeldBy(holder));
         }
         // One that has given it back and closed the image has no watch either; and it may have taken it once more since.
-        let is_still_there = image.advisory_lockers()?.into_iter().next().as_ref() == Some(&locker);
+        let is_still_there = image.lockers()?.into_iter().next().as_ref() == Some(&locker);
         if is_still_there {
             tracing::warn!(%holder, "the lease's holder is dead: breaking its lock");
-            match image.break_advisory_lock(&locker) {
-                Err(error) if error.is(Errno::NOENT) => {}
-                result => {
-                    result?;
-                    broken = true;
-                    continue;
-                }
-            }
+            break_lock(inner, image, &locker)?;
+            broken = true;
+            continue;
         }
         // It has gone meanwhile.
         if !patience.wait(&locker.address) {

@@ -26,6 +26,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
@@ -42,6 +43,7 @@ mod lease;
 mod noted;
 mod object_map;
 mod pool_list;
+mod records;
 mod rehearsal;
 mod relations;
 mod source;
@@ -310,6 +312,8 @@ impl Inner {
 pub struct RbdImage {
     inner: Arc<Inner>,
     remarks: Vec<String>,
+    /// Whether the image is known to have records of its own: see [`records`].
+    has_records: AtomicBool,
     /// The read-write handle for single operations, while any is under way.
     idle_writer: tokio::sync::Mutex<Weak<Image>>,
     /// The lease, with its handle. Only ever locked for a moment.
@@ -373,11 +377,12 @@ impl RbdImage {
             size: options.size,
             order: options.object_size.trailing_zeros(),
             features: Features(options.features),
-            striping: striped.then_some((options.stripe_unit, options.stripe_count)),
-            data_pool: options.data_pool.clone(),
+            striping: if striped { (options.stripe_unit, options.stripe_count) } else { (options.object_size, 1) },
+            data_pool: options.data_pool.clone().unwrap_or_else(|| pool.to_owned()),
         };
-        let name = place.image.clone();
-        ceph::blocking("rbd_create4", connector.io_timeout, move || ceph::create_image(&opened, &name, &spec))
+        let (name, own_pool) = (place.image.clone(), pool.to_owned());
+        let create = move || create_as_asked(&opened, &own_pool, &name, &spec);
+        ceph::blocking("rbd_create4", connector.io_timeout, create)
             .await
             .map_err(|error| connector.failure(&place).of(operation, error))
     }
@@ -423,6 +428,7 @@ impl RbdImage {
         Ok(Self {
             remarks: remarks(&inner, flags, to_write),
             inner: Arc::new(inner),
+            has_records: AtomicBool::new(false),
             idle_writer: tokio::sync::Mutex::default(),
             held: Mutex::default(),
             lease_change: tokio::sync::Mutex::default(),
@@ -494,4 +500,24 @@ fn remarks(inner: &Inner, flags: u64, to_write: bool) -> Vec<String> {
         remarks.push(format!("{place} is being moved by rbd migration; let that finish first"));
     }
     remarks
+}
+
+/// Creates an image, and looks at what has become of it: nothing but what was asked for may say where its data is, and
+/// how it lies.
+fn create_as_asked(opened: &Arc<Pool>, pool: &str, name: &str, spec: &CreateSpec) -> ceph::Result<()> {
+    ceph::create_image(opened, name, spec)?;
+    let made = Image::open(opened, name, OpenMode::ReadOnly)?;
+    let found = (made.size()?, made.layout()?, made.features()?.has(Features::DATA_POOL));
+    let (unit, count) = spec.striping;
+    if found == (spec.size, (1 << spec.order, unit, count), spec.data_pool != pool) {
+        return Ok(());
+    }
+    drop(made);
+    opened.remove_image(name, &AtomicU64::new(0))?;
+    let (size, (object_size, unit, count), aside) = found;
+    let what = format!(
+        "an image of {size} bytes with objects of {object_size}, stripes of {unit} × {count} and its data in {} pool",
+        if aside { "another" } else { "its own" }
+    );
+    Err(CephError::Nonsense { function: "rbd_create4", what })
 }

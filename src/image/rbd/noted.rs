@@ -11,11 +11,9 @@
 use futures::stream::{self, StreamExt as _, TryStreamExt as _};
 use serde::{Deserialize, Serialize};
 
+use super::records::TARGET_KEY;
 use super::{Connector, RbdImage};
 use crate::image::{Disk as _, ErrorKind, ImageError, ImageIdentity, ImageSpec, Result, SourceImage as _};
-
-/// The metadata key of the note.
-const TARGET_KEY: &str = "poolshift.target";
 
 /// How many images of a pool are looked at side by side.
 const LOOKS: usize = 8;
@@ -41,7 +39,7 @@ impl RbdImage {
 
     /// Which image is this one's target, if that is noted. A note of another image's is none.
     pub async fn noted_target(&self) -> Result<Option<ImageIdentity>> {
-        let text = self.inner.look("look for its target", |image| image.metadata(TARGET_KEY)).await?;
+        let text = self.load_record(TARGET_KEY, "look for its target").await?;
         let note = text.and_then(|text| serde_json::from_str::<Note>(&text).ok());
         Ok(note.filter(|note| note.source == *self.identity()).map(|note| note.target))
     }

@@ -6,16 +6,14 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 
-use super::disk::{JOURNAL_KEY, name_now};
+use super::disk::name_now;
 use super::lease::LEASE_KEY;
-use super::target::{NOTE_KEY, STATE_KEY};
+use super::records::{self, REHEARSAL_KEY};
 use super::view::{explain_missing, no_entry};
 use super::{CreateOptions, Inner, Place, RbdImage, changes, wait_until_closed};
 use crate::ceph::{self, CephError, Features, Image, OpenMode, ParentLink};
 use crate::image::{ErrorKind, ImageError, Result, Snapshot};
 
-/// The metadata key of the mark.
-const MARK_KEY: &str = "poolshift.rehearsal";
 /// How long this process's own handles may take to close before an image is removed.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(30);
 
@@ -41,7 +39,7 @@ impl RbdImage {
 
     /// The mark that [`Self::clone_of_snapshot`] has left with this image.
     pub async fn rehearsal_mark(&self) -> Result<Option<String>> {
-        self.inner.look("look for a rehearsal's mark", |image| image.metadata(MARK_KEY)).await
+        self.load_record(REHEARSAL_KEY, "look for a rehearsal's mark").await
     }
 
     /// When this image was made; `None` where no clock can have said that.
@@ -108,7 +106,8 @@ fn clone(inner: &Inner, snapshot: &Snapshot, name: &str, mark: &str) -> ceph::Re
     changes::check_snapshot(&parent.snapshots()?, snapshot)?;
     let parent = parent.name()?;
     check_name(inner, &parent)?;
-    inner.pool.clone_image(&parent, &snapshot.name, name, Features(CreateOptions::FEATURES))?;
+    let features = Features(CreateOptions::FEATURES);
+    inner.pool.clone_image(&inner.place.pool, (&parent, &snapshot.name), name, features)?;
     let clone = Image::open(&inner.pool, name, OpenMode::ReadWrite)?;
     // librbd clones by names only: whether it was the right one is seen afterwards.
     match clone.parent_link()? {
@@ -120,12 +119,11 @@ fn clone(inner: &Inner, snapshot: &Snapshot, name: &str, mark: &str) -> ceph::Re
     }
     #[cfg(debug_assertions)]
     crate::failpoint::reach_blocking("rehearsal.unmarked");
-    clone.set_metadata(MARK_KEY, Some(mark))?;
+    let id = clone.id()?;
+    // librbd copies the parent's metadata, the state of a cutover with it.
+    clone.set_metadata(LEASE_KEY, None)?;
+    records::store((&clone, &id), (REHEARSAL_KEY, Some(mark)), |key, value| clone.set_metadata(key, value))?;
     #[cfg(debug_assertions)]
     crate::failpoint::reach_blocking("rehearsal.marked");
-    // librbd copies the parent's metadata, the state of a cutover with it.
-    for key in [STATE_KEY, LEASE_KEY, NOTE_KEY, JOURNAL_KEY] {
-        clone.set_metadata(key, None)?;
-    }
-    clone.id()
+    Ok(id)
 }

@@ -362,7 +362,7 @@ impl Stretch {
 
 /// The address of another client that owns the exclusive lock and is alive.
 fn live_owner(image: &Image, exclusive: bool) -> ceph::Result<Option<String>> {
-    let Some(locker) = image.advisory_lockers()?.into_iter().next().filter(|_| exclusive) else { return Ok(None) };
+    let Some(locker) = image.lockers()?.into_iter().next().filter(|_| exclusive) else { return Ok(None) };
     let watched = image.watchers()?.into_iter().any(|watcher| watcher.address == locker.address);
     Ok(watched.then_some(locker.address))
 }

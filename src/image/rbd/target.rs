@@ -10,6 +10,7 @@ use rustix::io::Errno;
 
 use super::changes::Compared;
 use super::lease::Held;
+use super::records::{self, NOTE_KEY, STATE_KEY};
 use super::view::{REQUEST_MAX, RbdView, check_bounds};
 use super::{Inner, RbdImage};
 use crate::ceph::{self, CephError, Image, OpenMode};
@@ -18,10 +19,6 @@ use crate::image::{
     COMPARE_BLOCK, ErrorKind, ImageError, LeaseOwner, Point, Result, Snapshot, SourceImage, TargetImage, View,
 };
 
-/// The metadata key of the state.
-pub(super) const STATE_KEY: &str = "poolshift.state";
-/// The metadata key of the note.
-pub(super) const NOTE_KEY: &str = "poolshift.note";
 /// The most that a note may have: 1 KiB, as the contract says.
 const NOTE_MAX: usize = 1024;
 /// The most that the state may have: 64 KiB, as the contract says.
@@ -139,7 +136,7 @@ impl TargetImage for RbdImage {
     }
 
     async fn load_state(&self) -> Result<Option<String>> {
-        self.inner.look("read the state", |image| image.metadata(STATE_KEY)).await
+        self.load_record(STATE_KEY, "read the state").await
     }
 
     async fn store_state(&self, state: &str) -> Result<()> {
@@ -149,9 +146,18 @@ impl TargetImage for RbdImage {
             return Err(large.detail(format!("it has {} bytes; the most is {STATE_MAX}", state.len())));
         }
         let state = state.to_owned();
-        let store = move || held.image.set_metadata(STATE_KEY, Some(&state));
+        let (id, known) = (self.inner.id.clone(), self.has_records.load(Ordering::Acquire));
+        let store = move || {
+            let set = |key: &str, value: Option<&str>| held.image.set_metadata(key, value);
+            match known {
+                true => set(STATE_KEY, Some(&state)),
+                false => records::store((&held.image, &id), (STATE_KEY, Some(&state)), set),
+            }
+        };
         let stored = ceph::blocking("rbd_metadata_set", self.inner.timeout(), store).await;
-        stored.map_err(|error| self.write_error("store the state".into(), error))
+        stored.map_err(|error| self.write_error("store the state".into(), error))?;
+        self.has_records.store(true, Ordering::Release);
+        Ok(())
     }
 
     fn keeps_notes(&self) -> bool {
@@ -159,7 +165,7 @@ impl TargetImage for RbdImage {
     }
 
     async fn load_note(&self) -> Result<Option<String>> {
-        self.inner.look("read the note", |image| image.metadata(NOTE_KEY)).await
+        self.load_record(NOTE_KEY, "read the note").await
     }
 
     async fn store_note(&self, note: Option<&str>) -> Result<()> {

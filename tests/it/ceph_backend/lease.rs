@@ -4,10 +4,10 @@ use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use poolshift::image::rbd::{CreateOptions, RbdImage};
+use poolshift::image::rbd::{Connector, CreateOptions, RbdImage, RbdOptions};
 use poolshift::image::{ChangedObjects, Disk, ErrorKind, LeaseOwner, LockHolder, Point, SourceImage, TargetImage};
 
-use super::{MIB, connect, content, leased, make, name, noise, range, remove};
+use super::{MIB, connect, content, leased, make, name, noise, range, rbd, remove};
 use crate::support::{CephEnv, ceph, ceph_alone, ceph_in_a_turn, required};
 
 /// Another process, which takes the lease and then does what it is told, a word a line.
@@ -225,6 +225,74 @@ async fn a_frozen_holder_is_waited_for_and_then_fenced() {
     let view = target.view(&Point::Head).await.unwrap();
     assert_eq!(view.read(range(0, 4096)).await.unwrap(), noise(4096, 1));
     drop((view, target, holder));
+    remove(&env, &format!("sas/{image}")).await;
+}
+
+/// What a site may have configured, on the cluster, the pool or, as here, the image: librbd does not blocklist whose lock
+/// it breaks, or only for a moment. A holder that is dead, or hangs, and goes on later writes nothing all the same.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
+async fn whoever_loses_the_lock_is_fenced_whatever_is_configured() {
+    let env = ceph();
+    for (option, value) in [("rbd_blocklist_on_break_lock", "false"), ("rbd_blocklist_expire_seconds", "1")] {
+        for (image, target) in lease_images(&env, "config").await {
+            let place = format!("sas/{image}");
+            assert!(rbd(&env, &["config", "image", "set", &place, option, value]));
+            // An advisory lock is not waited for.
+            for hangs in [false, true].into_iter().filter(|hangs| !hangs || target.has_lock()) {
+                let mut holder = Holder::start(&image, !hangs);
+                assert_eq!(holder.tell("write"), "ok");
+                if hangs {
+                    holder.signal(rustix::process::Signal::STOP);
+                }
+                leased(&target).await;
+                target.write(0, noise(4096, 1)).await.unwrap();
+                target.flush().await.unwrap();
+                // For longer than the entry of librbd's own.
+                tokio::time::sleep(Duration::from_secs(2)).await;
+                holder.signal(rustix::process::Signal::CONT);
+                assert_eq!(holder.tell("write"), "Fenced", "{image}, {option} = {value}, hangs: {hangs}");
+                let view = target.view(&Point::Head).await.unwrap();
+                assert_eq!(view.read(range(0, 4096)).await.unwrap(), noise(4096, 1));
+                target.release_lease().await.unwrap();
+            }
+            drop(target);
+            remove(&env, &place).await;
+        }
+    }
+}
+
+/// A user who may not add to the blocklist does not take over: whoever has the lock could write again.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
+async fn without_the_blocklist_no_lock_is_taken_over() {
+    let env = ceph();
+    let (image, user) = (name("no-blocklist"), format!("client.{}", name("no-blocklist")));
+    let (_connector, target) = make(&env, "sas", &image, &CreateOptions::new(MIB)).await;
+    let keyring = tempfile::NamedTempFile::new().unwrap();
+    let admin = |words: &[&str]| {
+        let mut command = Command::new("ceph");
+        command.env_remove("CEPH_ARGS").arg("-c").arg(&env.conf).args(["--id", "admin"]).args(words);
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{words:?}: {}", String::from_utf8_lossy(&output.stderr));
+        output.stdout
+    };
+    let key = admin(&["auth", "get-or-create", &user, "mon", "allow r", "osd", "allow rwx pool=sas"]);
+    std::fs::write(&keyring, key).unwrap();
+    let conf = tempfile::Builder::new().suffix(".conf").tempfile().unwrap();
+    let text = std::fs::read_to_string(&env.conf).unwrap();
+    let own = format!("{text}\n[{user}]\nkeyring = {}\n", keyring.path().display());
+    std::fs::write(&conf, own).unwrap();
+    let less = RbdOptions { conf: Some(conf.path().to_owned()), user: Some(user.clone()), ..RbdOptions::default() };
+    let less = Connector::connect(&less).await.unwrap();
+    let theirs = RbdImage::open_target(&less, "sas", None, &image).await.unwrap();
+    let mut holder = Holder::start(&image, true);
+    let refused = theirs.acquire_lease(&LeaseOwner::current().unwrap()).await.unwrap_err();
+    assert_eq!(refused.kind, ErrorKind::PermissionDenied, "{refused}");
+    assert!(refused.hint.as_ref().is_some_and(|hint| hint.contains("profile rbd")), "{refused:?}");
+    assert_eq!(holder.tell("write"), "ok");
+    drop((theirs, less, target, holder));
+    admin(&["auth", "rm", &user]);
     remove(&env, &format!("sas/{image}")).await;
 }
 
