@@ -224,11 +224,12 @@ impl Frozen {
     /// the watchdog thaws it then as well. Gives back how long the server was frozen.
     pub async fn thaw(mut self) -> Result<Duration, QuiesceError> {
         let in_time = self.since.elapsed() < self.limit;
+        let is_there = matches!(self.watchdog.try_wait(), Ok(None));
         // Whatever the watchdog does: a thaw can be repeated.
         self.run("thaw", &self.thaw).await?;
         let frozen_for = self.since.elapsed();
-        // Nobody reads it any more where the watchdog has ended, or thaws.
-        let was_there = self.word.write_all(b"thawed").await.is_ok();
+        // Nobody reads it any more where the watchdog thaws.
+        let was_there = self.word.write_all(b"thawed").await.is_ok() && is_there;
         let Self { server, limit, mut watchdog, word, .. } = self;
         drop(word);
         let _ = watchdog.wait().await;
@@ -321,10 +322,11 @@ mod tests {
     async fn a_freeze_whose_watchdog_has_ended_is_no_point() {
         let folder = tempfile::tempdir().unwrap();
         let quiesce = hooks(folder.path(), "true", Duration::from_secs(20));
-        let frozen = freeze(&quiesce, "web", "p1").await.unwrap().unwrap();
+        let mut frozen = freeze(&quiesce, "web", "p1").await.unwrap().unwrap();
         let watchdog = i32::try_from(frozen.watchdog.id().unwrap()).unwrap();
         let watchdog = rustix::process::Pid::from_raw(watchdog).unwrap();
         rustix::process::kill_process_group(watchdog, rustix::process::Signal::KILL).unwrap();
+        frozen.watchdog.wait().await.unwrap();
         assert!(matches!(frozen.thaw().await, Err(QuiesceError::WatchdogLost { .. })));
     }
 
