@@ -11,8 +11,8 @@ use rustix::io::Errno;
 
 use super::aio::InFlight;
 use super::library::{
-    Handle, ImageInfoC, Library, LinkedImageSpecC, Rbd, SnapInfoC, SnapSpecC, TimespecC, WatcherC, count_progress,
-    library, no_progress,
+    Handle, ImageInfoC, Library, LinkedImageSpecC, MirrorInfoC, Rbd, SnapInfoC, SnapSpecC, TimespecC, WatcherC,
+    count_progress, library, no_progress,
 };
 use super::{CephError, Pool, Raw, Result, c_string, check, close_in_background, exit};
 
@@ -313,6 +313,25 @@ impl Image {
         // SAFETY: the image is open, key and value end with NUL.
         let set = unsafe { (rbd.rbd_metadata_set)(self.raw.0, key.as_ptr(), value.as_ptr()) };
         check("rbd_metadata_set", set).map(drop)
+    }
+
+    /// Whether the image is mirrored, and its other side is the one that is written.
+    pub(crate) fn is_non_primary(&self) -> Result<bool> {
+        /// `RBD_MIRROR_IMAGE_DISABLED`
+        const DISABLED: c_int = 2;
+        let rbd = self.rbd()?;
+        let mut info = MirrorInfoC { global_id: ptr::null_mut(), state: DISABLED, primary: true };
+        // SAFETY: the image is open, the structure is as long as said.
+        let got = unsafe { (rbd.rbd_mirror_image_get_info)(self.raw.0, &mut info, size_of::<MirrorInfoC>()) };
+        match check("rbd_mirror_image_get_info", got) {
+            // Mirroring is off in its pool.
+            Err(error) if error.is(Errno::NOENT) || error.is(Errno::INVAL) => return Ok(false),
+            result => result?,
+        };
+        let is_non_primary = info.state != DISABLED && !info.primary;
+        // SAFETY: rbd_mirror_image_get_info has filled it in.
+        unsafe { (rbd.rbd_mirror_image_get_info_cleanup)(&mut info) };
+        Ok(is_non_primary)
     }
 
     /// Who has the image open for writing.

@@ -79,6 +79,14 @@ pub(super) struct SnapSpecC {
     pub(super) name: *mut c_char,
 }
 
+/// `rbd_mirror_image_info_t`
+#[repr(C)]
+pub(super) struct MirrorInfoC {
+    pub(super) global_id: *mut c_char,
+    pub(super) state: c_int,
+    pub(super) primary: bool,
+}
+
 macro_rules! table {
     ($(#[$doc:meta])* $name:ident, $file:literal, $package:literal;
      $($function:ident: fn($($argument:ty),*) $(-> $result:ty)?;)*) => {
@@ -198,6 +206,8 @@ table! {
     rbd_lock_release: fn(Handle) -> c_int;
     rbd_lock_get_owners: fn(Handle, *mut c_int, *mut *mut c_char, *mut usize) -> c_int;
     rbd_lock_get_owners_cleanup: fn(*mut *mut c_char, usize);
+    rbd_mirror_image_get_info: fn(Handle, *mut MirrorInfoC, usize) -> c_int;
+    rbd_mirror_image_get_info_cleanup: fn(*mut MirrorInfoC);
     rbd_lock_exclusive: fn(Handle, *const c_char) -> c_int;
     rbd_unlock: fn(Handle, *const c_char) -> c_int;
     rbd_list_lockers: fn(Handle, *mut c_int, *mut c_char, *mut usize, *mut c_char, *mut usize, *mut c_char,

@@ -8,7 +8,7 @@ use poolshift::image::rbd::CreateOptions;
 
 use crate::ceph_crash::Volume;
 use crate::librbd::{Librbd, MIB, name};
-use crate::support::{CephEnv, Disturbed, Run, ceph, ceph_alone, ceph_dev_folder};
+use crate::support::{CephEnv, Disturbed, Run, ceph, ceph_alone, ceph_dev_folder, poolshift};
 
 /// Runs a tool of Ceph's as client.admin.
 fn admin(env: &CephEnv, tool: &str, words: &[&str]) -> String {
@@ -108,6 +108,54 @@ async fn a_quota_that_is_reached_in_the_middle() {
     assert!(run.stdout.contains(&in_flight.name), "{}", run.stdout);
     volume.converge("after the quota was lifted").await;
     volume.remove().await;
+    admin(&env, "ceph", &["config", "set", "mon", "mon_allow_pool_delete", "true"]);
+    admin(&env, "ceph", &["osd", "pool", "rm", &pool, &pool, "--yes-i-really-really-mean-it"]);
+}
+
+/// Three reasons for which an image can't be snapshotted (EROFS): each is found, and told from the others.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
+async fn a_source_that_can_t_be_snapshotted_says_why() {
+    let env = ceph();
+    ceph_dev_folder(&env);
+    // A pool of its own, as mirroring is switched on for a whole pool.
+    let (env, pool) = (CephEnv { user: "admin".into(), ..env }, name("mirrored"));
+    admin(&env, "ceph", &["osd", "pool", "create", &pool, "4", "4", "replicated", "sas"]);
+    admin(&env, "rbd", &["pool", "init", &pool]);
+    admin(&env, "rbd", &["mirror", "pool", "enable", &pool, "image"]);
+    for (tag, says) in [("lock", "rbd lock add"), ("snapshot", "non-primary"), ("journal", "non-primary")] {
+        let (source, target) = (format!("{pool}/{tag}"), format!("sas/{}", name(&format!("why-{tag}"))));
+        admin(&env, "rbd", &["create", "--size", "8M", &source]);
+        match tag {
+            "lock" => drop(admin(&env, "rbd", &["lock", "add", &source, "theirs"])),
+            mode => {
+                admin(&env, "rbd", &["mirror", "image", "enable", &source, mode]);
+                admin(&env, "rbd", &["mirror", "image", "demote", &source]);
+            }
+        }
+        let conf = env.conf.to_str().expect("the path is text");
+        let words = ["--ceph-conf", conf, "--ceph-user", "admin", "sync"];
+        let run = poolshift(words.iter().copied().chain([&*format!("rbd:{source}"), &*format!("rbd:{target}")]));
+        assert!(run.code.is_some_and(|code| code != 0) && run.stderr.contains(says), "{tag}: {run:?}");
+        let folder = tempfile::tempdir().unwrap();
+        let plan = folder.path().join("plan.toml");
+        let text = format!("[[volume]]\nname = \"vm\"\nsource = \"rbd:{source}\"\ntarget = \"rbd:{target}\"\n");
+        std::fs::write(&plan, text).unwrap();
+        let plan = plan.to_str().expect("the path is text");
+        let run =
+            poolshift(["--ceph-conf", conf, "--ceph-user", "admin", "check", "--no-measure", plan]).expect_code(1);
+        assert!(run.stdout.contains("can't be snapshotted") && run.stdout.contains(says), "{tag}: {}", run.stdout);
+        // What was made for a source that can't be read is gone with its pool.
+        let mut command = Command::new("rbd");
+        command.env_remove("CEPH_ARGS").arg("-c").arg(&env.conf).args([
+            "--id",
+            "admin",
+            "rm",
+            "--no-progress",
+            &target,
+        ]);
+        command.output().expect("Ceph's tools are installed");
+    }
     admin(&env, "ceph", &["config", "set", "mon", "mon_allow_pool_delete", "true"]);
     admin(&env, "ceph", &["osd", "pool", "rm", &pool, &pool, "--yes-i-really-really-mean-it"]);
 }
@@ -316,7 +364,7 @@ async fn users_without_the_caps_are_told_which() {
         admin(&env, "ceph", &["auth", "rm", &entity]);
     }
     volume.env = CephEnv { user: "nobody".into(), ..usual.clone() };
-    sync_ends(&volume, &[], 1, &["cannot connect as client.nobody", "hint: name the file with its key"]).await;
+    sync_ends(&volume, &[], 1, &["cannot connect as client.nobody", "the monitors know no such user"]).await;
     // Nobody answers there.
     let away = folder.path().join("away.conf");
     std::fs::write(&away, "[global]\nmon host = 127.0.0.1:1\nauth client required = none\n").unwrap();

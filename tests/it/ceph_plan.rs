@@ -101,6 +101,36 @@ async fn a_pool_becomes_a_plan_that_is_right() {
     disk.librbd.remove(&images.each_ref().map(String::as_str)).await;
 }
 
+/// After the first cutovers there is more in a pool than the disks of servers.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
+async fn what_was_put_aside_is_in_no_plan() {
+    let env = ceph();
+    let (base, connector) = (name("aside"), connect(&env).await);
+    let mut librbd = Librbd::start(&env);
+    let asides = ["kept.poolshift-kept", "volume-1.deleted", "vm.poolshift-rehearsal"];
+    for tag in [&["disk"], &asides[..]].concat() {
+        librbd.create(&format!("sata/{base}-{tag}"), &CreateOptions::new(MIB)).await;
+    }
+    let placeholder = format!("{base}-stands-in");
+    let made = connector.prepare_placeholder("sata", None, &placeholder).await.unwrap();
+    poolshift::image::Disk::rename(&made, &placeholder).await.unwrap();
+    drop(made);
+    let pattern = format!("{base}-*");
+    let words = ["plan", "--from-pool", "rbd:sata", "--to-pool", "sas", "--match", &pattern];
+    let plan = run(&env, &words).expect_code(0).stdout;
+    assert_eq!(plan.matches("[[volume]]").count(), 1, "{plan}");
+    assert!(plan.contains(&format!("source = \"rbd:sata/{base}-disk\"")), "{plan}");
+    let of = |image: &str| plan.lines().any(|line| line.starts_with('#') && line.contains(image));
+    let left_out: Vec<String> = asides.iter().map(|tag| format!("{base}-{tag}")).chain([placeholder]).collect();
+    for image in &left_out {
+        assert!(of(image), "nothing is said of {image}: {plan}");
+    }
+    let all: Vec<String> =
+        left_out.iter().chain([&format!("{base}-disk")]).map(|image| format!("sata/{image}")).collect();
+    librbd.remove(&all.iter().map(String::as_str).collect::<Vec<_>>()).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs Ceph"]
 async fn a_plan_is_told_what_is_wrong_with_it() {

@@ -138,7 +138,11 @@ async fn look_at_source(source: &Source, looked: &mut Looked, findings: &mut Vec
 }
 
 async fn look_at_rbd(rbd: &RbdImage, looked: &mut Looked, findings: &mut Vec<Finding>) -> Result<(), ImageError> {
-    match rbd.obstacle() {
+    let obstacle = match rbd.obstacle() {
+        Some(obstacle) => Some(obstacle.to_owned()),
+        None => rbd.read_only_because().await?.map(|(because, hint)| format!("{because}; {hint}")),
+    };
+    match obstacle {
         Some(obstacle) => {
             findings.push(Finding::new(Verdict::Error, format!("the source can't be snapshotted: {obstacle}")))
         }

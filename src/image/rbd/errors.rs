@@ -90,6 +90,17 @@ pub(super) fn connecting(options: &RbdOptions, user: &str, error: CephError) -> 
                 ))
                 .caused_by(error)
         }
+        CephError::Call { function: "rados_connect", .. } if errno(Errno::ACCESS) => ImageError::new(
+            ErrorKind::PermissionDenied,
+            location,
+            format!("connect as client.{user}"),
+        )
+        .detail("the monitors know no such user, or not with the key that its keyring has")
+        .hint(format!(
+            "compare the key in its keyring with that of ceph auth get client.{user}, and name another user with \
+                     --ceph-user"
+        ))
+        .caused_by(error),
         CephError::Call { function: "rados_connect", .. } | CephError::TimedOut { .. }
             if kind_of(&error) == ErrorKind::TimedOut =>
         {

@@ -180,7 +180,9 @@ impl RbdImage {
         let operation = purpose.operation();
         if self.inner.features.has(Features::NON_PRIMARY) {
             let refused = ImageError::new(ErrorKind::ReadOnly, self.inner.location.clone(), operation);
-            return Err(refused.detail("it is the non-primary side of mirroring").hint("rbd mirror image promote"));
+            return Err(refused
+                .detail("it is the non-primary side of mirroring")
+                .hint("give a target that is not mirrored"));
         }
         let (inner, owner) = (Arc::clone(&self.inner), owner.clone());
         let limit = self.inner.timeout() + WATCH_TIMEOUT;

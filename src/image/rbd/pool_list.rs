@@ -107,7 +107,9 @@ impl RbdImage {
     pub fn obstacle(&self) -> Option<&'static str> {
         let features = self.inner.features;
         if features.has(Features::NON_PRIMARY) {
-            return Some("it is the non-primary side of mirroring, which can't be snapshotted: promote it first");
+            return Some(
+                "it is the non-primary side of mirroring, which can't be snapshotted: replicate it from where it is primary",
+            );
         }
         features.has(Features::MIGRATING).then_some("it is being moved by rbd migration: let that finish first")
     }

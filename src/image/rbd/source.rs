@@ -6,7 +6,7 @@ use async_trait::async_trait;
 
 use super::view::{RbdView, explain_missing, no_entry};
 use super::{RbdImage, changes};
-use crate::ceph::{CephError, Image, OpenMode, SnapInfo};
+use crate::ceph::{CephError, Features, Image, Locker, OpenMode, SnapInfo};
 use crate::image::{
     ErrorKind, ImageError, ImageIdentity, Layout, Point, Result, Snapshot, SnapshotSupport, SourceImage, View,
 };
@@ -26,6 +26,37 @@ impl RbdImage {
         let image = self.inner.call("open the image for writing", "rbd_open_by_id", open).await?;
         *idle = Arc::downgrade(&image);
         Ok(image)
+    }
+}
+
+impl RbdImage {
+    /// Why an image that this client may change can't be changed, and what to do: what a look finds.
+    pub async fn read_only_because(&self) -> Result<Option<(String, String)>> {
+        let (place, exclusive) = (self.inner.place.to_string(), self.inner.features.has(Features::EXCLUSIVE_LOCK));
+        let look = move |image: &Image| {
+            if image.is_non_primary()? {
+                let hint =
+                    format!("replicate it from the cluster where it is primary: rbd mirror image status {place}");
+                return Ok(Some(("it is the non-primary side of mirroring".to_owned(), hint)));
+            }
+            // That of librbd itself begins with "auto".
+            let others = |locker: &Locker| exclusive && !locker.cookie.starts_with("auto ");
+            Ok(image.lockers()?.into_iter().find(others).map(|Locker { client, cookie, address }| {
+                let detail = format!("{client} at {address} has locked it with `rbd lock add` (lock id {cookie:?})");
+                (
+                    detail,
+                    format!("find out who has: rbd lock ls {place}; poolshift goes on once the lock is given back"),
+                )
+            }))
+        };
+        self.inner.look("find out why it can't be changed", look).await
+    }
+
+    async fn explain_read_only(&self, error: ImageError) -> ImageError {
+        match self.read_only_because().await {
+            Ok(Some((detail, hint))) => error.detail(detail).hint(hint),
+            _ => error,
+        }
     }
 }
 
@@ -100,6 +131,7 @@ impl SourceImage for RbdImage {
             Err(error) if error.kind == ErrorKind::TimedOut && self.has_lost_lease().await => {
                 Err(ImageError::new(ErrorKind::Fenced, self.inner.location.clone(), operation).caused_by(error))
             }
+            Err(error) if error.kind == ErrorKind::ReadOnly => Err(self.explain_read_only(error).await),
             created => created.map_err(|error| match error.kind {
                 ErrorKind::AlreadyExists => error.detail(format!("there is a snapshot {name:?} already")),
                 ErrorKind::NotFound => error.detail("it was created, but is gone again"),
@@ -121,6 +153,10 @@ impl SourceImage for RbdImage {
         let (writer, id) = (self.writer().await?, snapshot.id);
         // By id: nobody can slip another snapshot of that name in.
         let removed = self.inner.call(operation, "rbd_snap_remove_by_id", move || writer.remove_snapshot(id)).await;
+        let removed = match removed {
+            Err(error) if error.kind == ErrorKind::ReadOnly => Err(self.explain_read_only(error).await),
+            removed => removed,
+        };
         removed.map_err(|error| match error.kind {
             ErrorKind::Busy { .. } => busy_snapshot(error),
             _ => explain_missing(error, Some(snapshot)),
