@@ -225,6 +225,21 @@ async fn creating_never_takes_what_is_there() {
     assert!(image.snapshots().await.unwrap().is_empty());
 }
 
+/// What is on a disk, and what is kept beside its copy, is for its owner only.
+#[tokio::test]
+async fn what_is_made_is_for_its_owner() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let folder = folder();
+    let image = created(&disk(&folder), BLOCK).await;
+    image.store_state("state").await.unwrap();
+    image.create_snapshot("a").await.unwrap();
+    let made: Vec<_> = fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap()).collect();
+    assert!(made.len() > 2, "{made:?}");
+    for entry in made {
+        assert_eq!(entry.metadata().unwrap().permissions().mode() & 0o777, 0o600, "{entry:?}");
+    }
+}
+
 #[tokio::test]
 async fn a_snapshot_is_the_statement_that_head_is_it() {
     let folder = folder();
