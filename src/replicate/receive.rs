@@ -185,6 +185,8 @@ impl Receiver<'_> {
     ) -> Result<()> {
         let (size, target, cancel) = (self.hello.to.size, self.side.target, self.side.cancel);
         let went_on = in_flight.dirty && !in_flight.rewind;
+        // Stored before the first write: of a stream with a fault, or one that is cut, nothing is applied as a whole.
+        in_flight.applied = false;
         report.rewound = self.side.prepare(&mut in_flight, size).await?;
         let received = Received::default();
         let done = in_flight.progress_to;

@@ -107,7 +107,7 @@ impl TargetSide<'_> {
 
     /// HEAD holds what does not belong there: the next run must not go on from it.
     pub(super) async fn spoil(&self, in_flight: &mut InFlight) -> Result<()> {
-        (in_flight.rewind, in_flight.progress_to) = (true, 0);
+        (in_flight.rewind, in_flight.progress_to, in_flight.applied) = (true, 0, false);
         self.store_in_flight(in_flight).await?;
         failpoint!("cycle.spoiled");
         Ok(())

@@ -368,7 +368,9 @@ fn take_exclusive(inner: &Inner, image: &Image, purpose: Purpose, wanted: &Weak<
         }
         match image.acquire_lock() {
             Ok(()) => {
-                if let Some((address, had_record)) = before
+                let own = image.lock_owner()?;
+                // Another handle of this process has the same address: one that was closed without giving its lease back.
+                if let Some((address, had_record)) = before.filter(|(address, _)| own.as_ref() != Some(address))
                     && was_broken(image, &address, had_record)?
                 {
                     // The image is closed without a write where this fails, and the lock with it.
