@@ -328,10 +328,19 @@ fn break_lock(inner: &Inner, image: &Image, locker: &Locker) -> ceph::Result<()>
     }
 }
 
-/// Whether a client that has the lock is dead: its watch has timed out. Whoever gives the lock back does so before it
-/// closes the image.
-fn is_silent(image: &Image, address: &str) -> ceph::Result<bool> {
-    Ok(!is_watched(image, address)? && image.lock_owner()?.as_deref() == Some(address))
+/// The lock that the client at an address has.
+fn locker_at(image: &Image, address: &str) -> ceph::Result<Option<Locker>> {
+    Ok(image.lockers()?.into_iter().find(|locker| locker.address == address))
+}
+
+/// The lock of a client whose watch has timed out: it is dead. Whoever gives the lock back does so before it closes the
+/// image; taken once more since, it is another lock, with another cookie.
+fn silent_locker(image: &Image, address: &str) -> ceph::Result<Option<Locker>> {
+    let before = locker_at(image, address)?;
+    if before.is_none() || is_watched(image, address)? || locker_at(image, address)? != before {
+        return Ok(None);
+    }
+    Ok(before)
 }
 
 /// Whether a client that had the lock before it was acquired did not give it: it fell silent just then, and librbd may
@@ -349,12 +358,13 @@ fn take_exclusive(inner: &Inner, image: &Image, purpose: Purpose, wanted: &Weak<
         let mut before = None;
         if let Some(address) = image.lock_owner()? {
             let record = record_of(image, &address)?;
-            if record.as_ref().is_some_and(LeaseOwner::is_known_dead) || is_silent(image, &address)? {
+            let dead = match &record {
+                Some(record) if record.is_known_dead() => locker_at(image, &address)?,
+                _ => silent_locker(image, &address)?,
+            };
+            if let Some(locker) = dead {
                 tracing::warn!(holder = describe(record, &address), "the lock's holder is dead: breaking its lock");
-                let lockers = image.lockers()?;
-                if let Some(locker) = lockers.iter().find(|locker| locker.address == address) {
-                    break_lock(inner, image, locker)?;
-                }
+                break_lock(inner, image, &locker)?;
             } else {
                 // It would give the lock away, and stop writing.
                 if let (None, Some(patience)) = (&record, &mut patience) {
@@ -368,21 +378,20 @@ fn take_exclusive(inner: &Inner, image: &Image, purpose: Purpose, wanted: &Weak<
         }
         match image.acquire_lock() {
             Ok(()) => {
-                let own = image.lock_owner()?;
+                let own = image.lock_owner()?.ok_or_else(|| super::view::no_entry("rbd_lock_get_owners"))?;
                 // Another handle of this process has the same address: one that was closed without giving its lease back.
-                if let Some((address, had_record)) = before.filter(|(address, _)| own.as_ref() != Some(address))
+                if let Some((address, had_record)) = before.filter(|(address, _)| *address != own)
                     && was_broken(image, &address, had_record)?
                 {
                     // The image is closed without a write where this fails, and the lock with it.
                     inner.pool.cluster().blocklist(&address, BLOCKLISTED_FOR)?;
                 }
-                let address = image.lock_owner()?.ok_or_else(|| super::view::no_entry("rbd_lock_get_owners"))?;
-                return Ok(Taken::Yes { address, size: image.size()? });
+                return Ok(Taken::Yes { address: own, size: image.size()? });
             }
             Err(error) if is_held(&error) => {}
             Err(error) => match &before {
                 // librbd could not take the lock from a client that fell silent.
-                Some((address, _)) if is_silent(image, address)? => continue,
+                Some((address, _)) if silent_locker(image, address)?.is_some() => continue,
                 _ => return Err(error),
             },
         }

@@ -27,9 +27,7 @@ impl RbdImage {
         *idle = Arc::downgrade(&image);
         Ok(image)
     }
-}
 
-impl RbdImage {
     /// Why an image that this client may change can't be changed, and what to do: what a look finds.
     pub async fn read_only_because(&self) -> Result<Option<(String, String)>> {
         let (place, exclusive) = (self.inner.place.to_string(), self.inner.features.has(Features::EXCLUSIVE_LOCK));
