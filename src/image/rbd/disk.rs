@@ -62,15 +62,30 @@ impl RbdImage {
         most: usize,
         operation: &str,
     ) -> Result<()> {
-        if let Some(value) = value.filter(|value| value.len() > most) {
-            let large = ImageError::new(ErrorKind::OutOfBounds, self.inner.location.clone(), operation);
-            return Err(large.detail(format!("it has {} bytes; the most is {most}", value.len())));
-        }
+        self.check_length(value, most, operation)?;
         self.store(key, value, operation).await
     }
 
+    fn check_length(&self, value: Option<&str>, most: usize, operation: &str) -> Result<()> {
+        let Some(value) = value.filter(|value| value.len() > most) else { return Ok(()) };
+        let large = ImageError::new(ErrorKind::OutOfBounds, self.inner.location.clone(), operation);
+        Err(large.detail(format!("it has {} bytes; the most is {most}", value.len())))
+    }
+
+    /// Changes a key of the image's metadata that is no record, to at most so many bytes.
+    pub(super) async fn set_metadata_bounded(
+        &self,
+        key: &'static str,
+        value: Option<&str>,
+        most: usize,
+        operation: &str,
+    ) -> Result<()> {
+        self.check_length(value, most, operation)?;
+        self.set_metadata(key, value, operation).await
+    }
+
     /// Changes a key of the image's metadata without its lock: a server that has it need not give it.
-    pub(super) async fn set_metadata(&self, key: &'static str, value: Option<&str>, operation: &str) -> Result<()> {
+    async fn set_metadata(&self, key: &'static str, value: Option<&str>, operation: &str) -> Result<()> {
         let (inner, value) = (Arc::clone(&self.inner), value.map(str::to_owned));
         let set = move || inner.pool.set_image_metadata(&inner.id, key, value.as_deref());
         self.inner.call(operation, "rados_exec", set).await

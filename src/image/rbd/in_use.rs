@@ -147,7 +147,7 @@ impl RbdImage {
     }
 
     async fn mark_as_placeholder(&self, name: &str) -> Result<()> {
-        self.set_metadata(MARK_KEY, Some(name), "mark the placeholder").await
+        self.set_metadata_bounded(MARK_KEY, Some(name), 1024, "mark the placeholder").await
     }
 }
 
@@ -167,7 +167,7 @@ impl VolumeImage for RbdImage {
     async fn store_limits(&self, has: &Limits, wanted: &Limits) -> Result<()> {
         for ((key, has), wanted) in LIMIT_KEYS.into_iter().zip(has).zip(wanted) {
             if has != wanted {
-                self.store_bounded(key, wanted.as_deref(), 64, "write a limit").await?;
+                self.set_metadata_bounded(key, wanted.as_deref(), 64, "write a limit").await?;
             }
         }
         Ok(())

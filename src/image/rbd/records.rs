@@ -32,6 +32,11 @@ pub(super) fn load(image: &Image, id: &str, key: &str) -> Result<Option<String>>
     }
 }
 
+/// Removes all records, whose ever they are: an image that was just made by a clone has them of its parent.
+pub(super) fn remove_all(set: impl Fn(&str, Option<&str>) -> Result<()>) -> Result<()> {
+    KEYS.into_iter().try_for_each(|key| set(key, None))
+}
+
 /// Stores a record, or removes it. `set` changes a key of the image's metadata, `image` reads it.
 pub(super) fn store(
     (image, id): (&Image, &str),
@@ -41,15 +46,13 @@ pub(super) fn store(
     let owner = image.metadata(OWNER_KEY)?;
     match &owner {
         Some(owner) if owner == id => {}
-        other => {
-            // The id last: a crash in between leaves records that are not read.
-            for key in KEYS.iter().filter(|_| other.is_some()) {
-                set(key, None)?;
-            }
-            if value.is_some() || other.is_some() {
-                set(OWNER_KEY, Some(id))?;
-            }
+        // The id last: a crash in between leaves records that are not read.
+        Some(_) => {
+            remove_all(&set)?;
+            set(OWNER_KEY, Some(id))?;
         }
+        None if value.is_some() => set(OWNER_KEY, Some(id))?,
+        None => {}
     }
     set(key, value)?;
     if value.is_none() {

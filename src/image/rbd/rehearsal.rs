@@ -119,10 +119,11 @@ fn clone(inner: &Inner, snapshot: &Snapshot, name: &str, mark: &str) -> ceph::Re
     }
     #[cfg(debug_assertions)]
     crate::failpoint::reach_blocking("rehearsal.unmarked");
-    let id = clone.id()?;
-    // librbd copies the parent's metadata, the state of a cutover with it.
-    clone.set_metadata(LEASE_KEY, None)?;
-    records::store((&clone, &id), (REHEARSAL_KEY, Some(mark)), |key, value| clone.set_metadata(key, value))?;
+    let (id, set) = (clone.id()?, |key: &str, value: Option<&str>| clone.set_metadata(key, value));
+    // librbd copies the parent's metadata, the state of a cutover with it; whose that is stands only with newer ones.
+    set(LEASE_KEY, None)?;
+    records::remove_all(set)?;
+    records::store((&clone, &id), (REHEARSAL_KEY, Some(mark)), set)?;
     #[cfg(debug_assertions)]
     crate::failpoint::reach_blocking("rehearsal.marked");
     Ok(id)
