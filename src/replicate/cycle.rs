@@ -18,6 +18,7 @@ use crate::transport;
 
 use super::error::{Conflict, ConflictKind, CycleError, Result};
 use super::lineage::{self, Decision, Facts, Request, decide};
+use super::look::any_extent;
 use super::report::{Clock, Stages, SyncReport};
 use super::retention::Keep;
 use super::side::{TargetSide, interrupted, load_state, no_such_base, point_still_there, still_there, with_lease};
@@ -213,11 +214,7 @@ pub(super) async fn not_now(
     }
     let head = source.view(&Point::Head).await?;
     let plan = delta::plan(head.as_ref(), Some(&commit.on_source())).await?;
-    let mut changed = head.size() != commit.size;
-    let mut extents = delta::extents(head, &plan, source.layout(), 0);
-    while let Some(window) = extents.try_next().await?.filter(|_| !changed) {
-        changed = !window.is_empty();
-    }
+    let changed = head.size() != commit.size || any_extent(source, head, &plan).await?;
     Ok(changed.then_some(ConflictKind::NotNow { name, newest: None }))
 }
 

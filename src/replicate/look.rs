@@ -1,12 +1,14 @@
 //! A cheap look at a volume, for whoever watches many of them: what is committed, and how much has changed since.
 
+use std::sync::Arc;
+
 use futures::TryStreamExt;
 
 use super::error::Result;
 use super::side::load_state;
 use super::state::{Commit, InFlight};
-use crate::delta::{self, Method};
-use crate::image::{Point, SnapshotSupport, SourceImage, TargetImage};
+use crate::delta::{self, Method, Plan};
+use crate::image::{Point, SnapshotSupport, SourceImage, TargetImage, View};
 
 /// What poolshift keeps with a target, as far as the scheduler cares.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -54,13 +56,21 @@ pub async fn changed_since(source: &dyn SourceImage, base: &Commit) -> Result<Ch
     if plan.method != Method::TwoLevel {
         return Ok(found(None));
     }
-    // The object map names unchanged objects as well where older snapshots are kept: look until one has changed.
-    let mut extents = delta::extents(head, &plan, source.layout(), 0);
-    while let Some(window) = extents.try_next().await? {
-        if !window.is_empty() {
-            return Ok(found(Some(plan.covered())));
-        }
+    if any_extent(source, head, &plan).await? {
+        return Ok(found(Some(plan.covered())));
     }
     // A size of its own is a change, though no object is.
     Ok(found(Some(u64::from(size != base.size))))
+}
+
+/// Whether anything in a plan has changed. The object map names unchanged objects as well where older snapshots are kept:
+/// looks until one has changed.
+pub(super) async fn any_extent(source: &dyn SourceImage, head: Arc<dyn View>, plan: &Plan) -> Result<bool> {
+    let mut extents = delta::extents(head, plan, source.layout(), 0);
+    while let Some(window) = extents.try_next().await? {
+        if !window.is_empty() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
