@@ -7,8 +7,8 @@
 //! not one: the watchdog may have thawed in its middle.
 //!
 //! A watchdog that thaws would end the freeze of whoever comes next, another process too. So as long as one is there it
-//! has a socket bound to an abstract name of the server's, which all processes of the host see, and a freeze waits until
-//! the name is free.
+//! has a socket bound to an abstract name of the server's, which all processes in its network namespace see, and a freeze
+//! waits until the name is free.
 
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
@@ -134,6 +134,11 @@ fn command(words: &[String], server: &str, point: &str) -> Command {
     command
 }
 
+/// The error of a watchdog that can't be started.
+fn cannot_start(server: &str, thaw: &[String], error: std::io::Error) -> QuiesceError {
+    QuiesceError::Start { what: "watchdog", server: server.to_owned(), command: thaw.join(" "), error }
+}
+
 /// A socket bound to the name that the watchdogs of a server have, once no earlier one has it any more.
 async fn name_of(server: &str, thaw: &[String], limit: Duration) -> Result<UnixDatagram, QuiesceError> {
     let of_server = blake3::hash(format!("{server}\0{}", thaw.join("\0")).as_bytes());
@@ -143,8 +148,7 @@ async fn name_of(server: &str, thaw: &[String], limit: Duration) -> Result<UnixD
         match SocketAddr::from_abstract_name(&name).and_then(|name| UnixDatagram::bind_addr(&name)) {
             Ok(bound) => return Ok(bound),
             Err(error) if error.kind() != std::io::ErrorKind::AddrInUse => {
-                let (server, command) = (server.to_owned(), thaw.join(" "));
-                return Err(QuiesceError::Start { what: "watchdog", server, command, error });
+                return Err(cannot_start(server, thaw, error));
             }
             Err(_) if begun.elapsed() >= patience => {
                 let (server, command) = (server.to_owned(), thaw.join(" "));
@@ -162,6 +166,8 @@ pub async fn freeze(quiesce: &Quiesce, server: &str, point: &str) -> Result<Opti
     let mut words = vec!["/bin/sh".to_owned(), "-c".to_owned(), WATCHDOG.to_owned(), "watchdog".to_owned()];
     words.push(format!("{:.3}", limit.as_secs_f64()));
     words.extend(thaw.iter().cloned());
+    // Not later than the watchdog counts from.
+    let since = Instant::now();
     // A group of its own: what a terminal or a supervisor sends to poolshift's does not reach it.
     let watchdog = command(&words, server, point)
         .stdin(Stdio::piped())
@@ -169,11 +175,9 @@ pub async fn freeze(quiesce: &Quiesce, server: &str, point: &str) -> Result<Opti
         .stderr(Stdio::null())
         .process_group(0)
         .spawn();
-    let cannot_start =
-        |error| QuiesceError::Start { what: "watchdog", server: server.to_owned(), command: thaw.join(" "), error };
-    let since = Instant::now();
-    let mut watchdog = watchdog.map_err(cannot_start)?;
-    let word = watchdog.stdin.take().ok_or_else(|| cannot_start(std::io::ErrorKind::BrokenPipe.into()))?;
+    let mut watchdog = watchdog.map_err(|error| cannot_start(server, &thaw, error))?;
+    let no_pipe = || cannot_start(server, &thaw, std::io::ErrorKind::BrokenPipe.into());
+    let word = watchdog.stdin.take().ok_or_else(no_pipe)?;
     let (server, point) = (server.to_owned(), point.to_owned());
     let frozen = Frozen { server, point, thaw, limit, since, watchdog, word };
     match frozen.run("freeze", &freeze).await {
@@ -304,7 +308,8 @@ mod tests {
         assert!(error.to_string().contains("no agent"), "{error}");
         assert!(log(folder.path()).starts_with("freeze web p1\nthaw\n"));
         let quiesce = hooks(folder.path(), "sleep 60", Duration::from_millis(100));
-        assert!(matches!(freeze(&quiesce, "web", "p2").await, Err(QuiesceError::TooLong { .. })));
+        // Another server: the first one's watchdog is still at it.
+        assert!(matches!(freeze(&quiesce, "db", "p2").await, Err(QuiesceError::TooLong { .. })));
     }
 
     /// The watchdog of a process that is gone thaws several times: whoever freezes next waits until it has ended.
