@@ -376,12 +376,12 @@ async fn an_image_is_made_as_it_was_asked_for() {
         config(&["set", "sas", option, value]);
     }
     let made = RbdImage::create(&connector, "sas", None, &name, &CreateOptions::new(16 * MIB)).await;
-    let place = format!("sas/{name}");
-    let info = crate::vm::rbd(&env, &["info", "--format", "json", &place]);
     for (option, _) in defaults {
         config(&["remove", "sas", option]);
     }
     made.unwrap();
+    let place = format!("sas/{name}");
+    let info = crate::vm::rbd(&env, &["info", "--format", "json", &place]);
     let info: serde_json::Value = serde_json::from_str(&info).unwrap();
     assert_eq!(
         (&info["data_pool"], &info["stripe_count"]),

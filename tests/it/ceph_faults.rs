@@ -9,14 +9,26 @@ use poolshift::image::rbd::CreateOptions;
 use crate::ceph_crash::Volume;
 use crate::librbd::{Librbd, MIB, name};
 use crate::support::{CephEnv, Disturbed, Run, ceph, ceph_alone, ceph_dev_folder, poolshift};
+use crate::vm::rbd_command;
 
 /// Runs a tool of Ceph's as client.admin.
-fn admin(env: &CephEnv, tool: &str, words: &[&str]) -> String {
+pub(crate) fn admin(env: &CephEnv, tool: &str, words: &[&str]) -> String {
     let mut command = Command::new(tool);
     command.env_remove("CEPH_ARGS").arg("-c").arg(&env.conf).args(["--id", "admin"]).args(words);
     let output = command.output().expect("Ceph's tools are installed");
     assert!(output.status.success(), "{tool} {words:?}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).expect("text")
+}
+
+/// A pool of a test's own; the usual user has no caps there.
+fn make_pool(env: &CephEnv, pool: &str) {
+    admin(env, "ceph", &["osd", "pool", "create", pool, "4", "4", "replicated", "sas"]);
+    admin(env, "rbd", &["pool", "init", pool]);
+}
+
+fn remove_pool(env: &CephEnv, pool: &str) {
+    admin(env, "ceph", &["config", "set", "mon", "mon_allow_pool_delete", "true"]);
+    admin(env, "ceph", &["osd", "pool", "rm", pool, pool, "--yes-i-really-really-mean-it"]);
 }
 
 fn is_full(env: &CephEnv, pool: &str) -> bool {
@@ -86,8 +98,7 @@ async fn a_quota_that_is_reached_in_the_middle() {
     ceph_dev_folder(&env);
     // A pool of its own, so that nobody else runs into the quota; the usual user has no caps there.
     let (env, pool) = (CephEnv { user: "admin".into(), ..env }, name("quota"));
-    admin(&env, "ceph", &["osd", "pool", "create", &pool, "4", "4", "replicated", "sas"]);
-    admin(&env, "rbd", &["pool", "init", &pool]);
+    make_pool(&env, &pool);
     let mut volume = Volume::in_pool(&env, &pool, "quota", 22, 48 * MIB).await;
     volume.converge("at first").await;
     volume.write().await;
@@ -108,8 +119,7 @@ async fn a_quota_that_is_reached_in_the_middle() {
     assert!(run.stdout.contains(&in_flight.name), "{}", run.stdout);
     volume.converge("after the quota was lifted").await;
     volume.remove().await;
-    admin(&env, "ceph", &["config", "set", "mon", "mon_allow_pool_delete", "true"]);
-    admin(&env, "ceph", &["osd", "pool", "rm", &pool, &pool, "--yes-i-really-really-mean-it"]);
+    remove_pool(&env, &pool);
 }
 
 /// Three reasons for which an image can't be snapshotted (EROFS): each is found, and told from the others.
@@ -120,8 +130,7 @@ async fn a_source_that_can_t_be_snapshotted_says_why() {
     ceph_dev_folder(&env);
     // A pool of its own, as mirroring is switched on for a whole pool.
     let (env, pool) = (CephEnv { user: "admin".into(), ..env }, name("mirrored"));
-    admin(&env, "ceph", &["osd", "pool", "create", &pool, "4", "4", "replicated", "sas"]);
-    admin(&env, "rbd", &["pool", "init", &pool]);
+    make_pool(&env, &pool);
     admin(&env, "rbd", &["mirror", "pool", "enable", &pool, "image"]);
     for (tag, says) in [("lock", "rbd lock add"), ("snapshot", "non-primary"), ("journal", "non-primary")] {
         let (source, target) = (format!("{pool}/{tag}"), format!("sas/{}", name(&format!("why-{tag}"))));
@@ -146,18 +155,9 @@ async fn a_source_that_can_t_be_snapshotted_says_why() {
             poolshift(["--ceph-conf", conf, "--ceph-user", "admin", "check", "--no-measure", plan]).expect_code(1);
         assert!(run.stdout.contains("can't be snapshotted") && run.stdout.contains(says), "{tag}: {}", run.stdout);
         // What was made for a source that can't be read is gone with its pool.
-        let mut command = Command::new("rbd");
-        command.env_remove("CEPH_ARGS").arg("-c").arg(&env.conf).args([
-            "--id",
-            "admin",
-            "rm",
-            "--no-progress",
-            &target,
-        ]);
-        command.output().expect("Ceph's tools are installed");
+        rbd_command(&env).args(["rm", "--no-progress", &target]).output().expect("Ceph's tools are installed");
     }
-    admin(&env, "ceph", &["config", "set", "mon", "mon_allow_pool_delete", "true"]);
-    admin(&env, "ceph", &["osd", "pool", "rm", &pool, &pool, "--yes-i-really-really-mean-it"]);
+    remove_pool(&env, &pool);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -339,7 +339,7 @@ async fn names_that_lead_nowhere_have_exit_codes() {
 }
 
 /// A ceph.conf like the cluster's, with one more user.
-fn conf_with(env: &CephEnv, folder: &tempfile::TempDir, user: &str, key: &str) -> PathBuf {
+pub(crate) fn conf_with(env: &CephEnv, folder: &tempfile::TempDir, user: &str, key: &str) -> PathBuf {
     let (conf, keyring) = (folder.path().join("ceph.conf"), folder.path().join("keyring"));
     std::fs::write(&keyring, key).unwrap();
     let text = std::fs::read_to_string(&env.conf).unwrap();

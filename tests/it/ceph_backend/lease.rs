@@ -8,6 +8,7 @@ use poolshift::image::rbd::{Connector, CreateOptions, RbdImage, RbdOptions};
 use poolshift::image::{ChangedObjects, Disk, ErrorKind, LeaseOwner, LockHolder, Point, SourceImage, TargetImage};
 
 use super::{MIB, connect, content, leased, make, name, noise, range, rbd, remove};
+use crate::ceph_faults::{admin, conf_with};
 use crate::support::{CephEnv, ceph, ceph_alone, ceph_in_a_turn, required};
 
 /// Another process, which takes the lease and then does what it is told, a word a line.
@@ -267,23 +268,12 @@ async fn whoever_loses_the_lock_is_fenced_whatever_is_configured() {
 #[ignore = "needs Ceph"]
 async fn without_the_blocklist_no_lock_is_taken_over() {
     let env = ceph();
-    let (image, user) = (name("no-blocklist"), format!("client.{}", name("no-blocklist")));
+    let (image, user) = (name("no-blocklist"), name("no-blocklist"));
     let (_connector, target) = make(&env, "sas", &image, &CreateOptions::new(MIB)).await;
-    let keyring = tempfile::NamedTempFile::new().unwrap();
-    let admin = |words: &[&str]| {
-        let mut command = Command::new("ceph");
-        command.env_remove("CEPH_ARGS").arg("-c").arg(&env.conf).args(["--id", "admin"]).args(words);
-        let output = command.output().unwrap();
-        assert!(output.status.success(), "{words:?}: {}", String::from_utf8_lossy(&output.stderr));
-        output.stdout
-    };
-    let key = admin(&["auth", "get-or-create", &user, "mon", "allow r", "osd", "allow rwx pool=sas"]);
-    std::fs::write(&keyring, key).unwrap();
-    let conf = tempfile::Builder::new().suffix(".conf").tempfile().unwrap();
-    let text = std::fs::read_to_string(&env.conf).unwrap();
-    let own = format!("{text}\n[{user}]\nkeyring = {}\n", keyring.path().display());
-    std::fs::write(&conf, own).unwrap();
-    let less = RbdOptions { conf: Some(conf.path().to_owned()), user: Some(user.clone()), ..RbdOptions::default() };
+    let (folder, entity) = (tempfile::tempdir().unwrap(), format!("client.{user}"));
+    let key = admin(&env, "ceph", &["auth", "get-or-create", &entity, "mon", "allow r", "osd", "allow rwx pool=sas"]);
+    let conf = Some(conf_with(&env, &folder, &user, &key));
+    let less = RbdOptions { conf, user: Some(user), ..RbdOptions::default() };
     let less = Connector::connect(&less).await.unwrap();
     let theirs = RbdImage::open_target(&less, "sas", None, &image).await.unwrap();
     let mut holder = Holder::start(&image, true);
@@ -292,7 +282,7 @@ async fn without_the_blocklist_no_lock_is_taken_over() {
     assert!(refused.hint.as_ref().is_some_and(|hint| hint.contains("profile rbd")), "{refused:?}");
     assert_eq!(holder.tell("write"), "ok");
     drop((theirs, less, target, holder));
-    admin(&["auth", "rm", &user]);
+    admin(&env, "ceph", &["auth", "rm", &entity]);
     remove(&env, &format!("sas/{image}")).await;
 }
 
