@@ -216,8 +216,11 @@ impl Receiver<'_> {
                     PipelineError::Image(_) => true,
                     _ => false,
                 };
-                if !is_cut(&error) {
-                    self.side.spoil(&mut in_flight).await?;
+                if !is_cut(&error)
+                    && let Err(unstored) = self.side.spoil(&mut in_flight).await
+                {
+                    // The stream's fault is what its user has to see.
+                    tracing::error!("{}: HEAD is not marked for a rewind: {unstored}", target.location());
                 }
                 return Err(error.into());
             }

@@ -3,12 +3,16 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use bytes::Bytes;
 use tokio_util::sync::CancellationToken;
 
+use crate::batch::CHUNK_MAX;
 use crate::delta;
 use crate::extent::{ByteRange, normalize, subtract};
 use crate::failpoint::failpoint;
-use crate::image::{ErrorKind, ImageError, LeaseOwner, Point, Snapshot, SnapshotSupport, SourceImage, TargetImage};
+use crate::image::{
+    ErrorKind, ImageError, LeaseOwner, Point, Snapshot, SnapshotSupport, SourceImage, TargetImage, View,
+};
 use crate::pipeline::{Applied, Checkpoint, Limits};
 
 use super::error::{Conflict, ConflictKind, CycleError, Result};
@@ -113,9 +117,9 @@ impl TargetSide<'_> {
         Ok(())
     }
 
-    /// Where HEAD, which holds parts or all of what is in flight, has changed since its base beyond `expected`, the
-    /// ranges of what is in flight: somebody else has written to it. What they wrote within is not told apart. Gives back
-    /// the name of the base where that is so.
+    /// Where HEAD, which holds parts or all of what is in flight, differs from its base beyond `expected`, the ranges of
+    /// what is in flight: another client has written to it. What it wrote within them is not found. Returns the name of
+    /// the base where that is so.
     pub(super) async fn written_beyond(
         &self,
         in_flight: &InFlight,
@@ -127,6 +131,10 @@ impl TargetSide<'_> {
         }
         let base = self.base(&in_flight.from).map(Commit::on_target);
         let head = self.target.view(&Point::Head).await?;
+        let then = match &base {
+            Some(base) => Some(self.target.view(&Point::Snapshot(base.clone())).await?),
+            None => None,
+        };
         let changed = delta::plan(head.as_ref(), base.as_ref()).await?;
         let period = self.target.layout().period();
         // A shrink touches what lies across the new end, on the target even where the source has nothing there.
@@ -136,10 +144,14 @@ impl TargetSide<'_> {
             .and_then(|_| ByteRange::between(size.saturating_sub(1), size));
         let within = expected.into_iter().chain(across).map(|run| run.align_outward(period, size));
         let expected = normalize(within.collect());
-        // The object map may name an object that has not changed; there the exact extents decide.
         for beyond in subtract(&changed.runs, &expected) {
-            if !head.diff(base.as_ref(), beyond).await?.is_empty() {
-                return Ok(Some(base.map_or_else(|| "its creation".to_owned(), |base| base.name)));
+            // The object map may name an object that has not changed, and a rewind writes what the base holds.
+            for extent in head.diff(base.as_ref(), beyond).await? {
+                if content_differs(head.as_ref(), then.as_deref(), extent.range).await? {
+                    let location = self.target.location();
+                    tracing::warn!("{location}: another client has written to {}", extent.range);
+                    return Ok(Some(base.map_or_else(|| "its creation".to_owned(), |base| base.name)));
+                }
             }
         }
         Ok(None)
@@ -244,6 +256,27 @@ impl TargetSide<'_> {
     pub(super) fn keeper<'k>(&'k self, in_flight: &'k mut InFlight) -> Keeper<'k> {
         Keeper { target: self.target.as_ref(), state: &self.state, in_flight }
     }
+}
+
+/// Whether a range of HEAD holds other bytes than an earlier point of the same image, which reads as zeroes beyond its
+/// end; `None`: zeroes throughout.
+async fn content_differs(head: &dyn View, then: Option<&dyn View>, range: ByteRange) -> Result<bool> {
+    let end = then.map_or(0, View::size);
+    for piece in range.split_at_multiples(CHUNK_MAX) {
+        let below = ByteRange::between(piece.offset(), piece.end().min(end));
+        let read_then = async {
+            match (then, below) {
+                (Some(then), Some(below)) => then.read(below).await,
+                _ => Ok(Bytes::new()),
+            }
+        };
+        let (now, then) = futures::try_join!(head.read(piece), read_then)?;
+        let (same, beyond) = now.split_at(then.len());
+        if *same != then[..] || beyond.iter().any(|&byte| byte != 0) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Keeps checkpoints in the target's state.

@@ -125,6 +125,66 @@ async fn a_stream_with_a_fault_is_not_gone_on_from() {
     }
 }
 
+/// A cycle died between its copy and its commit; a stream of the same snapshot that has a fault is applied over that.
+#[tokio::test]
+async fn what_a_stream_with_a_fault_wrote_over_a_finished_copy_is_not_committed() {
+    for then_received in [false, true] {
+        let mut struck = 0;
+        for at in 1.. {
+            let mut pair = Pair { source: source().await, ..Pair::new() };
+            pair.remember_source().await;
+            pair.sync_well(&named("a")).await;
+            pair.target.set_fault(Some(Fault { at, after: true, seed: at }));
+            if pair.sync(&named("b")).await.is_ok() && !pair.target.has_crashed() {
+                break;
+            }
+            drop(pair.target.reopen());
+            if !pair.state().await.in_flight.is_some_and(|in_flight| in_flight.applied) {
+                continue;
+            }
+            let good = stream_of(&pair.source, Some("a"), "b", Compression::None).await;
+            let made = pair.target.snapshots().await.unwrap().iter().any(|have| have.name == "b");
+            let refused = receive_bytes(&pair.target, &moved_chunk(&good).await).await;
+            assert!(refused.is_err(), "{refused:?}");
+            struck += u32::from(!made);
+            if then_received {
+                receive_bytes(&pair.target, &good).await.unwrap();
+            } else {
+                // What is in flight is finished first; the source has gone on since.
+                let _ = pair.sync(&named("b")).await;
+            }
+            let b = pair.target.snapshots().await.unwrap().into_iter().find(|have| have.name == "b").unwrap();
+            assert!(pair.target.bytes_at(&Point::Snapshot(b)).unwrap() == pair.committed["b"], "died at {at}");
+        }
+        assert!(struck >= 1);
+    }
+}
+
+/// The base is written back over what a lost stream left; that is no foreign write, wherever the receiver dies.
+#[tokio::test]
+async fn a_receive_that_died_behind_its_rewind_is_resumed() {
+    let source = source().await;
+    let (lost, next) = (
+        stream_of(&source, Some("a"), "b", Compression::None).await,
+        stream_of(&source, Some("a"), "c", Compression::None).await,
+    );
+    for (at, after) in (1..).flat_map(|at| [(at, false), (at, true)]) {
+        let target = MemoryImage::new("target", SIZE, LAYOUT);
+        receive_bytes(&target, &stream_of(&source, None, "a", Compression::None).await).await.unwrap();
+        receive_bytes(&target, &lost[..lost.len() - 40]).await.unwrap_err();
+        // In an object that neither stream has anything for.
+        target.write_as_server(150_000, &[9; 100]);
+        target.set_fault(Some(Fault { at, after, seed: at }));
+        let outcome = receive_bytes(&target, &next).await;
+        if outcome.is_ok() && !target.has_crashed() {
+            assert!(outcome.unwrap().rewound && at > 8, "{at} steps");
+            break;
+        }
+        receive_bytes(&target, &next).await.unwrap_or_else(|error| panic!("died at {at}: {error}"));
+        assert_at(&source, &target, "c").await;
+    }
+}
+
 /// Between a stream that was cut and the same one sent anew, somebody writes to what neither has anything for.
 #[tokio::test]
 async fn a_write_between_two_receives_is_seen() {

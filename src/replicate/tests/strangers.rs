@@ -132,6 +132,35 @@ async fn writes_behind_a_cycle_that_died_anywhere_never_get_into_its_snapshot() 
     }
 }
 
+/// A rewind writes to HEAD what the base holds. Wherever the cycle dies that began with it, its own writes are not taken
+/// for another client's.
+#[tokio::test]
+async fn a_cycle_that_died_behind_its_rewind_is_resumed() {
+    for (at, after) in (1..).flat_map(|at| [(at, false), (at, true)]) {
+        let mut pair = Pair::new();
+        pair.source.write_as_server(0, &[1; 200_000]);
+        pair.sync_well(&options()).await;
+        pair.source.write_as_server(0, &[2; 5000]);
+        pair.source.write_as_server(300_000, &[2; 5000]);
+        interrupt(&pair, &options()).await;
+        let lost = pair.state().await.in_flight.and_then(|in_flight| in_flight.snapshot).unwrap();
+        // As a server does that ran on this side: in an object that the next delta has nothing for.
+        pair.target.write_as_server(150_000, &[9; 5000]);
+        pair.source.remove_snapshot(&lost).await.unwrap();
+        pair.source.write_as_server(70_000, &[3; 5000]);
+        pair.target.set_fault(Some(Fault { at, after, seed: at }));
+        let outcome = pair.sync(&options()).await;
+        if outcome.is_ok() && !pair.target.has_crashed() {
+            assert!(outcome.unwrap().rewound && at > 8, "{at} steps");
+            break;
+        }
+        drop(pair.target.reopen());
+        pair.remember_source().await;
+        let report = pair.sync_well(&options()).await;
+        assert!(report.snapshot != lost.name, "died at {at}");
+    }
+}
+
 #[tokio::test]
 async fn an_older_snapshot_does_not_replace_a_lost_one() {
     let mut pair = Pair::new();
