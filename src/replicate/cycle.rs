@@ -143,9 +143,11 @@ async fn sync_with_lease(
     cancel: &CancellationToken,
 ) -> Result<SyncReport> {
     let report = Cycle::run(source, target, options, progress, cancel).await?;
+    let is_live = source.snapshot_support() == SnapshotSupport::HeadOnly;
     match &options.request.name {
         // What was in flight is finished first, always; then comes what was asked for.
-        Some(name) if report.resumed && *name != report.snapshot => {
+        // So is what a file was when an earlier run died before its commit: the file may have changed since.
+        Some(name) if report.resumed && (*name != report.snapshot || report.method.is_none() && is_live) => {
             let second = Cycle::run(source, target, options, progress, cancel).await?;
             Ok(SyncReport { finished_first: Some(report.snapshot), ..second })
         }
@@ -211,6 +213,9 @@ pub(super) async fn not_now(
     let newest = state.newest().filter(|newest| newest.source_id != commit.source_id);
     if let Some(newest) = newest {
         return Ok(Some(ConflictKind::NotNow { name, newest: Some(newest.name.clone()) }));
+    }
+    if !lineage::holds(&source.snapshots().await?, commit.source_id, &commit.name) {
+        return Ok(Some(ConflictKind::NotNow { name, newest: None }));
     }
     let head = source.view(&Point::Head).await?;
     let plan = delta::plan(head.as_ref(), Some(&commit.on_source())).await?;
@@ -350,6 +355,17 @@ impl<'a> Cycle<'a> {
             }
         };
         self.stages.until_commit_seconds = self.clock.total();
+        // An earlier run copied the snapshot asked for, and died before its commit.
+        let asked = self.options.request.name.as_ref() == Some(&commit.name);
+        let is_kept = self.source.snapshot_support() == SnapshotSupport::Kept;
+        let kind = match self.resumed && self.method.is_none() && asked && is_kept {
+            true => not_now(self.source.as_ref(), &self.side.state, &commit, &self.options.request).await?,
+            false => None,
+        };
+        if let Some(kind) = kind {
+            let facts = gather(self.source.as_ref(), self.side.target.as_ref()).await?;
+            return Err(conflict(kind, self.source.as_ref(), self.side.target.as_ref(), facts));
+        }
         let mut report = self.report(&commit, base);
         self.clock.lap();
         report.pruned = self.side.prune(Some(self.source)).await;

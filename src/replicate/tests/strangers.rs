@@ -161,6 +161,39 @@ async fn a_cycle_that_died_behind_its_rewind_is_resumed() {
     }
 }
 
+/// Who asks for a snapshot by name gets what the source holds, or is told that an earlier run has copied it.
+#[tokio::test]
+async fn a_named_snapshot_that_an_earlier_run_copied_is_no_success_once_the_source_has_changed() {
+    let mut refused = 0;
+    for (at, after) in (1..).flat_map(|at| [(at, false), (at, true)]) {
+        let mut pair = Pair::new();
+        pair.source.write_as_server(0, &[1; 100_000]);
+        pair.sync_well(&options()).await;
+        pair.source.write_as_server(0, &[2; 5000]);
+        pair.target.set_fault(Some(Fault { at, after, seed: at }));
+        if pair.sync(&named("last")).await.is_ok() && !pair.target.has_crashed() {
+            break;
+        }
+        drop(pair.target.reopen());
+        pair.remember_source().await;
+        pair.source.write_as_server(0, &[3; 5000]);
+        match pair.sync(&named("last")).await {
+            Ok(report) => {
+                assert!(report.method.is_some(), "died at {at}: nothing was copied");
+                pair.check_committed(&report).await;
+            }
+            Err(error) => {
+                assert_eq!(kind_of(error), ConflictKind::NotNow { name: "last".into(), newest: None });
+                pair.check_history().await;
+                refused += 1;
+            }
+        }
+        let next = pair.sync_well(&options()).await;
+        assert_eq!(next.base.as_deref(), Some("last"), "died at {at}: it is committed");
+    }
+    assert!(refused >= 2, "{refused} runs died between the copy and the commit");
+}
+
 #[tokio::test]
 async fn an_older_snapshot_does_not_replace_a_lost_one() {
     let mut pair = Pair::new();
