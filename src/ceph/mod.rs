@@ -165,7 +165,7 @@ struct Closing {
 }
 
 /// Runs the closing of a handle in the background: it blocks, and may be dropped on an async worker.
-fn close_in_background(close: impl FnOnce() + Send + 'static) {
+pub(crate) fn close_in_background(close: impl FnOnce() + Send + 'static) {
     close_with(close, |run| std::thread::Builder::new().name("ceph-close".into()).spawn(run).map(drop));
 }
 

@@ -25,7 +25,7 @@
 //! Without the exclusive-lock feature an advisory lock takes its place. Nothing but poolshift looks at it, and it
 //! doesn't time out; a holder that has no watch any more is taken for dead.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -54,6 +54,36 @@ pub(super) struct Held {
     pub(super) size: AtomicU64,
     owner: LeaseOwner,
     lock: Lock,
+    given_back: AtomicBool,
+}
+
+impl Drop for Held {
+    /// Gives the lease back where that was not done: its user was cancelled, or has failed. A record that stays behind
+    /// would tell the next one that the lock was broken, and an advisory lock would stay as well.
+    fn drop(&mut self) {
+        if !self.given_back.load(Ordering::Acquire) {
+            let (image, lock) = (Arc::clone(&self.image), self.lock.clone());
+            ceph::close_in_background(move || {
+                if let Err(error) = give_back(&image, &lock) {
+                    tracing::debug!(%error, "a lease was not given back cleanly");
+                }
+            });
+        }
+    }
+}
+
+/// Removes the record, and releases the lock. What fails because the lock is gone already is what was wanted.
+fn give_back(image: &Image, lock: &Lock) -> ceph::Result<()> {
+    let forgotten = image.set_metadata(LEASE_KEY, None);
+    let released = match lock {
+        Lock::Exclusive => image.release_lock(),
+        Lock::Advisory { cookie } => image.release_advisory_lock(cookie),
+    };
+    let gone = [Errno::NOENT, Errno::INVAL, Errno::ROFS, Errno::SHUTDOWN];
+    match released.and(forgotten.map(drop)) {
+        Err(error) if !gone.iter().any(|&errno| error.is(errno)) => Err(error),
+        _ => Ok(()),
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -233,21 +263,10 @@ impl RbdImage {
         let _changing = self.lease_change.lock().await;
         // Out of the slot first: no write begins from here on.
         let Some(held) = self.held.lock().unwrap_or_else(PoisonError::into_inner).take() else { return Ok(()) };
+        held.given_back.store(true, Ordering::Release);
         let (image, lock) = (Arc::clone(&held.image), held.lock.clone());
         drop(held);
-        let release = move || {
-            // What fails because the lock is gone already is what was wanted.
-            let forgotten = image.set_metadata(LEASE_KEY, None);
-            let released = match lock {
-                Lock::Exclusive => image.release_lock(),
-                Lock::Advisory { cookie } => image.release_advisory_lock(&cookie),
-            };
-            let gone = [Errno::NOENT, Errno::INVAL, Errno::ROFS, Errno::SHUTDOWN];
-            match released.and(forgotten.map(drop)) {
-                Err(error) if !gone.iter().any(|&errno| error.is(errno)) => Err(error),
-                _ => Ok(()),
-            }
-        };
+        let release = move || give_back(&image, &lock);
         self.inner.call("give the lease back", "rbd_lock_release", release).await
     }
 }
@@ -302,7 +321,8 @@ fn take(inner: &Inner, owner: &LeaseOwner, purpose: Purpose, wanted: &Weak<()>) 
     // Without the record the lock still holds, and still keeps others out; only nobody could tell who it is.
     image.set_metadata(LEASE_KEY, Some(&record))?;
     let size = AtomicU64::new(*size);
-    Ok((taken, Some(Held { image: Arc::new(image), size, owner, lock })))
+    let given_back = AtomicBool::new(false);
+    Ok((taken, Some(Held { image: Arc::new(image), size, owner, lock, given_back })))
 }
 
 fn describe(record: Option<LeaseOwner>, address: &str) -> String {
@@ -320,7 +340,10 @@ fn is_held(error: &CephError) -> bool {
 
 /// Takes the lock from a client that is dead or silent, which is blocklisted before.
 fn break_lock(inner: &Inner, image: &Image, locker: &Locker) -> ceph::Result<()> {
-    inner.pool.cluster().blocklist(&locker.address, BLOCKLISTED_FOR)?;
+    // One of this process: a handle that could not give its lease back.
+    if locker.client != format!("client.{}", inner.pool.cluster().instance_id()) {
+        inner.pool.cluster().blocklist(&locker.address, BLOCKLISTED_FOR)?;
+    }
     match image.break_lock(locker) {
         // Somebody else was faster.
         Err(error) if error.is(Errno::NOENT) => Ok(()),

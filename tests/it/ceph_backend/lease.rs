@@ -188,6 +188,34 @@ async fn a_dead_holder_is_fenced_at_once() {
     }
 }
 
+/// Whoever drops a lease without giving it back, as a cycle does that is cancelled, is not taken for dead: its client goes
+/// on with other images.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
+async fn a_lease_that_is_dropped_is_given_back() {
+    let env = ceph();
+    let beside = name("dropped-beside");
+    let (connector, other) = make(&env, "sas", &beside, &CreateOptions::new(MIB)).await;
+    leased(&other).await;
+    for (image, looking) in lease_images(&env, "dropped").await {
+        let dropped = RbdImage::open_target(&connector, "sas", None, &image).await.unwrap();
+        leased(&dropped).await;
+        dropped.write(0, noise(4096, 1)).await.unwrap();
+        drop(dropped);
+        assert!(poolshift::image::rbd::wait_until_closed(Duration::from_secs(60)).await);
+        assert_eq!(looking.lease_owner().await.unwrap(), None);
+        let record = ["image-meta", "get", &format!("sas/{image}"), "poolshift.lease"];
+        assert!(!rbd(&env, &record), "{image}: the record of the lease is still there");
+        leased(&looking).await;
+        other.write(0, noise(4096, 2)).await.unwrap();
+        other.flush().await.unwrap();
+        drop(looking);
+        remove(&env, &format!("sas/{image}")).await;
+    }
+    drop(other);
+    remove(&env, &format!("sas/{beside}")).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs Ceph"]
 async fn a_fenced_holder_writes_nothing_any_more() {
