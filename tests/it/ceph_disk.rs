@@ -323,6 +323,15 @@ async fn a_name_that_opens_nothing_keeps_no_placeholder_from_it() {
         }
         connector.remove_placeholder("sas", None, &name).await.unwrap();
     }
+    // So does one whose creation was cut: it is in the pool's directory as well.
+    for prepared in [true, false] {
+        librbd.call(format!("cut-create sas/{name}.poolshift-placeholder")).await;
+        if prepared {
+            let again = connector.prepare_placeholder("sas", None, &name).await.unwrap();
+            assert!(again.is_placeholder().await.unwrap());
+        }
+        connector.remove_placeholder("sas", None, &name).await.unwrap();
+    }
     // And the name is free.
     let options = CreateOptions::new(MIB);
     RbdImage::create(&connector, "sas", None, &format!("{name}.poolshift-placeholder"), &options).await.unwrap();

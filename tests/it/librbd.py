@@ -193,6 +193,15 @@ def cut_rename(place, name):
     ioctx.write_full("rbd_id." + name, ioctx.read("rbd_id." + old))
 
 
+def cut_create(place):
+    """Leaves a name without an image, as a client that dies while it creates one does: in the directory, no header."""
+    ioctx, name = context(place)
+    image = b"cut0create"
+    ioctx.write_full("rbd_id." + name, struct.pack("<I", len(image)) + image)
+    entry = b"".join(struct.pack("<I", len(text)) + text for text in (name.encode(), image))
+    ioctx.execute("rbd_directory", "rbd", "dir_add_image", entry)
+
+
 def answer(words, payload):
     what, place, *rest = words
     if what == "create":
@@ -225,6 +234,8 @@ def answer(words, payload):
         return str(int(writer(place).is_exclusive_lock_owner())).encode()
     elif what == "cut-rename":
         cut_rename(place, rest[0])
+    elif what == "cut-create":
+        cut_create(place)
     elif what == "trash-snapshot":
         trash_snapshot(place, rest[0])
     elif what == "hammer":

@@ -7,6 +7,8 @@
 //! that it stands in for: what Cinder writes to it, that image is given when it has its name again.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use rustix::io::Errno;
@@ -21,6 +23,8 @@ use crate::image::{Disk as _, ErrorKind, ImageError, ImageSpec, Result, SourceIm
 const MARK_KEY: &str = "poolshift.placeholder";
 /// The size of a placeholder, in bytes: one object.
 const PLACEHOLDER_SIZE: u64 = 4 << 20;
+/// How long an image may have a name and no header while librbd creates it: three requests.
+const CREATION: Duration = Duration::from_secs(2);
 
 /// Where an image is, by the names of its pool and namespace, or why it can't be on RBD.
 fn place_of(spec: &ImageSpec) -> Result<(&str, Option<&str>, &str)> {
@@ -111,20 +115,36 @@ impl Connector {
         }
     }
 
-    /// Takes a name away that opens nothing: a placeholder that had it was being renamed by a process that was killed,
-    /// and was then removed by its other name. No image could be given the name otherwise.
+    /// Removes a name that opens nothing: a placeholder's whose rename or creation was interrupted. No image could be given
+    /// the name otherwise. Only for names of poolshift's own making: any other image may have lost its header, and is not
+    /// to be removed.
     async fn forget_stale_name(&self, pool: &str, namespace: Option<&str>, name: &str) -> Result<()> {
         let place = Place::new(pool, namespace, name);
         let (opened, name) = (self.pool(&place).await?, name.to_owned());
-        let forget = move || {
-            let Some(id) = opened.id_of_name(&name)? else { return Ok(()) };
-            match Image::open_by_id(&opened, &id, OpenMode::ReadOnly) {
-                Err(error) if error.is(Errno::NOENT) => opened.forget_name(&name),
-                opened => opened.map(drop),
+        let forget = move |steps: &AtomicU64| {
+            let opens_nothing = || match opened.id_of_name(&name)? {
+                None => Ok(None),
+                Some(id) => match Image::open_by_id(&opened, &id, OpenMode::ReadOnly) {
+                    Err(error) if error.is(Errno::NOENT) => Ok(Some(id)),
+                    opened => opened.map(|_| None),
+                },
+            };
+            let Some(id) = opens_nothing()? else { return Ok(()) };
+            // Another process may be creating it.
+            std::thread::sleep(CREATION);
+            if opens_nothing()?.as_ref() != Some(&id) {
+                return Ok(());
             }
+            match opened.remove_image(&name, steps) {
+                // The pool's directory does not have the name.
+                Err(error) if error.is(Errno::NOENT) => {}
+                removed => removed?,
+            }
+            opened.forget_name(&name)
         };
-        let forgotten = ceph::blocking("rados_remove", self.io_timeout, forget).await;
-        forgotten.map_err(|error| self.failure(&place).of("take away a name that opens nothing", error))
+        let function = "rbd_remove_with_progress";
+        let forgotten = ceph::blocking_with_progress(function, self.io_timeout, Arc::default(), forget).await;
+        forgotten.map_err(|error| self.failure(&place).of("remove a name that opens nothing", error))
     }
 }
 
