@@ -140,7 +140,14 @@ async fn look_at_source(source: &Source, looked: &mut Looked, findings: &mut Vec
 async fn look_at_rbd(rbd: &RbdImage, looked: &mut Looked, findings: &mut Vec<Finding>) -> Result<(), ImageError> {
     let obstacle = match rbd.obstacle() {
         Some(obstacle) => Some(obstacle.to_owned()),
-        None => rbd.read_only_because().await?.map(|(because, hint)| format!("{because}; {hint}")),
+        None => match rbd.read_only_because().await {
+            Ok(because) => because.map(|(because, hint)| format!("{because}; {hint}")),
+            Err(error) => {
+                let text = format!("whether mirroring lets it be snapshotted is not known: {error}");
+                findings.push(Finding::new(Verdict::Warning, text));
+                None
+            }
+        },
     };
     match obstacle {
         Some(obstacle) => {
