@@ -318,6 +318,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let quiesce = hooks(folder.path(), "true", Duration::from_millis(1500));
         drop(freeze(&quiesce, "web", "p1").await.unwrap().unwrap());
+        let quiesce = hooks(folder.path(), "true", Duration::from_secs(300));
         let frozen = freeze(&quiesce, "web", "p2").await.unwrap().unwrap();
         assert_eq!(log(folder.path()), format!("freeze web p1\n{}freeze web p2\n", "thaw\n".repeat(6)));
         frozen.thaw().await.unwrap();
