@@ -142,13 +142,13 @@ pub enum WireFault {
         /// What was found.
         found: u64,
     },
-    /// A chunk that begins before the end of the batch before.
-    #[error("chunk {range} (offset+length) begins before {previous_end}, the end of the batch before it")]
+    /// A chunk that begins before the end of the batch before, or below its progress.
+    #[error("chunk {range} (offset+length) begins before {done}, up to which the batches before it are complete")]
     Unordered {
         /// Its range.
         range: ByteRange,
-        /// Where the batch before ends.
-        previous_end: u64,
+        /// Where the batches before end.
+        done: u64,
     },
     /// A chunk beyond the end of the image.
     #[error("chunk {range} (offset+length) lies beyond the image's {size} bytes")]

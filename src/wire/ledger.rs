@@ -53,8 +53,10 @@ impl Ledger {
             return Err(WireFault::Progress { least: self.progress_to, most: self.size, found: batch.progress_to });
         }
         if let (Some(first), Some(last)) = (batch.chunks.first(), batch.chunks.last()) {
-            if first.range.offset() < self.last_end {
-                return Err(WireFault::Unordered { range: first.range, previous_end: self.last_end });
+            // What was done below its progress counts as done when a reader goes on from there.
+            let done = self.last_end.max(self.progress_to);
+            if first.range.offset() < done {
+                return Err(WireFault::Unordered { range: first.range, done });
             }
             if last.range.end() > self.size {
                 return Err(WireFault::BeyondImage { range: last.range, size: self.size });

@@ -376,6 +376,11 @@ async fn a_writer_refuses_what_a_reader_would() {
     writer.write(&good).await.unwrap();
     let behind = EncodedBatch { progress_to: 9000, ..raw_batch(1, 4096, b"data") };
     assert!(matches!(writer.write(&behind).await.unwrap_err().fault, WireFault::Unordered { .. }));
+    // A reader that goes on from the progress would never see it.
+    let mut writer = StreamWriter::open(Vec::new(), &hello(None, 1 << 20)).await.unwrap();
+    writer.write(&EncodedBatch { progress_to: 65_536, ..good.clone() }).await.unwrap();
+    let below = EncodedBatch { progress_to: 65_536, ..raw_batch(1, 32_768, b"data") };
+    assert!(matches!(writer.write(&below).await.unwrap_err().fault, WireFault::Unordered { done: 65_536, .. }));
 }
 
 #[tokio::test]
