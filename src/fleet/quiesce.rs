@@ -37,7 +37,7 @@ const STEP: Duration = Duration::from_millis(100);
 #[derive(Debug, thiserror::Error)]
 pub enum QuiesceError {
     /// A command can't be run at all.
-    #[error("{what} of {server}: {command:?} can't be run")]
+    #[error("{what} of {server}: {command} can't be run")]
     Start {
         /// `freeze`, `thaw` or `watchdog`.
         what: &'static str,
@@ -50,7 +50,7 @@ pub enum QuiesceError {
         error: std::io::Error,
     },
     /// A command said no.
-    #[error("{what} of {server}: {command:?} failed ({status}){output}")]
+    #[error("{what} of {server}: {command} failed ({status}){output}")]
     Failed {
         /// `freeze` or `thaw`.
         what: &'static str,
@@ -66,7 +66,7 @@ pub enum QuiesceError {
     /// The watchdog of an earlier freeze, of this process or one that is gone, may still thaw the server.
     #[error(
         "{server} can't be frozen: the watchdog of an earlier freeze has not ended after {waited:?}, and may thaw it; \
-         look with ps for the thaw that hangs: {command:?}"
+         look with ps for the thaw that hangs: {command}"
     )]
     EarlierWatchdog {
         /// The server.
@@ -128,6 +128,15 @@ fn commands(quiesce: &Quiesce) -> Option<(Vec<String>, Vec<String>, Duration)> {
     }
 }
 
+/// A command as errors name it. The text of one of the plan's own is left out: errors are shown to everybody who may read
+/// the API, and it may have a password in it.
+fn shown(words: &[String]) -> String {
+    match words {
+        [shell, option, _] if (shell.as_str(), option.as_str()) == ("/bin/sh", "-c") => "the plan's command".to_owned(),
+        words => words.join(" "),
+    }
+}
+
 fn command(words: &[String], server: &str, point: &str) -> Command {
     let mut command = Command::new(&words[0]);
     command.args(&words[1..]).env("POOLSHIFT_SERVER", server).env("POOLSHIFT_POINT", point);
@@ -136,7 +145,7 @@ fn command(words: &[String], server: &str, point: &str) -> Command {
 
 /// The error of a watchdog that can't be started.
 fn cannot_start(server: &str, thaw: &[String], error: std::io::Error) -> QuiesceError {
-    QuiesceError::Start { what: "watchdog", server: server.to_owned(), command: thaw.join(" "), error }
+    QuiesceError::Start { what: "watchdog", server: server.to_owned(), command: shown(thaw), error }
 }
 
 /// A socket bound to the name that the watchdogs of a server have, once no earlier one has it any more.
@@ -151,7 +160,7 @@ async fn name_of(server: &str, thaw: &[String], limit: Duration) -> Result<UnixD
                 return Err(cannot_start(server, thaw, error));
             }
             Err(_) if begun.elapsed() >= patience => {
-                let (server, command) = (server.to_owned(), thaw.join(" "));
+                let (server, command) = (server.to_owned(), shown(thaw));
                 return Err(QuiesceError::EarlierWatchdog { server, waited: patience, command });
             }
             Err(_) => tokio::time::sleep(STEP).await,
@@ -194,7 +203,7 @@ pub async fn freeze(quiesce: &Quiesce, server: &str, point: &str) -> Result<Opti
 impl Frozen {
     async fn run(&self, what: &'static str, words: &[String]) -> Result<(), QuiesceError> {
         let server = || self.server.clone();
-        let start = |error| QuiesceError::Start { what, server: server(), command: words.join(" "), error };
+        let start = |error| QuiesceError::Start { what, server: server(), command: shown(words), error };
         let child = command(words, &self.server, &self.point)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -220,7 +229,7 @@ impl Frozen {
         let said = String::from_utf8_lossy(if output.stderr.is_empty() { &output.stdout } else { &output.stderr });
         let said: String = said.trim().chars().take(500).collect();
         let output_text = if said.is_empty() { String::new() } else { format!(": {said}") };
-        let command = words.join(" ");
+        let command = shown(words);
         Err(QuiesceError::Failed { what, server: server(), command, status: output.status, output: output_text })
     }
 
@@ -334,6 +343,15 @@ mod tests {
         rustix::process::kill_process_group(watchdog, rustix::process::Signal::KILL).unwrap();
         frozen.watchdog.wait().await.unwrap();
         assert!(matches!(frozen.thaw().await, Err(QuiesceError::WatchdogLost { .. })));
+    }
+
+    #[tokio::test]
+    async fn an_error_has_nothing_of_the_text_of_a_command() {
+        let folder = tempfile::tempdir().unwrap();
+        let quiesce = hooks(folder.path(), "false --password=secret", Duration::from_secs(60));
+        let refused = freeze(&quiesce, "web", "p1").await.unwrap_err();
+        assert!(matches!(refused, QuiesceError::Failed { .. }), "{refused:?}");
+        assert!(!format!("{refused} {refused:?}").contains("secret"), "{refused:?}");
     }
 
     #[test]
