@@ -316,7 +316,7 @@ impl Session {
             Service::Neutron if !url.path().trim_end_matches('/').ends_with("/v2.0") => below(url, "v2.0"),
             _ => url.clone(),
         });
-        found.ok_or_else(|| {
+        let url = found.ok_or_else(|| {
             let (region, interface) = (&self.access.region, self.access.interface.name());
             let region = region.as_ref().map_or_else(String::new, |region| format!(" in the region {region}"));
             CloudError::new(
@@ -326,7 +326,19 @@ impl Session {
                 format!("the catalog has no {interface} address of a service {}{region}", service.types()[0]),
             )
             .hint("look at what it has with: openstack catalog list")
-        })
+        })?;
+        if given.is_none() && self.access.auth_url.scheme() == "https" && url.scheme() != "https" {
+            let error = CloudError::new(
+                Fault::Config,
+                format!("connect to {}", service.name()),
+                url.to_string(),
+                "Keystone is reached by https, and the catalog's address of this service would send the token in clear",
+            );
+            let key = service.types()[0].trim_end_matches("v3").replace('-', "_");
+            return Err(error
+                .hint(format!("give its https address as {key}_endpoint_override, or this one if you accept that")));
+        }
+        Ok(url)
     }
 
     /// A token that is good for a while; never the one that was refused.
@@ -624,5 +636,49 @@ fn said(status: StatusCode, body: &[u8], id: &str) -> String {
     match message.trim() {
         "" => format!("it answers {status}{id}"),
         message => format!("it answers {}: {message}{id}", status.as_u16()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::openstack::access::{Identity, Interface};
+
+    #[test]
+    fn no_token_goes_out_in_clear_where_keystone_is_reached_by_https() {
+        let url = |text: &str| Url::parse(text).unwrap();
+        let session = |keystone: &str, given: Option<&str>| {
+            let access = CloudAccess {
+                name: "lab".into(),
+                auth_url: url(keystone),
+                identity: Identity::ApplicationCredential {
+                    credential: Ref::Id("c".into()),
+                    user: None,
+                    secret: "s".into(),
+                },
+                region: None,
+                interface: Interface::Public,
+                ca_file: None,
+                verify: true,
+                endpoints: given.iter().map(|address| ("volumev3", url(address))).collect(),
+            };
+            Session::new(access).unwrap()
+        };
+        let token = Token {
+            text: "t".to_owned().into(),
+            expires: Timestamp::MAX,
+            project: "p".into(),
+            roles: Vec::new(),
+            endpoints: [Some(url("http://cinder/v3/p")), Some(url("https://nova/v2.1")), None],
+        };
+        let refused = session("https://keystone", None).endpoint(&token, Service::Cinder).unwrap_err();
+        assert_eq!(refused.fault, Fault::Config);
+        assert!(refused.hint.is_some_and(|hint| hint.contains("volume_endpoint_override")));
+        let accepted = [
+            session("https://keystone", None).endpoint(&token, Service::Nova),
+            session("http://keystone", None).endpoint(&token, Service::Cinder),
+            session("https://keystone", Some("http://cinder/v3/p")).endpoint(&token, Service::Cinder),
+        ];
+        assert!(accepted.iter().all(Result::is_ok), "{accepted:?}");
     }
 }
