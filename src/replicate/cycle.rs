@@ -1,7 +1,7 @@
 //! The driver of a cycle: carries out what [`lineage`] decides.
 
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -245,41 +245,42 @@ pub(super) fn conflict(
     .into()
 }
 
-/// A name of poolshift's own scheme that neither side has: `poolshift-20261123T220511.123Z`, in UTC.
+/// A name of poolshift's own scheme that neither side has.
 pub(super) fn automatic_name(facts: &Facts) -> String {
-    let base = name_of_now();
     let taken =
         |name: &str| facts.source_snapshots.iter().chain(&facts.target_snapshots).any(|snapshot| snapshot.name == name);
-    let mut name = base.clone();
-    let mut count = 1;
-    while taken(&name) {
-        count += 1;
-        name = format!("{base}-{count}");
+    loop {
+        let name = name_of_now();
+        if !taken(&name) {
+            return name;
+        }
     }
-    name
 }
 
-/// A name of poolshift's own scheme for this moment, which another process may have given already. Of two in the same
-/// millisecond the second is one later: a name is for one point only.
+/// A name of poolshift's own scheme for this moment, in UTC: `poolshift-20261123T220511.123Z-4711`. Of two in the same
+/// millisecond the second is one later: a name is for one point only. The number is the process's: another process that
+/// follows the same source to another target must not take a snapshot of this one for its own.
 pub fn name_of_now() -> String {
     static LAST: AtomicI64 = AtomicI64::new(i64::MIN);
+    static PROCESS: LazyLock<u32> = LazyLock::new(|| fastrand::u32(1000..1_000_000));
     let now = crate::clock::now().as_millisecond();
     let next = |last: i64| now.max(last.saturating_add(1));
     let last = LAST.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |last| Some(next(last)));
     let at = jiff::Timestamp::from_millisecond(next(last.unwrap_or_else(|last| last))).unwrap_or(jiff::Timestamp::MAX);
-    format!("{NAME_PREFIX}{}", at.strftime("%Y%m%dT%H%M%S.%3fZ"))
+    format!("{NAME_PREFIX}{}-{}", at.strftime("%Y%m%dT%H%M%S.%3fZ"), *PROCESS)
 }
 
 /// Whether a name is of poolshift's own scheme. That is no proof that poolshift gave it.
 pub fn is_automatic(name: &str) -> bool {
     let Some(rest) = name.strip_prefix(NAME_PREFIX) else { return false };
-    let (stamp, count) = rest.split_once('-').unwrap_or((rest, "1"));
+    // Earlier versions gave names without a number.
+    let (stamp, number) = rest.split_once('-').unwrap_or((rest, "1"));
     let pattern = "dddddddd.dddddd.ddd.";
     let digits = |(shape, found): (char, char)| shape != 'd' || found.is_ascii_digit();
     stamp.len() == pattern.len()
         && pattern.chars().zip(stamp.chars()).all(digits)
         && stamp.ends_with('Z')
-        && count.parse::<u32>().is_ok()
+        && number.parse::<u32>().is_ok()
 }
 
 struct Cycle<'a> {

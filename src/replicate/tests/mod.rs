@@ -462,4 +462,7 @@ fn no_two_points_of_a_process_have_the_same_name() {
     let names: Vec<String> = (0..100).map(|_| name_of_now()).collect();
     assert!(names.is_sorted() && names.windows(2).all(|pair| pair[0] != pair[1]), "{names:?}");
     assert!(names.iter().all(|name| is_automatic(name)), "{names:?}");
+    // Another process has another number.
+    let number = |name: &String| name.rsplit_once('-').and_then(|(_, number)| number.parse::<u32>().ok());
+    assert!(number(&names[0]).is_some_and(|number| number >= 1000), "{names:?}");
 }
