@@ -15,9 +15,24 @@ static LATEST: Mutex<Option<(Timestamp, Instant)>> = Mutex::new(None);
 /// Now: never earlier than any time that this process has been given before.
 pub(crate) fn now() -> Timestamp {
     let mut latest = LATEST.lock().unwrap_or_else(PoisonError::into_inner);
-    let found = later(*latest, Timestamp::now(), Instant::now());
+    let found = later(*latest, system(), Instant::now());
     *latest = Some(found);
     found.0
+}
+
+/// The system's clock. A debug build adds `POOLSHIFT_CLOCK_OFFSET`, in seconds: tests run with a clock that is wrong.
+fn system() -> Timestamp {
+    let now = Timestamp::now();
+    #[cfg(debug_assertions)]
+    {
+        static OFFSET: std::sync::LazyLock<i64> = std::sync::LazyLock::new(|| {
+            let offset = std::env::var("POOLSHIFT_CLOCK_OFFSET").ok();
+            offset.and_then(|offset| offset.parse().ok()).unwrap_or(0)
+        });
+        now.checked_add(jiff::SignedDuration::from_secs(*OFFSET)).unwrap_or(now)
+    }
+    #[cfg(not(debug_assertions))]
+    now
 }
 
 /// How far ahead of [`now`] a time may be that another host has noted: clocks of hosts differ.

@@ -35,7 +35,7 @@ fn range(offset: u64, length: u64) -> ByteRange {
     ByteRange::new(offset, length).unwrap()
 }
 
-fn rbd(env: &CephEnv, words: &[&str]) -> bool {
+pub(crate) fn rbd(env: &CephEnv, words: &[&str]) -> bool {
     let mut command = Command::new("rbd");
     command.env_remove("CEPH_ARGS").arg("-c").arg(&env.conf).args(["--id", &env.user]).args(words);
     let output = command.output().unwrap();

@@ -23,7 +23,7 @@ const KILLS: u32 = 8;
 const VOLUMES: u64 = 3;
 
 /// The durable steps of a cycle at which a run is killed, and whether it leaves something in flight there.
-const PLACES: [(&str, bool); 14] = [
+pub(crate) const PLACES: [(&str, bool); 14] = [
     ("cycle.intent", true),
     ("cycle.source-snapshot", true),
     ("cycle.dirty", true),
@@ -87,6 +87,13 @@ impl Volume {
 
     pub(crate) fn start_sync_with(&self, words: &[&str]) -> Running {
         Running(cutover_bed::Running::start(self.sync_command(words)))
+    }
+
+    /// With variables in its environment.
+    pub(crate) fn start_sync_as(&self, words: &[&str], variables: &[(&'static str, String)]) -> Running {
+        let mut command = self.sync_command(words);
+        command.envs(variables.iter().map(|(name, value)| (*name, value)));
+        Running(cutover_bed::Running::start(command))
     }
 
     /// A sync that is killed at a failpoint.
@@ -208,6 +215,15 @@ impl Running {
         self.0.resume();
     }
 
+    pub(crate) fn stop(&self) {
+        self.0.signal(rustix::process::Signal::STOP);
+    }
+
+    /// Says whether it was still there.
+    pub(crate) fn kill(self) -> bool {
+        self.0.kill()
+    }
+
     pub(crate) async fn finish(self) -> Run {
         blocking(|| self.0.finish()).await
     }
@@ -261,7 +277,7 @@ async fn killed_again_and_again(env: &CephEnv, seed: u64) {
         // The moment is the experiment: nothing is waited for.
         let delay = span.mul_f64(volume.disk.random.f64());
         tokio::time::sleep(delay).await;
-        killed += u32::from(child.0.kill());
+        killed += u32::from(child.kill());
         let when = format!("seed {seed}, kill {kill} after {delay:?}");
         volume.check(&when).await;
         if volume.disk.random.u32(..3) == 0 {

@@ -1,5 +1,6 @@
 //! All integration tests, in one binary: one link instead of one a file, and no file forgotten.
 
+mod ceph_adversary;
 mod ceph_backend;
 mod ceph_busy;
 mod ceph_crash;
