@@ -21,6 +21,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use tokio::sync::Semaphore;
+
 mod aio;
 mod cluster;
 mod diff;
@@ -112,27 +114,46 @@ fn c_string(text: &str) -> Result<std::ffi::CString> {
     std::ffi::CString::new(text).map_err(|_| CephError::Nul(text.to_owned()))
 }
 
+/// How many blocking calls may be under way at a time. A cluster that does not answer keeps the thread of each call, and
+/// a daemon goes on polling: without a limit it would reach that of its unit (`TasksMax`), and its host.
+const CALLS_MAX: usize = 512;
+
+static CALLS: Semaphore = Semaphore::const_new(CALLS_MAX);
+
 /// Runs a blocking call on a thread of its own, and waits for it for at most `limit`.
 ///
-/// When the time is over, or the future is dropped, the call goes on and its result is dropped when it comes.
+/// When the time is over, or the future is dropped, the call goes on and its result is dropped when it comes. With
+/// [`CALLS_MAX`] calls under way it is not begun, and timed out if none of those ends in time.
 pub(crate) async fn blocking<T: Send + 'static>(
     function: &'static str,
     limit: Duration,
     call: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
-    let (sender, receiver) = tokio::sync::oneshot::channel();
-    std::thread::Builder::new()
-        .name("ceph-call".into())
-        .spawn(move || {
-            // Nobody may be waiting any more; then the result, with all handles in it, is dropped here.
-            drop(sender.send(call()));
-        })
-        .map_err(|_| CephError::Thread { function })?;
-    match tokio::time::timeout(limit, receiver).await {
-        Ok(Ok(result)) => result,
-        Ok(Err(_)) => Err(CephError::Thread { function }),
-        Err(_) => Err(CephError::TimedOut { function, after: limit }),
-    }
+    blocking_among(&CALLS, function, limit, call).await
+}
+
+async fn blocking_among<T: Send + 'static>(
+    calls: &'static Semaphore,
+    function: &'static str,
+    limit: Duration,
+    call: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let result = async {
+        // It is never closed.
+        let permit = calls.acquire().await.map_err(|_| CephError::Thread { function })?;
+        let (sender, receiver) = tokio::sync::oneshot::channel();
+        std::thread::Builder::new()
+            .name("ceph-call".into())
+            .spawn(move || {
+                // Nobody may be waiting any more; then the result, with all handles in it, is dropped here.
+                drop(sender.send(call()));
+                drop(permit);
+            })
+            .map_err(|_| CephError::Thread { function })?;
+        receiver.await.map_err(|_| CephError::Thread { function })?
+    };
+    let timed_out = |_| Err(CephError::TimedOut { function, after: limit });
+    tokio::time::timeout(limit, result).await.unwrap_or_else(timed_out)
 }
 
 /// As [`blocking`], for calls that may well take long as long as `steps` counts up: it is `limit` without a step that
@@ -227,6 +248,31 @@ impl fmt::Debug for Raw {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_cluster_that_does_not_answer_keeps_so_many_threads_and_no_more() {
+        static TWO: Semaphore = Semaphore::const_new(2);
+        let (answer, silent) = std::sync::mpsc::channel::<()>();
+        let silent = Arc::new(Mutex::new(silent));
+        let begun = Arc::new(AtomicU64::new(0));
+        let call = |limit| {
+            let (silent, begun) = (Arc::clone(&silent), Arc::clone(&begun));
+            blocking_among(&TWO, "rbd_x", limit, move || {
+                begun.fetch_add(1, Ordering::SeqCst);
+                // Until the sender is gone.
+                let _ = silent.lock().unwrap_or_else(PoisonError::into_inner).recv();
+                Ok(())
+            })
+        };
+        for _ in 0..5 {
+            let late = call(Duration::from_millis(100)).await.unwrap_err();
+            assert!(matches!(late, CephError::TimedOut { .. }), "{late:?}");
+        }
+        drop(answer);
+        // All who were waited for have ended, and those who were not begun never are.
+        call(Duration::from_secs(60)).await.unwrap();
+        assert_eq!(begun.load(Ordering::SeqCst), 3);
+    }
 
     #[test]
     fn what_no_thread_can_close_leaks_with_all_that_it_needs() {
