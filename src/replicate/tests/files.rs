@@ -202,3 +202,61 @@ async fn a_crash_at_every_durable_step_of_a_file_converges() {
         }
     }
 }
+
+/// A file that its owner appends to as soon as it has been opened to be read.
+struct Growing {
+    file: FileImage,
+    path: std::path::PathBuf,
+}
+
+#[async_trait]
+impl SourceImage for Growing {
+    fn location(&self) -> &str {
+        self.file.location()
+    }
+    fn identity(&self) -> &ImageIdentity {
+        self.file.identity()
+    }
+    fn layout(&self) -> Layout {
+        self.file.layout()
+    }
+    fn snapshot_support(&self) -> SnapshotSupport {
+        self.file.snapshot_support()
+    }
+    async fn change_token(&self) -> crate::image::Result<Option<String>> {
+        self.file.change_token().await
+    }
+    async fn size(&self) -> crate::image::Result<u64> {
+        self.file.size().await
+    }
+    async fn snapshots(&self) -> crate::image::Result<Vec<Snapshot>> {
+        self.file.snapshots().await
+    }
+    async fn create_snapshot(&self, name: &str) -> crate::image::Result<Snapshot> {
+        self.file.create_snapshot(name).await
+    }
+    async fn remove_snapshot(&self, snapshot: &Snapshot) -> crate::image::Result<()> {
+        self.file.remove_snapshot(snapshot).await
+    }
+    async fn view(&self, point: &Point) -> crate::image::Result<Arc<dyn View>> {
+        let view = self.file.view(point).await?;
+        std::io::Write::write_all(&mut std::fs::File::options().append(true).open(&self.path).unwrap(), &[7; 4096])
+            .unwrap();
+        Ok(view)
+    }
+}
+
+#[tokio::test]
+async fn a_file_that_grew_while_it_was_read_is_not_one_moment() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("source");
+    std::fs::write(&path, vec![1; SIZE as usize]).unwrap();
+    let open = || FileImage::open_source(&path).unwrap();
+    let sources: [(Arc<dyn SourceImage>, bool); 2] =
+        [(Arc::new(open()), true), (Arc::new(Growing { file: open(), path: path.clone() }), false)];
+    for (source, unchanged) in sources {
+        let target = Arc::new(MemoryImage::new("target", SIZE, LAYOUT));
+        let report = sync(source, target, &options(), &Progress::default(), &CancellationToken::new()).await.unwrap();
+        assert_eq!(report.unchanged_while_read, Some(unchanged));
+    }
+}
