@@ -153,6 +153,15 @@ impl Pool {
         id.map(Some).ok_or_else(nonsense)
     }
 
+    /// Whether this user may write in the pool, and in its namespace: it may remove an object that is not there, which
+    /// changes nothing.
+    pub(crate) fn may_write(&self) -> Result<bool> {
+        match self.forget_name(&format!("poolshift-probe-{:016x}", fastrand::u64(..))) {
+            Err(error) if error.is(Errno::PERM) || error.is(Errno::ACCESS) => Ok(false),
+            probed => probed.map(|()| true),
+        }
+    }
+
     /// Takes away what opening by this name looks at. For a name that a rename which was cut has left, and for no
     /// other.
     pub(crate) fn forget_name(&self, name: &str) -> Result<()> {

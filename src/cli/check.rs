@@ -4,7 +4,7 @@
 //! The size of a first copy is what is allocated on the source: from the object map, whole objects, so that it is an
 //! upper bound; how long it takes is told by a bounded sample of reads ([`measure`]) and the plan's throttles.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::IsTerminal as _;
 
 use futures::stream::{self, StreamExt as _};
@@ -175,6 +175,7 @@ async fn check(context: &Context<'_>, plan: &Plan, measure: bool) -> anyhow::Res
     drop(bar);
     let rates = rates(context, plan, &looked, measure).await;
     let mut pools = targets(context, plan, &looked).await;
+    pools.extend(access(context, plan).await);
     pools.extend(throttles(context, plan).await);
     let volumes: Vec<VolumeReport> = plan
         .volumes()
@@ -261,6 +262,36 @@ async fn targets(context: &Context<'_>, plan: &Plan, looked: &[(Looked, Vec<Find
         };
         let findings = vec![finding];
         reports.push(PoolReport { pool: format!("target {pool}"), verdict: worst(&findings), findings });
+    }
+    reports
+}
+
+/// The pools in which the user may not write: on the sources it makes snapshots.
+async fn access(context: &Context<'_>, plan: &Plan) -> Vec<PoolReport> {
+    let mut places = BTreeSet::new();
+    for (_, volume) in plan.volumes() {
+        for (side, image) in [("source", &volume.source), ("target", &volume.target)] {
+            if let ImageSpec::Rbd { pool, namespace, .. } = image {
+                places.insert((side, pool, namespace.as_deref()));
+            }
+        }
+    }
+    let mut reports = Vec::new();
+    for (side, pool, namespace) in places {
+        let ceph = if side == "source" { &context.config.source_ceph } else { &context.config.target_ceph };
+        let probed = match images::connect(context, ceph).await {
+            Ok(connector) => connector.may_write(pool, namespace).await,
+            Err(error) => Err(error),
+        };
+        let finding = match probed {
+            // That the pool is missing stands with its volumes.
+            Ok(()) => continue,
+            Err(error) if error.kind == ErrorKind::NotFound => continue,
+            Err(error) if error.kind == ErrorKind::PermissionDenied => Finding::failure(&error),
+            Err(error) => Finding::new(Verdict::Warning, format!("whether it may be written is not known: {error}")),
+        };
+        let (namespace, findings) = (namespace.map(|name| format!("/{name}")).unwrap_or_default(), vec![finding]);
+        reports.push(PoolReport { pool: format!("{side} {pool}{namespace}"), verdict: worst(&findings), findings });
     }
     reports
 }

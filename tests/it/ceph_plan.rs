@@ -7,6 +7,7 @@ use poolshift::image::rbd::CreateOptions;
 use poolshift::plan::Plan;
 use serde_json::Value;
 
+use crate::ceph_faults::{admin, conf_with};
 use crate::librbd::{Disk, Librbd, MIB, connect, name};
 use crate::support::{CephEnv, Run, ceph, ceph_dev_folder, poolshift};
 
@@ -200,4 +201,38 @@ async fn pools_that_make_no_plan_are_refused() {
     assert!(missing.stderr.contains("hint: list the pools: ceph osd lspools"), "{}", missing.stderr);
     let namespace = run(&env, &["plan", "--from-pool", "sata/none", "--to-pool", "sas"]).expect_code(5);
     assert!(namespace.stderr.contains("rbd namespace create sata/none"), "{}", namespace.stderr);
+}
+
+/// A user that may read the pool of the targets, or of the sources, and not write there: known before the first copy.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
+async fn a_pool_that_may_not_be_written_is_an_error_of_the_check() {
+    let env = ceph();
+    ceph_dev_folder(&env);
+    let image = name("caps");
+    let mut librbd = Librbd::start(&env);
+    librbd.create(&format!("sata/{image}"), &CreateOptions::new(MIB)).await;
+    let folder = tempfile::tempdir().unwrap();
+    let plan = folder.path().join("plan.toml");
+    let text = format!(
+        "[[server]]\nname = \"web\"\ninterval = \"1m\"\n[[server.volume]]\nname = \"root\"\nsource = \
+         \"rbd:sata/{image}\"\ntarget = \"rbd:sas/{image}\"\n"
+    );
+    std::fs::write(&plan, text).unwrap();
+    assert_eq!(check(&env, &plan, 0)["errors"], 0);
+    let (user, entity) = (name("reader"), format!("client.{}", name("reader")));
+    for (may_write, denied) in [("sata", "target sas"), ("sas", "source sata")] {
+        let other = if may_write == "sata" { "sas" } else { "sata" };
+        let caps = format!("profile rbd pool={may_write}, profile rbd-read-only pool={other}");
+        let key = admin(&env, "ceph", &["auth", "get-or-create", &entity, "mon", "profile rbd", "osd", &caps]);
+        let theirs = CephEnv { conf: conf_with(&env, &folder, &user, &key), user: user.clone(), ..env.clone() };
+        let report = check(&theirs, &plan, 1);
+        let pools = report["pools"].as_array().unwrap();
+        let refused: Vec<_> = pools.iter().filter(|pool| pool["verdict"] == "error").collect();
+        assert!(refused.len() == 1 && refused[0]["pool"] == denied, "{report}");
+        let finding = refused[0]["findings"][0]["text"].as_str().unwrap();
+        assert!(finding.contains("'profile rbd' on pool"), "{finding}");
+        admin(&env, "ceph", &["auth", "rm", &entity]);
+    }
+    librbd.remove(&[&format!("sata/{image}")]).await;
 }

@@ -100,6 +100,21 @@ impl Connector {
         let quota = Some(stats.quota_bytes).filter(|&quota| quota > 0);
         Ok(PoolSpace { max_avail: stats.max_avail, stored: stats.stored, quota })
     }
+
+    /// Fails with [`ErrorKind::PermissionDenied`] where the user may not write in the pool, or in its namespace. Changes
+    /// nothing.
+    pub async fn may_write(&self, pool: &str, namespace: Option<&str>) -> Result<()> {
+        let place = Place::new(pool, namespace, "");
+        let opened = self.pool(&place).await?;
+        let error = |error| self.failure(&place).of("write there", error);
+        match ceph::blocking("rados_remove", self.io_timeout, move || opened.may_write()).await.map_err(error)? {
+            true => Ok(()),
+            false => {
+                let errno = rustix::io::Errno::PERM.raw_os_error();
+                Err(error(CephError::Call { function: "rados_remove", errno }))
+            }
+        }
+    }
 }
 
 impl RbdImage {
