@@ -83,6 +83,10 @@ impl LeaseOwner {
 
 impl fmt::Display for LeaseOwner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.is_known() {
+            let at = self.client.as_ref().map(|client| format!(" at {client}")).unwrap_or_default();
+            return write!(f, "a client{at} that is not poolshift, or has just begun");
+        }
         write!(f, "process {} on {} since {}", self.pid, self.host, self.since)?;
         self.client.as_ref().map_or(Ok(()), |client| write!(f, " ({client})"))
     }

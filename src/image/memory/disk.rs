@@ -93,7 +93,7 @@ impl MemoryImage {
         let owning = inner.servers.iter_mut().find(|server| server.has_lock);
         match owning {
             Some(server) if holder == LockHolder::Refuse => {
-                return busy(format!("a client at {} that is not poolshift, or just began", server.address));
+                return busy(format!("a client at {} that is not poolshift, or has just begun", server.address));
             }
             Some(server) => server.has_lock = false,
             None => {}

@@ -278,6 +278,12 @@ fn holder(image: &Image, exclusive: bool) -> ceph::Result<Option<String>> {
     Ok(locker.map(|locker| if exclusive { locker.address } else { advisory_name(&locker) }))
 }
 
+/// The holder of an advisory lock on an image with the exclusive-lock feature: librbd gives nobody the exclusive lock
+/// meanwhile.
+pub(super) fn by_advisory_lock(Locker { client, cookie, address }: &Locker) -> String {
+    format!("{client} at {address} with `rbd lock add` (lock id {cookie:?})")
+}
+
 /// How a record calls the holder of an advisory lock: unique for each time that it is taken.
 fn advisory_name(locker: &Locker) -> String {
     format!("{} {}", locker.client, locker.cookie)
@@ -326,7 +332,7 @@ fn take(inner: &Inner, owner: &LeaseOwner, purpose: Purpose, wanted: &Weak<()>) 
 }
 
 fn describe(record: Option<LeaseOwner>, address: &str) -> String {
-    record.map_or_else(|| format!("a client at {address} that is not poolshift, or just began"), |o| o.to_string())
+    record.unwrap_or_else(|| stranger(address.to_owned())).to_string()
 }
 
 fn is_watched(image: &Image, address: &str) -> ceph::Result<bool> {
@@ -379,7 +385,16 @@ fn take_exclusive(inner: &Inner, image: &Image, purpose: Purpose, wanted: &Weak<
     let mut refused = false;
     loop {
         let mut before = None;
-        if let Some(address) = image.lock_owner()? {
+        let owner = match image.lock_owner() {
+            Err(error) if error.is(Errno::BUSY) => match image.lockers()?.first() {
+                Some(locker) => return Ok(Taken::HeldBy(by_advisory_lock(locker))),
+                // Released meanwhile.
+                None if change.wait("an advisory lock's holder") => continue,
+                None => return Ok(Taken::HeldBy(JUST_GIVEN_BACK.into())),
+            },
+            owner => owner?,
+        };
+        if let Some(address) = owner {
             let record = record_of(image, &address)?;
             let dead = match &record {
                 Some(record) if record.is_known_dead() => locker_at(image, &address)?,

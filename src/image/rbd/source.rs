@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
+use super::lease::by_advisory_lock;
 use super::view::{RbdView, explain_missing, no_entry};
 use super::{RbdImage, changes};
 use crate::ceph::{CephError, Features, Image, Locker, OpenMode, SnapInfo};
@@ -39,12 +40,9 @@ impl RbdImage {
             }
             // That of librbd itself begins with "auto".
             let others = |locker: &Locker| exclusive && !locker.cookie.starts_with("auto ");
-            Ok(image.lockers()?.into_iter().find(others).map(|Locker { client, cookie, address }| {
-                let detail = format!("{client} at {address} has locked it with `rbd lock add` (lock id {cookie:?})");
-                (
-                    detail,
-                    format!("find out who has: rbd lock ls {place}; poolshift goes on once the lock is given back"),
-                )
+            Ok(image.lockers()?.iter().find(|locker| others(locker)).map(|locker| {
+                let detail = format!("it is locked by {}", by_advisory_lock(locker));
+                (detail, format!("find out who has: rbd lock ls {place}; poolshift goes on once the lock is released"))
             }))
         };
         self.inner.look("find out why it can't be changed", look).await

@@ -339,6 +339,24 @@ impl Drop for Stranger {
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs Ceph"]
+async fn the_holder_of_an_advisory_lock_is_named() {
+    let env = ceph();
+    let image = name("advisory");
+    let (_connector, target) = make(&env, "sas", &image, &CreateOptions::new(MIB)).await;
+    let place = format!("sas/{image}");
+    assert!(rbd(&env, &["lock", "add", &place, "backup"]));
+    let busy = target.acquire_lease(&LeaseOwner::current().unwrap()).await.unwrap_err();
+    let ErrorKind::Busy { holder } = &busy.kind else { panic!("{busy}") };
+    assert!(holder.starts_with("client.") && holder.contains("\"backup\""), "{holder}");
+    let locker = holder.split(' ').next().unwrap();
+    assert!(rbd(&env, &["lock", "rm", &place, "backup", locker]));
+    leased(&target).await;
+    drop(target);
+    remove(&env, &place).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
 async fn a_writer_keeps_its_lock() {
     let env = ceph();
     let image = name("stranger");
