@@ -269,7 +269,7 @@ fn what_is_missing_or_not_allowed_is_named() {
         (5, "diff rbd:sata/NAME@none", "no such snapshot"),
         (5, "status rbd:sata/NAME rbd:sas/NAME", "has no image"),
         (2, "sync rbd:sata/NAME rbd:sata/NAME", "the same image"),
-        (1, "sync rbd:sata/NAME rbd:sas/NAME --ceph-user nobody", "profile rbd"),
+        (1, "sync rbd:sata/NAME rbd:sas/NAME --ceph-user nobody", "ceph auth get client.nobody"),
         (5, "sync rbd:sata/NAME rbd:sas/NAME --ceph-conf /nonexistent/ceph.conf", "/nonexistent/ceph.conf"),
     ] {
         let run = volume.run(code, line);
