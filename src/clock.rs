@@ -16,8 +16,19 @@ static LATEST: Mutex<Option<(Timestamp, Instant)>> = Mutex::new(None);
 pub(crate) fn now() -> Timestamp {
     let mut latest = LATEST.lock().unwrap_or_else(PoisonError::into_inner);
     let found = later(*latest, system(), Instant::now());
+    if let Some(ahead) = set_forward(*latest, found) {
+        tracing::warn!("the system's clock was set forward by {ahead:.0?}: ages, and what is kept by age, go by it");
+    }
     *latest = Some(found);
     found.0
+}
+
+/// By how much the clock was set forward between two times, where that is more than it may be corrected by.
+fn set_forward(before: Option<(Timestamp, Instant)>, after: (Timestamp, Instant)) -> Option<Duration> {
+    let (then, at) = before?;
+    let counted = after.1.saturating_duration_since(at);
+    let passed = Duration::try_from(after.0.duration_since(then)).ok()?;
+    passed.checked_sub(counted).filter(|&ahead| ahead > SKEW)
 }
 
 /// The system's clock. A debug build adds `POOLSHIFT_CLOCK_OFFSET`, in seconds: tests run with a clock that is wrong.
@@ -76,6 +87,16 @@ mod tests {
         // Forward it is followed.
         let fourth = later(Some(third), at(50_000), after(7_212));
         assert_eq!(fourth.0, at(50_000));
+    }
+
+    #[test]
+    fn a_clock_that_is_set_forward_is_noticed() {
+        let begun = Instant::now();
+        let after = |seconds| begun + Duration::from_secs(seconds);
+        let first = (at(10_000), begun);
+        assert_eq!(set_forward(None, first), None);
+        assert_eq!(set_forward(Some(first), (at(10_012), after(10))), None);
+        assert_eq!(set_forward(Some(first), (at(17_210), after(10))), Some(Duration::from_secs(7200)));
     }
 
     #[test]
