@@ -43,6 +43,16 @@ fn c_path(path: &Path) -> Result<CString> {
     CString::new(path.as_os_str().as_bytes()).map_err(|_| CephError::Nul(path.display().to_string()))
 }
 
+/// Fails if a file is there, and can't be read.
+fn must_be_readable(what: &'static str, path: PathBuf) -> Result<()> {
+    match std::fs::File::open(&path) {
+        Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+            Err(CephError::Unreadable { what, path, source })
+        }
+        _ => Ok(()),
+    }
+}
+
 /// The configuration file that librados reads where it is given none.
 fn conf_of_environment() -> Option<PathBuf> {
     std::env::var_os("CEPH_CONF").map(PathBuf::from)
@@ -86,6 +96,9 @@ impl Cluster {
         exit::connection_begins();
         exit::watch_the_end();
         let mut cluster = Self { raw: Raw(raw), fsid: String::new(), instance_id: 0, fenced: AtomicBool::new(false) };
+        if let Some(path) = options.conf.clone().or_else(conf_of_environment) {
+            must_be_readable("configuration file", path)?;
+        }
         let conf = options.conf.as_deref().map(c_path).transpose()?;
         let conf = conf.as_ref().map_or(ptr::null(), |path| path.as_ptr());
         // SAFETY: the handle is fresh; NULL means CEPH_CONF or the default places.
@@ -102,7 +115,13 @@ impl Cluster {
             })?;
         }
         // SAFETY: the handle is configured and not connected.
-        check("rados_connect", unsafe { (rados.rados_connect)(raw) })?;
+        if let Err(error) = check("rados_connect", unsafe { (rados.rados_connect)(raw) }) {
+            // librados goes on without a keyring that it can't read, and then has no key.
+            for path in cluster.keyrings() {
+                must_be_readable("keyring", path)?;
+            }
+            return Err(error);
+        }
         // Again, for what connecting has made.
         exit::watch_the_end();
         let mut fsid = [0u8; 64];
@@ -113,6 +132,19 @@ impl Cluster {
         // SAFETY: the handle is connected.
         cluster.instance_id = unsafe { (rados.rados_get_instance_id)(raw) };
         Ok(cluster)
+    }
+
+    /// Where librados looks for a keyring, by the configuration.
+    fn keyrings(&self) -> Vec<PathBuf> {
+        let mut value = [0u8; 4096];
+        let Ok(library) = library() else { return Vec::new() };
+        // SAFETY: the handle is configured, the option ends with NUL, the buffer is as long as said.
+        let got = unsafe {
+            (library.rados.rados_conf_get)(self.raw.0, c"keyring".as_ptr(), value.as_mut_ptr().cast(), value.len())
+        };
+        let value = std::ffi::CStr::from_bytes_until_nul(&value).ok().filter(|_| got == 0);
+        let value = value.map(|value| value.to_string_lossy().into_owned()).unwrap_or_default();
+        value.split([',', ';', ' ', '\t']).filter(|path| !path.is_empty()).map(PathBuf::from).collect()
     }
 
     /// The cluster's fsid.

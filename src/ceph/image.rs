@@ -174,6 +174,11 @@ impl Image {
         self.number("rbd_get_flags", |rbd| rbd.rbd_get_flags)
     }
 
+    /// How many snapshots the image may have (`rbd snap limit set`); `u64::MAX` without a limit.
+    pub(crate) fn snapshot_limit(&self) -> Result<u64> {
+        self.number("rbd_snap_get_limit", |rbd| rbd.rbd_snap_get_limit)
+    }
+
     /// Object size, stripe unit and stripe count.
     pub(crate) fn layout(&self) -> Result<(u64, u64, u64)> {
         // SAFETY: a structure of numbers and characters, for which zeroes are valid.

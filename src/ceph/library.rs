@@ -125,6 +125,7 @@ table! {
     rados_create2: fn(*mut Handle, *const c_char, *const c_char, u64) -> c_int;
     rados_conf_read_file: fn(Handle, *const c_char) -> c_int;
     rados_conf_set: fn(Handle, *const c_char, *const c_char) -> c_int;
+    rados_conf_get: fn(Handle, *const c_char, *mut c_char, usize) -> c_int;
     rados_connect: fn(Handle) -> c_int;
     rados_shutdown: fn(Handle);
     rados_cluster_fsid: fn(Handle, *mut c_char, usize) -> c_int;
@@ -189,6 +190,7 @@ table! {
     rbd_snap_create2: fn(Handle, *const c_char, u32, Progress, *mut c_void) -> c_int;
     rbd_snap_remove_by_id: fn(Handle, u64) -> c_int;
     rbd_snap_set_by_id: fn(Handle, u64) -> c_int;
+    rbd_snap_get_limit: fn(Handle, *mut u64) -> c_int;
     rbd_diff_iterate2: fn(Handle, *const c_char, u64, u64, u8, u8, DiffCallback, *mut c_void) -> c_int;
     rbd_aio_create_completion: fn(*mut c_void, AioCallback, *mut Handle) -> c_int;
     rbd_aio_release: fn(Handle);

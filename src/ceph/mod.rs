@@ -61,6 +61,15 @@ pub(crate) enum CephError {
     /// A function of librados or librbd failed.
     #[error("{function}: {}", std::io::Error::from_raw_os_error(*errno))]
     Call { function: &'static str, errno: i32 },
+    /// A file that librados needs is there, and can't be read.
+    #[error("{}", path.display())]
+    Unreadable {
+        /// `keyring` or `configuration file`.
+        what: &'static str,
+        path: std::path::PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
     /// A function did not return, or a request did not complete, in time.
     #[error("{function}: no answer within {} s", after.as_secs_f32())]
     TimedOut { function: &'static str, after: Duration },

@@ -22,7 +22,7 @@ pub struct TargetState {
     /// The snapshots replicated so far that are still known, oldest first.
     #[serde(default)]
     pub commits: Vec<Commit>,
-    /// The snapshot that is being replicated: as long as this is set, HEAD is to be taken for dirty.
+    /// The snapshot that is being replicated.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub in_flight: Option<InFlight>,
     /// Snapshots of poolshift's own making that no commit needs any more, to be removed when there is time.

@@ -9,7 +9,7 @@ use super::cycle::gather;
 use super::error::Result;
 use super::lineage::{self, Decision, Facts, Request};
 use super::look::changed_since;
-use super::state::{Commit, Origin};
+use super::state::{Commit, Origin, TargetState};
 
 /// How far a volume is.
 #[derive(Clone, Debug, Serialize)]
@@ -24,9 +24,9 @@ pub struct Status {
     pub base: Option<StatusPoint>,
     /// The newest snapshot that is on the target.
     pub last_commit: Option<StatusPoint>,
-    /// What is in flight; HEAD of the target is dirty then.
+    /// What is in flight.
     pub in_flight: Option<StatusInFlight>,
-    /// Whether HEAD of the target holds something else than the last commit.
+    /// Whether HEAD of the target may hold something else than the last commit.
     pub head_dirty: bool,
     /// An upper bound of what changed on the source since the base, in bytes, from the object map: whole objects.
     /// `None` where there is no base, or nothing tells without reading.
@@ -89,7 +89,7 @@ pub async fn status(source: &dyn SourceImage, target: &dyn TargetImage) -> Resul
         base: base.as_ref().map(StatusPoint::of),
         last_commit: facts.state.as_ref().and_then(|state| state.newest()).map(StatusPoint::of),
         in_flight: in_flight_of(&facts),
-        head_dirty: facts.head_differs || facts.state.as_ref().is_some_and(|state| state.in_flight.is_some()),
+        head_dirty: facts.head_differs || facts.state.as_ref().is_some_and(TargetState::is_dirty),
         changed_bytes_at_most: None,
         method: None,
         lease: target.lease_owner().await?,

@@ -8,7 +8,7 @@ use poolshift::image::rbd::CreateOptions;
 
 use crate::ceph_crash::Volume;
 use crate::librbd::{Librbd, MIB, name};
-use crate::support::{CephEnv, Disturbed, Run, ceph, ceph_alone, ceph_dev_folder, poolshift};
+use crate::support::{CephEnv, Disturbed, Run, binary, ceph, ceph_alone, ceph_dev_folder, poolshift};
 use crate::vm::rbd_command;
 
 /// Runs a tool of Ceph's as client.admin.
@@ -120,6 +120,43 @@ async fn a_quota_that_is_reached_in_the_middle() {
     volume.converge("after the quota was lifted").await;
     volume.remove().await;
     remove_pool(&env, &pool);
+}
+
+/// EDQUOT is for a limit of an image's snapshots as well as for a pool's quota.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
+async fn a_source_that_may_have_no_more_snapshots_says_so() {
+    let env = ceph();
+    let mut volume = Volume::new(&env, "snap-limit", 32, 8 * MIB).await;
+    volume.converge("at first").await;
+    volume.write().await;
+    let limit = |limit: &str| {
+        let words = ["snap", "limit", "set", "--limit", limit, &volume.disk.image];
+        rbd_command(&env).args(words).output().expect("Ceph's tools are installed").status.success()
+    };
+    assert!(limit("1"));
+    let image = volume.disk.image.clone();
+    let refused = sync_ends(&volume, &[], 10, &["it may have 1 snapshots, and has 1", "rbd snap limit set"]).await;
+    assert!(!refused.stderr.contains("quota of pool"), "{}", refused.stderr);
+    let folder = tempfile::tempdir().unwrap();
+    let plan = folder.path().join("plan.toml");
+    std::fs::write(
+        &plan,
+        format!("[[volume]]\nname = \"vm\"\nsource = \"rbd:{image}\"\ntarget = \"rbd:{}\"\n", volume.target),
+    )
+    .unwrap();
+    let conf = env.conf.to_str().expect("the path is text");
+    let words = ["--ceph-conf", conf, "--ceph-user", &env.user, "check", "--no-measure", plan.to_str().unwrap()];
+    let run = poolshift(words).expect_code(1);
+    assert!(run.stdout.contains("no snapshot can be made"), "{}", run.stdout);
+    // What an earlier run has not begun leaves HEAD as it was.
+    let sides = [&volume.disk.image, &volume.target].map(|image| format!("rbd:{image}"));
+    let status = volume.start(&["status", &sides[0], &sides[1], "--json"]).finish().await.expect_code(0);
+    let status: serde_json::Value = serde_json::from_str(&status.stdout).unwrap();
+    assert_eq!((&status["state"], &status["head_dirty"]), (&"in-flight".into(), &false.into()));
+    assert!(limit("18446744073709551615") || limit("1000"));
+    volume.converge("without a limit").await;
+    volume.remove().await;
 }
 
 /// Three reasons for which an image can't be snapshotted (EROFS): each is found, and told from the others.
@@ -375,6 +412,37 @@ async fn users_without_the_caps_are_told_which() {
     volume.env = usual;
     volume.converge("with the usual user").await;
     volume.remove().await;
+}
+
+/// What librados needs and may not read, which root may unless it gives up that capability.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
+async fn a_file_of_ceph_that_can_t_be_read_is_named() {
+    let env = ceph();
+    let folder = tempfile::tempdir().unwrap();
+    ceph_dev_folder(&env);
+    let key = admin(&env, "ceph", &["auth", "get", &format!("client.{}", env.user)]);
+    let conf = conf_with(&env, &folder, &env.user, &key);
+    let run = || {
+        let mut command = Command::new("setpriv");
+        command.args(["--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all", "--"]);
+        let poolshift = binary();
+        command.arg(poolshift.get_program()).arg("--ceph-conf").arg(&conf).args(["--ceph-user", &env.user]);
+        let output = command.args(["plan", "--from-pool", "rbd:sata", "--to-pool", "sas"]).env_remove("CEPH_ARGS");
+        let output = output.output().expect("setpriv is there");
+        (output.status.code(), String::from_utf8(output.stderr).expect("text"))
+    };
+    let usual = run();
+    assert_eq!(usual.0, Some(0), "{}", usual.1);
+    for (file, what) in [("keyring", "the keyring "), ("ceph.conf", "the configuration file ")] {
+        let path = folder.path().join(file);
+        let mode = |mode| std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();
+        mode(0);
+        let (code, told) = run();
+        mode(0o600);
+        let says = format!("{what}{} can't be read", path.display());
+        assert!(code == Some(1) && told.contains(&says) && !told.contains("profile rbd"), "{code:?} {told}");
+    }
 }
 
 /// A target without exclusive lock and object map works, and what is missing is said.

@@ -155,6 +155,9 @@ async fn look_at_rbd(rbd: &RbdImage, looked: &mut Looked, findings: &mut Vec<Fin
         }
         None => findings.extend(rbd.remarks().into_iter().map(|remark| Finding::new(Verdict::Warning, remark))),
     }
+    if let Some((detail, hint)) = rbd.snapshot_limit_reached().await? {
+        findings.push(Finding::new(Verdict::Error, format!("no snapshot can be made of the source: {detail}; {hint}")));
+    }
     let writers = rbd.watchers().await?.into_iter().filter(|watcher| !watcher.is_own);
     looked.writers = writers.map(|watcher| format!("client.{} at {}", watcher.client, watcher.address)).collect();
     if !looked.writers.is_empty() {

@@ -44,6 +44,7 @@ fn kind_of(error: &CephError) -> ErrorKind {
         CephError::LibraryMissing { .. } | CephError::SymbolMissing { .. } => ErrorKind::BackendMissing,
         CephError::TimedOut { .. } => ErrorKind::TimedOut,
         CephError::Call { errno, .. } => ImageError::kind_of_errno(*errno),
+        CephError::Unreadable { .. } => ErrorKind::PermissionDenied,
         CephError::Nul(_) | CephError::Option { .. } => ErrorKind::Unsupported,
         CephError::Thread { .. } => ErrorKind::Io,
         CephError::Nonsense { .. } => ErrorKind::Corrupt,
@@ -74,6 +75,16 @@ pub(super) fn connecting(options: &RbdOptions, user: &str, error: CephError) -> 
     let failure = Failure { location: location.clone(), user: user.to_owned(), pool: "sata".into() };
     let errno = |wanted: Errno| error.is(wanted);
     match &error {
+        CephError::Unreadable { what, path, .. } => {
+            let (detail, hint) = (
+                format!("the {what} {} can't be read", path.display()),
+                format!("look at its mode: ls -l {}", path.display()),
+            );
+            ImageError::new(ErrorKind::PermissionDenied, location, format!("connect as client.{user}"))
+                .detail(detail)
+                .hint(format!("{hint}; poolshift has to run as a user who may read it"))
+                .caused_by(error)
+        }
         CephError::Call { function: "rados_conf_read_file", .. } => {
             let kind = if errno(Errno::NOENT) { ErrorKind::NotFound } else { kind_of(&error) };
             ImageError::new(kind, location, "read Ceph's configuration file")

@@ -48,6 +48,22 @@ impl RbdImage {
         self.inner.look("find out why it can't be changed", look).await
     }
 
+    /// Whether the image may have no more snapshots (`rbd snap limit set`), in words, and what to do.
+    pub async fn snapshot_limit_reached(&self) -> Result<Option<(String, String)>> {
+        let look = |image: &Image| Ok((image.snapshot_limit()?, image.snapshots()?.len()));
+        let (limit, count) = self.inner.look("look for a limit of its snapshots", look).await?;
+        let place = &self.inner.place;
+        Ok((count as u64 >= limit).then(|| {
+            let detail = format!("it may have {limit} snapshots, and has {count}");
+            (
+                detail,
+                format!(
+                    "raise the limit: rbd snap limit set {place} --limit NUMBER; rbd snap ls --all {place} lists them"
+                ),
+            )
+        }))
+    }
+
     async fn explain_read_only(&self, error: ImageError) -> ImageError {
         match self.read_only_because().await {
             Ok(Some((detail, hint))) => error.detail(detail).hint(hint),
@@ -128,6 +144,11 @@ impl SourceImage for RbdImage {
                 Err(ImageError::new(ErrorKind::Fenced, self.inner.location.clone(), operation).caused_by(error))
             }
             Err(error) if error.kind == ErrorKind::ReadOnly => Err(self.explain_read_only(error).await),
+            // A pool's quota has the same errno.
+            Err(error) if error.kind == ErrorKind::NoSpace => Err(match self.snapshot_limit_reached().await {
+                Ok(Some((detail, hint))) => error.detail(detail).hint(hint),
+                _ => error,
+            }),
             created => created.map_err(|error| match error.kind {
                 ErrorKind::AlreadyExists => error.detail(format!("there is a snapshot {name:?} already")),
                 ErrorKind::NotFound => error.detail("it was created, but is gone again"),
