@@ -178,6 +178,17 @@ impl Cluster {
         check(BLOCKLIST, added).map(drop)
     }
 
+    /// The name of the pool of that id.
+    pub(super) fn pool_name(&self, id: i64) -> Result<String> {
+        let mut name = [0u8; 1024];
+        // SAFETY: the cluster is connected, the buffer is as long as said.
+        let length = unsafe {
+            (library()?.rados.rados_pool_reverse_lookup)(self.raw.0, id, name.as_mut_ptr().cast(), name.len())
+        };
+        let length = usize::try_from(check("rados_pool_reverse_lookup", length)?).unwrap_or(0).min(name.len());
+        Ok(String::from_utf8_lossy(&name[..length]).trim_end_matches('\0').to_owned())
+    }
+
     /// Opens a pool, and a namespace of it. Blocks.
     pub(crate) fn pool(self: &Arc<Self>, name: &str, namespace: Option<&str>) -> Result<Arc<Pool>> {
         let rados = &library()?.rados;

@@ -130,6 +130,7 @@ table! {
     rados_shutdown: fn(Handle);
     rados_cluster_fsid: fn(Handle, *mut c_char, usize) -> c_int;
     rados_get_instance_id: fn(Handle) -> u64;
+    rados_pool_reverse_lookup: fn(Handle, i64, *mut c_char, usize) -> c_int;
     rados_ioctx_create: fn(Handle, *const c_char, *mut Handle) -> c_int;
     rados_ioctx_destroy: fn(Handle);
     rados_ioctx_set_namespace: fn(Handle, *const c_char);

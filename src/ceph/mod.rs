@@ -35,6 +35,7 @@ mod names;
 pub(crate) mod object_map;
 mod pool_list;
 mod relations;
+mod unopened;
 
 pub(crate) use cluster::{Cluster, ConnectOptions, Pool};
 pub(crate) use diff::{Collected, DiffRange};
@@ -43,6 +44,7 @@ pub(crate) use locks::Locker;
 pub(crate) use memory::{limit_arenas, trim};
 pub(crate) use names::create_image;
 pub(crate) use relations::{LinkedImage, ParentLink};
+pub(crate) use unopened::Unopened;
 
 /// What Ceph, or the way to it, reports.
 #[derive(Debug, thiserror::Error)]

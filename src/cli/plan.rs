@@ -107,7 +107,6 @@ async fn find(context: &Context<'_>, settings: &PoolPlan) -> anyhow::Result<(Vec
         match outcome {
             Ok(Ok(image)) => found.push(image),
             Ok(Err(reason)) => skipped.push((name, reason)),
-            Err(error) if error.kind == ErrorKind::NotFound => skipped.push((name, "it was just removed".into())),
             // The others are not to wait for what is wrong with one of them. Whatever else it is concerns them all.
             Err(error) if is_of_one(&error.kind) => skipped.push((name, crate::fleet::chain_text(&error))),
             Err(error) => return Err(error.into()),
@@ -167,7 +166,8 @@ fn aside(name: &str) -> Option<&'static str> {
 
 /// Whether an error says something of one image, and nothing of the others in its pool.
 fn is_of_one(kind: &ErrorKind) -> bool {
-    matches!(kind, ErrorKind::PermissionDenied | ErrorKind::Unsupported | ErrorKind::Corrupt | ErrorKind::ReadOnly)
+    use ErrorKind::{Corrupt, NotFound, PermissionDenied, ReadOnly, Unsupported};
+    matches!(kind, NotFound | PermissionDenied | Unsupported | Corrupt | ReadOnly)
 }
 
 /// How large an image is, and how many bytes the objects have that there are; `None` where the object map doesn't tell.

@@ -414,6 +414,67 @@ async fn users_without_the_caps_are_told_which() {
     volume.remove().await;
 }
 
+/// A clone can be read only where its parent can: the message names that pool, and no caps that the user has.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
+async fn a_clone_whose_parent_may_not_be_read_names_its_pool() {
+    let env = ceph();
+    ceph_dev_folder(&env);
+    let (pool, clone, apart) = (name("parents"), format!("sata/{}", name("of-parent")), name("apart"));
+    make_pool(&env, &pool);
+    let golden = format!("{pool}/golden@v1");
+    admin(&env, "rbd", &["create", "--size", "8M", &format!("{pool}/golden")]);
+    admin(&env, "rbd", &["snap", "create", "--no-progress", &golden]);
+    admin(&env, "rbd", &["clone", "--rbd-default-clone-format", "2", &golden, &clone]);
+    let conf = env.conf.to_str().expect("the path is text");
+    let access = |conf: &str, user: &str| ["--ceph-conf", conf, "--ceph-user", user].map(str::to_owned);
+    let run =
+        |access: &[String], words: &[&str]| poolshift(access.iter().map(String::as_str).chain(words.iter().copied()));
+    let (usual, source) = (access(conf, &env.user), format!("rbd:{clone}"));
+    let says = [format!("in pool {pool}, which"), format!("'profile rbd-read-only' on pool {pool}")];
+    let target = format!("rbd:sas/{}", name("of-parent"));
+    for words in [vec!["sync", &source, &target], vec!["deps", &source]] {
+        let refused = run(&usual, &words).expect_code(1);
+        assert!(says.iter().all(|text| refused.stderr.contains(text)), "{words:?}: {}", refused.stderr);
+    }
+    // What is wrong with one image is a reason to leave it out, and not the others.
+    let whole = format!("sata/{apart}");
+    admin(&env, "rbd", &["create", "--size", "8M", &whole]);
+    let listed = run(&usual, &["plan", "--from-pool", "rbd:sata", "--to-pool", "sas"]).expect_code(0);
+    assert!(listed.stdout.contains(&whole) && listed.stdout.contains(&says[0]), "{}", listed.stdout);
+    // And this is all that it takes.
+    let (folder, user) = (tempfile::tempdir().unwrap(), name("parents"));
+    let caps = format!("profile rbd pool=sata, profile rbd pool=sas, profile rbd-read-only pool={pool}");
+    let entity = format!("client.{user}");
+    let key = admin(&env, "ceph", &["auth", "get-or-create", &entity, "mon", "profile rbd", "osd", &caps]);
+    let conf = conf_with(&env, &folder, &user, &key);
+    let more = access(conf.to_str().expect("the path is text"), &user);
+    run(&more, &["sync", &source, &target]).expect_code(0);
+    run(&more, &["deps", &source]).expect_code(0);
+    admin(&env, "ceph", &["auth", "rm", &entity]);
+    for image in [&clone, &target["rbd:".len()..], &whole] {
+        admin(&env, "rbd", &["snap", "purge", "--no-progress", image]);
+        admin(&env, "rbd", &["rm", "--no-progress", image]);
+    }
+    remove_pool(&env, &pool);
+}
+
+/// `rbd ls` has the name, and nothing opens it.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
+async fn an_image_without_its_header_says_what_is_missing() {
+    let env = ceph();
+    let (image, mut librbd) = (format!("sata/{}", name("no-header")), Librbd::start(&env));
+    librbd.call(format!("cut-create {image}")).await;
+    let conf = env.conf.to_str().expect("the path is text");
+    let target = format!("rbd:sas/{}", name("no-header"));
+    let words = ["--ceph-conf", conf, "--ceph-user", &env.user, "sync", &format!("rbd:{image}"), &target];
+    let refused = poolshift(words).expect_code(5);
+    let says = "its object rbd_header.cut0create is missing";
+    assert!(refused.stderr.contains(says) && !refused.stderr.contains("list the images"), "{}", refused.stderr);
+    admin(&env, "rbd", &["rm", "--no-progress", &image]);
+}
+
 /// What librados needs and may not read, which root may unless it gives up that capability.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs Ceph"]

@@ -2,8 +2,8 @@
 
 use rustix::io::Errno;
 
-use super::RbdOptions;
-use crate::ceph::CephError;
+use super::{Place, RbdOptions};
+use crate::ceph::{CephError, Unopened};
 use crate::image::{ErrorKind, ImageError};
 
 /// What an error message needs to know.
@@ -36,6 +36,37 @@ impl Failure {
             _ => failed,
         };
         failed.caused_by(error)
+    }
+}
+
+impl Failure {
+    /// The error of an image that could not be opened.
+    pub(super) fn opening(&self, place: &Place, why: Unopened, error: CephError) -> ImageError {
+        let is_old = error.is(Errno::INVAL);
+        let failed = self.of("open the image", error);
+        let (parent, image) = (place.parent(), &place.image);
+        match why {
+            Unopened::NoName => {
+                failed.detail(format!("{parent} has no image {image:?}")).hint(format!("list the images: rbd ls {parent}"))
+            }
+            Unopened::Missing { object, id } => failed
+                .detail(format!("{parent} lists the name {image:?}, and its object {object} is missing"))
+                .hint(format!(
+                    "an interrupted creation or removal leaves it so, and so does the loss of that object: look for its \
+                     data, rados --pool {} ls | grep rbd_data.{id}, before anything is removed",
+                    self.pool
+                )),
+            Unopened::UnreadableParent { pool } => failed
+                .detail(format!("it is a clone of an image in pool {pool}, which client.{} may not read", self.user))
+                .hint(format!(
+                    "that needs osd 'profile rbd-read-only' on pool {pool}: compare ceph auth get client.{}",
+                    self.user
+                )),
+            Unopened::Unknown if is_old => {
+                failed.hint("images of format 1 have no id: make one of format 2 of it with rbd deep cp")
+            }
+            Unopened::Unknown => failed,
+        }
     }
 }
 

@@ -391,25 +391,19 @@ impl RbdImage {
     async fn open(connector: &Connector, place: Place, id: Option<String>, to_write: bool) -> Result<Self> {
         let pool = connector.pool(&place).await?;
         let (opened, name) = (Arc::clone(&pool), place.image.clone());
-        let facts = ceph::blocking("rbd_open_read_only", connector.io_timeout, move || {
-            let image = match id {
-                Some(id) => Image::open_by_id(&opened, &id, OpenMode::ReadOnly)?,
-                None => Image::open(&opened, &name, OpenMode::ReadOnly)?,
+        let open = move || {
+            let image = match &id {
+                Some(id) => Image::open_by_id(&opened, id, OpenMode::ReadOnly),
+                None => Image::open(&opened, &name, OpenMode::ReadOnly),
             };
-            Ok((image.id()?, image.layout()?, image.features()?, image.flags()?))
-        });
-        let (id, (object_size, stripe_unit, stripe_count), features, flags) = facts.await.map_err(|error| {
-            let missing = error.is(Errno::NOENT);
-            let old = error.is(Errno::INVAL);
-            let error = connector.failure(&place).of("open the image", error);
-            match () {
-                () if missing => error
-                    .detail(format!("{} has no image {:?}", place.parent(), place.image))
-                    .hint(format!("list the images: rbd ls {}", place.parent())),
-                () if old => error.hint("images of format 1 have no id: make one of format 2 of it with rbd deep cp"),
-                () => error,
-            }
-        })?;
+            let facts = |image: Image| Ok((image.id()?, image.layout()?, image.features()?, image.flags()?));
+            Ok(image.and_then(facts).map_err(|error| (opened.why_unopened(&name, id.as_deref(), &error), error)))
+        };
+        let failure = connector.failure(&place);
+        let facts = ceph::blocking("rbd_open_read_only", connector.io_timeout, open).await;
+        let facts = facts.map_err(|error| failure.of("open the image", error))?;
+        let (id, (object_size, stripe_unit, stripe_count), features, flags) =
+            facts.map_err(|(why, error)| failure.opening(&place, why, error))?;
         let namespace = place.namespace.as_ref().map(|name| format!("/{name}")).unwrap_or_default();
         let inner = Inner {
             connector: connector.clone(),

@@ -173,7 +173,16 @@ impl RbdImage {
         let (inner, limit) = (Arc::clone(&self.inner), self.inner.timeout());
         let look = move |steps: &AtomicU64| relations(&inner, steps);
         let found = ceph::blocking_with_progress("rbd_list_children3", limit, Arc::default(), look).await;
-        found.map_err(|error| self.inner.fail("look for clones", error))
+        found.map_err(|error| {
+            let failed = self.inner.fail("look for clones", error);
+            match failed.kind {
+                // librbd lists none of them where it may not read the pool of one.
+                ErrorKind::PermissionDenied => failed
+                    .detail("a clone of it may be in a pool that this user may not read")
+                    .hint("rbd children, as a user who may read all pools, lists them; osd 'profile rbd-read-only' lets read one"),
+                _ => failed,
+            }
+        })
     }
 
     /// Takes the protection off a snapshot of that name. [`ErrorKind::Busy`] while it has clones that need it.
