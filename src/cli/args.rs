@@ -287,7 +287,7 @@ pub enum ImageFeature {
 
 #[derive(Args, Debug)]
 pub(super) struct DiffArgs {
-    /// The image, at a snapshot or at HEAD
+    /// The image, at a snapshot or at HEAD; at HEAD nobody should write it meanwhile
     pub(super) source: ImageSpec,
     /// The snapshot to start from [default: an image of zeroes]
     #[arg(long, value_name = "SNAP")]
@@ -295,7 +295,8 @@ pub(super) struct DiffArgs {
     /// Ask every object instead of the object map first
     #[arg(long)]
     pub(super) exact: bool,
-    /// Print an array of {offset, length, exists}, as rbd does
+    /// Print an array of {offset, length, exists}, as rbd does; what may be of several moments also has
+    /// "consistent": false
     #[arg(long)]
     pub(super) json: bool,
     /// Say how the delta was found
@@ -323,13 +324,16 @@ pub(super) struct VerifyArgs {
 
 #[derive(Args, Debug)]
 pub(super) struct ExportDiffArgs {
-    /// The image with its snapshot (files: as it is now)
+    /// The image, at a snapshot or at HEAD; at HEAD nobody should write it meanwhile
     pub(super) source: ImageSpec,
     /// Where to: a file that does not exist yet, or - for standard output
     pub(super) file: PathBuf,
     /// The snapshot to start from [default: an image of zeroes]
     #[arg(long, value_name = "SNAP")]
     pub(super) from: Option<SnapshotName>,
+    /// Print the report as one JSON value; needs a FILE
+    #[arg(long)]
+    pub(super) json: bool,
     #[command(flatten)]
     pub(super) budget: BudgetArgs,
 }

@@ -230,6 +230,8 @@ pub struct ExportDiff {
     pub source: ImageSpec,
     pub from: Option<SnapshotName>,
     pub output: Stream,
+    /// Not with standard output as the output.
+    pub json: bool,
     /// Bytes in flight.
     pub memory: u64,
 }
@@ -406,10 +408,13 @@ impl TryFrom<CommandArgs> for Command {
                 Self::Diff(Diff { source, from, exact, json, explain })
             }
             CommandArgs::Verify(args) => Self::Verify(verify(args)?),
-            CommandArgs::ExportDiff(ExportDiffArgs { source, file, from, budget }) => {
-                needs_point("SOURCE", &source)?;
+            CommandArgs::ExportDiff(ExportDiffArgs { source, file, from, json, budget }) => {
                 check_range(&source, from.as_ref())?;
-                Self::ExportDiff(ExportDiff { source, from, output: file.into(), memory: budget.memory })
+                let output = Stream::from(file);
+                if json && matches!(output, Stream::Standard) {
+                    return Err(UsageError("--json needs a FILE: standard output has the diff".into()));
+                }
+                Self::ExportDiff(ExportDiff { source, from, output, json, memory: budget.memory })
             }
             CommandArgs::ImportDiff(ImportDiffArgs { file, target, rewind, json, budget, state }) => {
                 no_snapshot("TARGET", &target)?;

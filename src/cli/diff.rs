@@ -10,7 +10,7 @@ use super::exit::Exit;
 use super::{Context, Interrupted, images, output};
 use crate::delta::{self, Plan};
 use crate::extent::{ByteRange, Extent, ExtentKind};
-use crate::replicate;
+use crate::replicate::{self, HeadWatch};
 
 /// An extent as `rbd diff --format json` writes it; `exists` is a text there.
 #[derive(Serialize)]
@@ -18,6 +18,9 @@ struct Row {
     offset: u64,
     length: u64,
     exists: &'static str,
+    /// Not in rbd's rows: false where a writer of HEAD has been noticed by the time of the row.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    consistent: Option<bool>,
 }
 
 /// Runs the command.
@@ -30,6 +33,10 @@ pub(super) async fn run(context: &Context<'_>, settings: &Diff) -> anyhow::Resul
         Some(name) => Some(replicate::find(source.as_ref(), name.as_str()).await?),
         None => None,
     };
+    let mut watch = HeadWatch::begin(source.as_ref(), settings.source.snapshot()).await?;
+    if let Some(warning) = watch.warning() {
+        tracing::warn!("{warning}");
+    }
     let (view, _) = replicate::open_point(source.as_ref(), settings.source.snapshot()).await?;
     let plan = if settings.exact {
         Plan::exact(since.as_ref(), view.size(), "--exact was given", None)
@@ -39,6 +46,7 @@ pub(super) async fn run(context: &Context<'_>, settings: &Diff) -> anyhow::Resul
     explain(settings, &plan);
     let mut extents = delta::extents(view, &plan, source.layout(), 0);
     let mut list = List::new(settings.json);
+    list.consistent = watch.is_consistent();
     loop {
         let window = tokio::select! {
             window = extents.try_next() => window?,
@@ -49,7 +57,12 @@ pub(super) async fn run(context: &Context<'_>, settings: &Diff) -> anyhow::Resul
             None => break,
         }
     }
+    let late = watch.end(source.as_ref()).await?;
+    list.consistent = watch.is_consistent();
     list.end()?;
+    if let Some(warning) = watch.warning().filter(|_| late) {
+        tracing::warn!("{warning}");
+    }
     Ok(Exit::Success)
 }
 
@@ -69,6 +82,7 @@ struct List {
     buffer: Vec<u8>,
     rows: u64,
     pending: Option<Extent>,
+    consistent: bool,
 }
 
 impl List {
@@ -78,7 +92,7 @@ impl List {
     fn new(json: bool) -> Self {
         let buffer =
             if json { b"[".to_vec() } else { format!("{:<15} {:<15} Type\n", "Offset", "Length").into_bytes() };
-        Self { json, buffer, rows: 0, pending: None }
+        Self { json, buffer, rows: 0, pending: None, consistent: true }
     }
 
     fn add(&mut self, extent: Extent) -> anyhow::Result<()> {
@@ -98,7 +112,8 @@ impl List {
         let (offset, length, data) = (extent.range.offset(), extent.range.length(), extent.kind == ExtentKind::Data);
         if self.json {
             self.buffer.extend_from_slice(if self.rows == 0 { b"\n  " } else { b",\n  " });
-            let row = Row { offset, length, exists: if data { "true" } else { "false" } };
+            let exists = if data { "true" } else { "false" };
+            let row = Row { offset, length, exists, consistent: (!self.consistent).then_some(false) };
             serde_json::to_writer(&mut self.buffer, &row)?;
         } else {
             writeln!(self.buffer, "{offset:<15} {length:<15} {}", if data { "data" } else { "zero" })?;
@@ -126,8 +141,9 @@ impl List {
 mod tests {
     use super::*;
 
-    fn listed(json: bool, extents: &[(u64, u64, ExtentKind)]) -> String {
+    fn listed(json: bool, consistent: bool, extents: &[(u64, u64, ExtentKind)]) -> String {
         let mut list = List::new(json);
+        list.consistent = consistent;
         for &(offset, length, kind) in extents {
             list.add(Extent { range: ByteRange::new(offset, length).unwrap(), kind }).unwrap();
         }
@@ -141,17 +157,25 @@ mod tests {
     fn neighbours_of_one_kind_are_one_row() {
         use ExtentKind::{Data, Zero};
         let extents = [(0, 4096, Data), (4096, 4096, Data), (8192, 10, Zero), (9000, 10, Zero)];
-        insta::assert_snapshot!(listed(false, &extents), @r"
+        insta::assert_snapshot!(listed(false, true, &extents), @r"
         Offset          Length          Type
         0               8192            data
         8192            10              zero
         9000            10              zero
         ");
-        insta::assert_snapshot!(listed(true, &extents), @r#"
+        insta::assert_snapshot!(listed(true, true, &extents), @r#"
         [
           {"offset":0,"length":8192,"exists":"true"},
           {"offset":8192,"length":10,"exists":"false"},
           {"offset":9000,"length":10,"exists":"false"}
+        "#);
+    }
+
+    #[test]
+    fn a_row_of_a_head_that_is_written_says_so() {
+        insta::assert_snapshot!(listed(true, false, &[(0, 10, ExtentKind::Data)]), @r#"
+        [
+          {"offset":0,"length":10,"exists":"true","consistent":false}
         "#);
     }
 }

@@ -211,6 +211,12 @@ pub trait SourceImage: Send + Sync {
         Ok(None)
     }
 
+    /// Who may be writing HEAD now, this process excepted, a description each: who has it open for writing, or the lock
+    /// for that. Empty where nobody has, or the backend can't tell.
+    async fn writers(&self) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+
     /// The size of HEAD now, in bytes.
     async fn size(&self) -> Result<u64>;
 

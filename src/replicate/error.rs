@@ -133,6 +133,12 @@ pub enum ConflictKind {
         /// That commit's name.
         since: String,
     },
+    /// HEAD of the target is not at the snapshot that a diff starts from: somebody wrote it, or an import that was cut or
+    /// led to HEAD.
+    HeadMoved {
+        /// That snapshot's name.
+        since: String,
+    },
     /// The target snapshot that HEAD is at was removed by somebody else: whether HEAD was written since can't be told.
     CommitRemoved {
         /// Its name.
@@ -181,7 +187,7 @@ impl ConflictKind {
             Self::NotEmpty => "not-empty",
             Self::Owned { .. } => "owned",
             Self::OtherSource { .. } => "other-source",
-            Self::Diverged { .. } => "diverged",
+            Self::Diverged { .. } | Self::HeadMoved { .. } => "diverged",
             Self::CommitRemoved { .. } => "commit-removed",
             Self::NoCommonSnapshot => "no-common-snapshot",
             Self::NameTaken { .. } => "name-taken",
@@ -203,6 +209,10 @@ impl ConflictKind {
             }
             Self::Diverged { .. } => {
                 "find out who wrote the target; --full makes it equal to the source again, and their writes are lost"
+            }
+            Self::HeadMoved { .. } => {
+                "find out what wrote it; import-diff --rewind brings HEAD back to that snapshot first, and what was written \
+                 since is lost"
             }
             Self::CommitRemoved { .. } => {
                 "start over with --full: both sides are compared, and what differs is written"
@@ -231,6 +241,9 @@ impl fmt::Display for ConflictKind {
             }
             Self::Diverged { since } => {
                 write!(f, "the target was written by someone else since its last snapshot, {since}")
+            }
+            Self::HeadMoved { since } => {
+                write!(f, "the target was written since snapshot {since}, which the stream starts from")
             }
             Self::CommitRemoved { name } => {
                 write!(f, "snapshot {name} of the target, which it was at, was removed by someone else")

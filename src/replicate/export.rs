@@ -15,6 +15,7 @@ use crate::pipeline::{self, Limits, ReadOptions};
 
 use super::cycle::Progress;
 use super::error::{CycleError, Result};
+use super::head::HeadWatch;
 use super::side::{point_still_there, still_there};
 use super::verify::{find, open_point};
 
@@ -23,8 +24,13 @@ use super::verify::{find, open_point};
 pub struct ExportReport {
     /// The snapshot that the diff is to be applied to; `None`: an empty image.
     pub base: Option<String>,
-    /// The snapshot that it leads to; `None`: a live image's HEAD.
+    /// The snapshot that it leads to; `None`: HEAD.
     pub snapshot: Option<String>,
+    /// Whether nothing tells of a writer of HEAD: the data is of one moment. True of every snapshot.
+    pub consistent: bool,
+    /// What the user has to know of HEAD's writers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub warning: Option<String>,
     /// The image's size in the end, in bytes.
     pub size: u64,
     /// How the delta was found.
@@ -37,8 +43,9 @@ pub struct ExportReport {
     pub stream_bytes: u64,
 }
 
-/// Writes the delta between two snapshots as `rbd export-diff` does, but for zeroes: runs of at least 4 KiB are said
-/// and not sent, and a diff from nothing leaves them out. If it fails or is cancelled, the stream has no end record.
+/// Writes the delta between two snapshots, or from one to HEAD (which the stream does not name), as `rbd export-diff`
+/// does, but for zeroes: runs of at least 4 KiB are said and not sent, and a diff from nothing leaves them out. If it
+/// fails or is cancelled, the stream has no end record.
 pub async fn export_diff<W: AsyncWrite + Unpin + Send>(
     source: Arc<dyn SourceImage>,
     (from, to): (Option<&str>, Option<&str>),
@@ -47,6 +54,10 @@ pub async fn export_diff<W: AsyncWrite + Unpin + Send>(
     progress: &Progress,
     cancel: &CancellationToken,
 ) -> Result<ExportReport> {
+    let mut watch = HeadWatch::begin(source.as_ref(), to).await?;
+    if let Some(warning) = watch.warning() {
+        tracing::warn!("{warning}");
+    }
     let (view, point) = open_point(source.as_ref(), to).await?;
     let since = match from {
         Some(name) => Some(find(source.as_ref(), name).await?),
@@ -84,7 +95,22 @@ pub async fn export_diff<W: AsyncWrite + Unpin + Send>(
         still_there(source.as_ref(), since).await?;
     }
     point_still_there(source.as_ref(), &point).await?;
+    let late = watch.end(source.as_ref()).await?;
+    let (consistent, warning) = (watch.is_consistent(), watch.warning());
+    if let Some(warning) = warning.as_ref().filter(|_| late) {
+        tracing::warn!("{warning}");
+    }
     let (_, stream_bytes) = writer.finish().await?;
     let (base, snapshot) = (from.map(str::to_owned), to.map(str::to_owned));
-    Ok(ExportReport { base, snapshot, size, method: plan.method, data_bytes, zero_bytes, stream_bytes })
+    Ok(ExportReport {
+        base,
+        snapshot,
+        consistent,
+        warning,
+        size,
+        method: plan.method,
+        data_bytes,
+        zero_bytes,
+        stream_bytes,
+    })
 }

@@ -52,7 +52,8 @@ pub struct ImportOptions {
     pub rewind: bool,
 }
 
-/// Applies a diff whose header has been read. The snapshot that it leads to is made only when its end was there.
+/// Applies a diff whose header has been read. The snapshot that it leads to is made only when its end was there; one that
+/// leads to HEAD makes none, and leaves a HEAD that no snapshot says anything of.
 pub async fn import_diff<R: AsyncRead + Unpin + Send + 'static>(
     target: Arc<dyn TargetImage>,
     diff: DiffReader<R>,
@@ -122,7 +123,7 @@ async fn prepare(
             };
             if target.head_differs(&base).await? {
                 if !options.rewind || head_only {
-                    return Err(conflict(ConflictKind::Diverged { since: from.clone() }).into());
+                    return Err(conflict(ConflictKind::HeadMoved { since: from.clone() }).into());
                 }
                 if rewind::rewind(target, &base, options.limits.clone(), cancel).await? == Applied::Part {
                     return Err(interrupted(header));

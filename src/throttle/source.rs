@@ -81,6 +81,10 @@ impl SourceImage for ThrottledSource {
         self.image.change_token().await
     }
 
+    async fn writers(&self) -> Result<Vec<String>> {
+        self.image.writers().await
+    }
+
     async fn quiet_token(&self) -> Result<Option<String>> {
         self.image.quiet_token().await
     }

@@ -5,6 +5,7 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use poolshift::delta::stream::DiffReader;
 use poolshift::extent::{ByteRange, Extent, normalize_extents};
 use poolshift::image::rbd::CreateOptions;
 
@@ -46,10 +47,15 @@ impl Tools {
 
     /// The diff that leads to `image@to`, made by poolshift or by rbd.
     fn export(&self, ours: bool, image: &str, from: Option<&str>, to: &str, file: &Path) -> Command {
+        self.export_point(ours, &format!("{image}@{to}"), from, file)
+    }
+
+    /// The diff that leads to a point: `IMAGE@SNAPSHOT`, or `IMAGE` for HEAD.
+    fn export_point(&self, ours: bool, point: &str, from: Option<&str>, file: &Path) -> Command {
         let from = from.map(|from| [if ours { "--from" } else { "--from-snap" }, from]);
         let prefix = if ours { "rbd:" } else { "" };
         let mut command = if ours { self.poolshift(["export-diff"]) } else { self.rbd(["export-diff"]) };
-        command.arg(format!("{prefix}{image}@{to}")).arg(file).args(from.iter().flatten());
+        command.arg(format!("{prefix}{point}")).arg(file).args(from.iter().flatten());
         command
     }
 
@@ -224,6 +230,138 @@ fn extents(json: &str) -> Vec<Extent> {
         }
     });
     extents.collect()
+}
+
+/// The header of a diff: from, to, size.
+async fn header(file: &Path) -> (Option<String>, Option<String>, u64) {
+    let bytes = std::fs::read(file).unwrap();
+    let header = DiffReader::open(bytes.as_slice()).await.unwrap().header().clone();
+    (header.from, header.to, header.size)
+}
+
+/// HEAD of a copy, by `rbd export`, and its snapshots.
+async fn check_head(tools: &Tools, history: &mut History, copy: &str, snapshots: &[&str]) {
+    let exported = tools.file("exported");
+    done(tools.rbd([OsStr::new("export"), copy.as_ref(), exported.as_os_str()])).await;
+    assert!(std::fs::read(&exported).unwrap() == history.disk.bytes, "{copy}: HEAD, by rbd export");
+    std::fs::remove_file(exported).unwrap();
+    assert_eq!(history.disk.librbd.snapshots(copy).await, snapshots, "{copy}");
+}
+
+/// A diff of HEAD, which names no snapshot: made by one program and imported by the other, whole, from a snapshot, and
+/// merged to one.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
+async fn a_stopped_servers_head_is_exchanged_both_ways() {
+    let env = ceph();
+    let tools = Tools::new(&env, "head");
+    let mut history = History::new(&tools, false, true, 6).await;
+    let source = history.disk.image.clone();
+    for _ in 0..6 {
+        history.disk.change(0).await;
+    }
+    history.disk.resize(7 * MIB + 300).await;
+    history.disk.change(0).await;
+    history.disk.librbd.call(format!("close {source}")).await;
+    let size = history.disk.size();
+    let mut copies = Vec::new();
+    for ours in [true, false] {
+        let label = if ours { "ours" } else { "rbds" };
+        let [whole, base, last, head, merged] =
+            ["whole", "base", "last", "head", "merged"].map(|part| tools.file(&format!("{label}-{part}")));
+        done(tools.export_point(ours, &source, None, &whole)).await;
+        assert_eq!(header(&whole).await, (None, None, size));
+        let copy = tools.image("sas", &format!("{label}-whole"));
+        history.disk.librbd.create(&copy, &CreateOptions { size: MIB, ..History::options(false) }).await;
+        done(tools.import(!ours, &whole, &copy)).await;
+        check_head(&tools, &mut history, &copy, &[]).await;
+        copies.push(copy);
+
+        done(tools.export(ours, &source, None, "s3", &base)).await;
+        done(tools.export(ours, &source, Some("s3"), "s4", &last)).await;
+        done(tools.export_point(ours, &source, Some("s4"), &head)).await;
+        assert_eq!(header(&head).await, (Some("s4".into()), None, size));
+        done(tools.merge(!ours, [&last, &head, &merged])).await;
+        assert_eq!(header(&merged).await, (Some("s3".into()), None, size));
+        let nothing_follows = run(tools.merge(true, [&head, &last, &tools.file("none")])).await.expect_code(4);
+        assert!(nothing_follows.stderr.contains("leads to HEAD"), "{}", nothing_follows.stderr);
+        for (part, diffs, snapshots) in
+            [("steps", &[&base, &last, &head][..], &["s3", "s4"][..]), ("merged", &[&base, &merged], &["s3"])]
+        {
+            let copy = tools.image("sas", &format!("{label}-{part}"));
+            history.disk.librbd.create(&copy, &CreateOptions { size: MIB, ..History::options(true) }).await;
+            for diff in diffs {
+                done(tools.import(!ours, diff, &copy)).await;
+            }
+            check_head(&tools, &mut history, &copy, snapshots).await;
+            // HEAD is at no snapshot now: nothing is put on top of it, and it is not taken for a target of ours.
+            let last = diffs[diffs.len() - 1];
+            let refused = run(tools.import(true, last, &copy)).await.expect_code(4);
+            assert!(refused.stderr.contains("import-diff --rewind"), "{}", refused.stderr);
+            let mut again = tools.import(true, last, &copy);
+            again.arg("--rewind");
+            done(again).await;
+            check_head(&tools, &mut history, &copy, snapshots).await;
+            let sync = tools.poolshift(["sync", &format!("rbd:{source}"), &format!("rbd:{copy}")]);
+            run(sync).await.expect_code(4);
+            copies.push(copy);
+        }
+    }
+    for from in [None, Some("s4"), Some("s1")] {
+        let mut theirs = tools.rbd(["diff", "--format", "json", &source]);
+        let mut ours = tools.poolshift(["diff", "--json", &format!("rbd:{source}")]);
+        theirs.args(from.map(|from| ["--from-snap", from]).iter().flatten());
+        ours.args(from.map(|from| ["--from", from]).iter().flatten());
+        let theirs = extents(&run(theirs).await.expect_code(0).stdout);
+        let ours = run(ours).await.expect_code(0);
+        assert!(!ours.stdout.contains("consistent") && !ours.stderr.contains("moments"), "{}", ours.stderr);
+        let content = history.points.iter().find(|(have, _)| Some(have.as_str()) == from);
+        let found = extents(&ours.stdout);
+        let fault = find_fault(content.map_or(&[][..], |(_, bytes)| bytes), &history.disk.bytes, &found);
+        assert_eq!((fault, found), (None, normalize_extents(theirs)), "from {from:?} to HEAD");
+    }
+    history.remove(&copies).await;
+}
+
+/// A writer that has the image open is named, in words and in JSON; one that has gone is not.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
+async fn a_head_that_a_writer_has_open_is_read_with_a_warning() {
+    let env = ceph();
+    let tools = Tools::new(&env, "head-open");
+    let image = tools.image("sata", "source");
+    let mut disk = Disk::create(&env, &image, 9, &History::options(false)).await;
+    disk.write_noise(0, MIB).await;
+    disk.snapshot("a").await;
+    disk.write_noise(MIB, MIB).await;
+    let source = format!("rbd:{image}");
+    let json = async |number: u32, source: &str| {
+        let mut command = tools.poolshift(["export-diff", source, "--from", "a", "--json"]);
+        command.arg(tools.file(&format!("diff-{number}")));
+        let run = run(command).await.expect_code(0);
+        (serde_json::from_str::<serde_json::Value>(&run.stdout).unwrap(), run.stderr)
+    };
+    let (report, stderr) = json(0, &source).await;
+    assert_eq!((&report["consistent"], &report["snapshot"]), (&false.into(), &serde_json::Value::Null), "{report}");
+    let warning = report["warning"].as_str().unwrap();
+    assert!(warning.contains("has it open; the data may be of several moments"), "{warning}");
+    assert!(stderr.contains(warning), "{stderr}");
+    let listed = run(tools.poolshift(["diff", &source, "--from", "a", "--json"])).await.expect_code(0);
+    assert!(listed.stdout.contains(r#""consistent":false"#) && listed.stderr.contains(warning), "{listed:?}");
+    assert_eq!(extents(&listed.stdout).len(), 1, "rbd's fields are there as well");
+    let listed = run(tools.poolshift(["diff", &source, "--from", "a"])).await.expect_code(0);
+    assert!(!listed.stdout.contains("consistent") && listed.stderr.contains(warning), "{listed:?}");
+
+    disk.librbd.call(format!("close {image}")).await;
+    let (report, stderr) = json(1, &source).await;
+    assert_eq!((&report["consistent"], &report["warning"]), (&true.into(), &serde_json::Value::Null), "{report}");
+    assert!(!stderr.contains("moments"), "{stderr}");
+    // A snapshot has no writer, whoever has the image open.
+    disk.snapshot("b").await;
+    let (report, stderr) = json(2, &format!("{source}@b")).await;
+    assert_eq!((&report["consistent"], &report["snapshot"]), (&true.into(), &"b".into()), "{report}");
+    assert!(!stderr.contains("moments"), "{stderr}");
+    disk.librbd.remove(&[&image]).await;
 }
 
 /// `poolshift diff --json` says what `rbd diff --format json` says, sorted and with neighbours joined.

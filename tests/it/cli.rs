@@ -78,6 +78,7 @@ fn refusals_go_to_standard_error_with_exit_code_2() {
         "sync rbd:sata/vm rbd:sas/vm --compress lz4",
         "sync rbd:sata/vm rbd:sas/vm --memory 1M",
         "verify rbd:sata/vm rbd:sas/vm@a",
+        "export-diff rbd:sata/vm - --json",
         "status",
         "status rbd:sata/vm",
         "status plan.toml --watch --json",

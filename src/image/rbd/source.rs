@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use super::lease::by_advisory_lock;
 use super::view::{RbdView, explain_missing, no_entry};
 use super::{RbdImage, changes};
-use crate::ceph::{CephError, Features, Image, Locker, OpenMode, SnapInfo};
+use crate::ceph::{CephError, Features, Image, Locker, OpenMode, SnapInfo, Watcher};
 use crate::image::{
     ErrorKind, ImageError, ImageIdentity, Layout, Point, Result, Snapshot, SnapshotSupport, SourceImage, View,
 };
@@ -77,6 +77,18 @@ fn user_snapshots(all: Vec<SnapInfo>) -> Vec<Snapshot> {
     user.map(|SnapInfo { id, name, size, .. }| Snapshot { id, name, size }).collect()
 }
 
+/// Who has an image open for writing, and who has its lock without that: a client that is cut off, or died and has left
+/// it behind. `own` is this process's client.
+fn describe_writers(watchers: &[Watcher], lockers: &[Locker], own: u64) -> Vec<String> {
+    let others = watchers.iter().filter(|watcher| u64::try_from(watcher.client) != Ok(own));
+    let open = others.map(|Watcher { client, address }| format!("client.{client} at {address} has it open"));
+    let is_open =
+        |locker: &&Locker| watchers.iter().any(|watcher| locker.client == format!("client.{}", watcher.client));
+    let locked = lockers.iter().filter(|locker| !is_open(locker) && locker.client != format!("client.{own}"));
+    let locked = locked.map(|Locker { client, address, .. }| format!("{client} at {address} holds a lock on it"));
+    open.chain(locked).collect()
+}
+
 /// The snapshot of that name that isn't older than all of `before`: the one that was just made.
 fn new_snapshot(before: &[SnapInfo], after: Vec<SnapInfo>, name: &str) -> Option<Snapshot> {
     let newest = before.iter().map(|snapshot| snapshot.id).max();
@@ -110,6 +122,13 @@ impl SourceImage for RbdImage {
         let look = move || inner.pool.quiet_versions(&inner.id);
         let versions = self.inner.call(read, "rados_exec", look).await?;
         Ok(versions.map(|(header, map)| format!("{header} {map}")))
+    }
+
+    async fn writers(&self) -> Result<Vec<String>> {
+        let own = self.inner.pool.cluster().instance_id();
+        let look = |image: &Image| Ok((image.watchers()?, image.lockers()?));
+        let (watchers, lockers) = self.inner.look("look for writers", look).await?;
+        Ok(describe_writers(&watchers, &lockers, own))
     }
 
     async fn size(&self) -> Result<u64> {
@@ -207,6 +226,15 @@ mod tests {
         let snapshot = Snapshot { id: 4, name: "a".into(), size: 7 };
         assert!(was_cut(&[info(3, true), info(4, false)], &snapshot));
         assert!(!was_cut(&[info(3, false), info(4, true)], &snapshot));
+    }
+
+    #[test]
+    fn a_lock_counts_where_its_holder_has_not_opened_the_image() {
+        let watcher = |client| Watcher { client, address: format!("10.0.0.{client}:0/1") };
+        let locker = |client: &str| Locker { client: client.into(), cookie: "auto 1".into(), address: "a".into() };
+        let writers = describe_writers(&[watcher(4), watcher(5)], &[locker("client.5"), locker("client.6")], 4);
+        assert_eq!(writers, ["client.5 at 10.0.0.5:0/1 has it open", "client.6 at a holds a lock on it"]);
+        assert!(describe_writers(&[watcher(4)], &[locker("client.4")], 4).is_empty());
     }
 
     #[test]

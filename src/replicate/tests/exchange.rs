@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::batch::Compression;
+use crate::delta::stream::DiffReader;
 use crate::wire::{Message, StreamReader, StreamWriter};
 
 /// The stream of a source's delta, as bytes.
@@ -61,6 +62,64 @@ async fn streams_carry_a_volume_from_snapshot_to_snapshot() {
             assert!(receive_bytes(&target, &bytes).await.unwrap().already_there);
         }
     }
+}
+
+/// The diff that leads to HEAD, as bytes.
+async fn diff_of_head(source: &MemoryImage, from: Option<&str>) -> (Vec<u8>, ExportReport) {
+    let (limits, mut bytes) = (Limits { bytes: 1 << 20, requests: 4, ..Limits::default() }, Vec::new());
+    let source: Arc<dyn SourceImage> = Arc::new(source.reopen());
+    let (shown, cancel) = (Progress::default(), CancellationToken::new());
+    let report = export_diff(source, (from, None), limits, &mut bytes, &shown, &cancel).await.unwrap();
+    (bytes, report)
+}
+
+async fn import_bytes(target: &MemoryImage, bytes: &[u8], rewind: bool) -> Result<ImportReport> {
+    let diff = DiffReader::open(std::io::Cursor::new(bytes.to_vec())).await.expect("the diff begins well");
+    let options = ImportOptions { limits: Limits { bytes: 1 << 20, requests: 4, ..Limits::default() }, rewind };
+    let target: Arc<dyn TargetImage> = Arc::new(target.reopen());
+    import_diff(target, diff, &options, &Progress::default(), &CancellationToken::new()).await
+}
+
+#[tokio::test]
+async fn a_diff_that_leads_to_head_names_no_snapshot_and_makes_none() {
+    let source = source().await;
+    source.write_as_server(0, &[9; 70_000]);
+    let truth = source.bytes_at(&Point::Head).unwrap();
+    let target = MemoryImage::new("target", SIZE, LAYOUT);
+    let (bytes, report) = diff_of_head(&source, None).await;
+    assert_eq!((report.snapshot, report.consistent, report.warning), (None, true, None));
+    assert_eq!(import_bytes(&target, &bytes, false).await.unwrap().snapshot, None);
+    assert!(target.bytes_at(&Point::Head).unwrap() == truth && target.snapshots().await.unwrap().is_empty());
+
+    // From the last snapshot: HEAD is the source's HEAD then, and at no snapshot.
+    let target = MemoryImage::new("target", source.size().await.unwrap(), LAYOUT);
+    let snapshot = source.snapshots().await.unwrap().into_iter().find(|s| s.name == "c").unwrap();
+    target.write_as_server(0, &source.bytes_at(&Point::Snapshot(snapshot)).unwrap());
+    target.create_snapshot("c").await.unwrap();
+    let (bytes, _) = diff_of_head(&source, Some("c")).await;
+    assert_eq!(import_bytes(&target, &bytes, false).await.unwrap().snapshot, None);
+    let names: Vec<String> = target.snapshots().await.unwrap().into_iter().map(|s| s.name).collect();
+    assert!(target.bytes_at(&Point::Head).unwrap() == truth && names == ["c"]);
+    let kind = kind_of(import_bytes(&target, &bytes, false).await.unwrap_err());
+    assert_eq!((kind.name(), kind), ("diverged", ConflictKind::HeadMoved { since: "c".into() }));
+    assert!(import_bytes(&target, &bytes, true).await.unwrap().rewound);
+    assert!(target.bytes_at(&Point::Head).unwrap() == truth);
+}
+
+#[tokio::test]
+async fn a_write_while_head_is_read_is_told() {
+    let source = source().await;
+    let mut watch = HeadWatch::begin(&source, None).await.unwrap();
+    assert_eq!((watch.is_consistent(), watch.warning()), (true, None));
+    source.write_as_server(0, &[8; 4096]);
+    assert!(watch.end(&source).await.unwrap() && !watch.is_consistent());
+    let warning = watch.warning().unwrap();
+    assert!(warning.contains("source was written while it was read") && warning.contains("moments"), "{warning}");
+    assert!(!watch.end(&source).await.unwrap(), "it is told once");
+    // A snapshot doesn't mind.
+    let mut watch = HeadWatch::begin(&source, Some("c")).await.unwrap();
+    source.write_as_server(0, &[7; 4096]);
+    assert!(!watch.end(&source).await.unwrap() && watch.warning().is_none());
 }
 
 #[tokio::test]
