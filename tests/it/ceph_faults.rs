@@ -475,6 +475,38 @@ async fn an_image_without_its_header_says_what_is_missing() {
     admin(&env, "rbd", &["rm", "--no-progress", &image]);
 }
 
+/// As for Ceph's own tools: `remote.conf` is of the cluster `remote`, whose keyring has that name.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
+async fn the_keyring_is_that_of_the_cluster_of_the_configuration_file() {
+    let env = ceph();
+    ceph_dev_folder(&env);
+    let (folder, user) = (tempfile::tempdir().unwrap(), &env.user);
+    let key = admin(&env, "ceph", &["auth", "get", &format!("client.{user}")]);
+    let text = std::fs::read_to_string(&env.conf).unwrap();
+    let keyring = folder.path().join("$cluster.$name.keyring");
+    let conf = folder.path().join("remote.conf");
+    std::fs::write(&conf, format!("{text}\n[client.{user}]\nkeyring = {}\n", keyring.display())).unwrap();
+    let wanted = folder.path().join(format!("remote.client.{user}.keyring"));
+    let run = || {
+        let words = ["--ceph-conf", conf.to_str().expect("the path is text"), "--ceph-user", user];
+        poolshift(words.iter().chain(&[
+            "plan",
+            "--from-pool",
+            "rbd:sata",
+            "--to-pool",
+            "sas",
+            "--match",
+            "no-such-image",
+        ]))
+    };
+    std::fs::write(folder.path().join(format!("ceph.client.{user}.keyring")), &key).unwrap();
+    run().expect_code(1);
+    std::fs::write(wanted, &key).unwrap();
+    // Connected: there is no such image.
+    run().expect_code(5);
+}
+
 /// What librados needs and may not read, which root may unless it gives up that capability.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs Ceph"]

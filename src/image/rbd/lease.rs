@@ -9,6 +9,10 @@
 //!   its watch had the time to run out, for it could also be a poolshift that was killed before it wrote the record.
 //! - Who gives a lease back removes its record first, and who takes one leaves its record after: in between, neither is
 //!   told from a stranger but by looking again.
+//! - A server that begins in the instant between the look, by which nobody has the lock, and the request for it, is
+//!   asked as librbd asks: it gives the lock, and its next write fails. No call of librbd's takes the lock only where it
+//!   is free. It is a server on a target that is being copied to; what it had written before is found by the next look at
+//!   HEAD.
 //! - A silent owner is waited for until its watch has timed out (30 s).
 //! - An owner that is known dead is not waited for.
 //!
