@@ -143,7 +143,7 @@ fn command_lines_that_make_no_sense_are_refused() {
         ("sync sata/vm rbd:b/x", "it has no scheme"),
         ("verify rbd:a/x rbd:b/x@s", "SOURCE needs a snapshot"),
         ("verify rbd:a/x@s rbd:b/x", "TARGET needs a snapshot"),
-        ("export-diff rbd:a/x -", "SOURCE needs a snapshot"),
+        ("export-diff rbd:a/x - --json", "--json needs a FILE"),
         ("send rbd:a/x", "SOURCE needs a snapshot"),
         ("send rbd:a/x@s --from s", "nothing lies between"),
         ("diff file:/a --from s", "keeps no snapshots"),
