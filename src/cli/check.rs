@@ -3,6 +3,24 @@
 //! Each volume gets a verdict of its own ([`look`]); what concerns many of them, as the space of a pool, gets one below.
 //! The size of a first copy is what is allocated on the source: from the object map, whole objects, so that it is an
 //! upper bound; how long it takes is told by a bounded sample of reads ([`measure`]) and the plan's throttles.
+//!
+//! # What later commands refuse, and what of it is seen here
+//!
+//! | refused or slow later, because | here |
+//! |---|---|
+//! | a cluster does not answer, a keyring or configuration file can't be read, a key is refused | the command's error |
+//! | an image, pool or namespace is missing, an image lacks an object or has format 1, a parent may not be read | error of the volume |
+//! | the user may not write in a pool | error of the pool |
+//! | the source can't be snapshotted: mirroring, migration, a lock of another tool, the limit of its snapshots | error of the volume |
+//! | source and target have no common, undisturbed past | error of the volume |
+//! | the first copies do not fit into the pool, or its quota | error of the pool, as of now |
+//! | another process or client has the target's lock | warning: it may end before |
+//! | exclusive lock, object map or fast-diff are missing or invalid, clones depend on the source | warning of the volume |
+//! | the name given with `--snapshot` is taken, or of another moment | not seen: it is given later |
+//! | the user may not add to the blocklist | not seen: only adding an entry would show it |
+//! | a freeze hook, or a command of a cutover, fails | not seen: running it would do what it does |
+//! | a server's domain, instance, volumes or host are not as a cutover needs them | `cutover --dry-run`, which asks libvirt and the cloud |
+//! | a kept source has snapshots, clones or users | `finalize --dry-run`: it is so only after the cutover |
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::IsTerminal as _;
