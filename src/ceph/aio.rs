@@ -124,8 +124,10 @@ impl Image {
         Ok(receiver)
     }
 
-    /// Reads exactly `length` bytes at `offset`; the caller has checked that they lie within the image.
+    /// Reads exactly `length` bytes at `offset`; the caller has checked that they lie within the image. `limit` counts from
+    /// when the request is issued: see [`super::pace`].
     pub(crate) async fn read(&self, offset: u64, length: usize, limit: Duration) -> Result<Vec<u8>> {
+        let turn = self.pace.turn(length).await;
         let request = {
             // Not zeroed: librbd fills all of it, or the read has failed.
             let mut buffer: Vec<u8> = Vec::with_capacity(length);
@@ -136,7 +138,9 @@ impl Image {
                 unsafe { (rbd.rbd_aio_read2)(image, offset, length, start.cast(), completion, ACCESSED_ONCE) }
             })
         };
-        let (read, mut buffer) = request.await?;
+        let answer = request.await;
+        turn.answered(limit);
+        let (read, mut buffer) = answer?;
         if read != length as u64 {
             let what = format!("{read} bytes instead of {length}");
             return Err(CephError::Nonsense { function: "rbd_aio_read2", what });
@@ -147,8 +151,9 @@ impl Image {
     }
 
     /// Writes `data` at `offset`; the caller has checked that it lies within the image, because librbd clips in
-    /// silence.
+    /// silence. `limit` counts from when the request is issued: see [`super::pace`].
     pub(crate) async fn write(&self, offset: u64, data: Bytes, limit: Duration) -> Result<()> {
+        let turn = self.pace.turn(data.len()).await;
         let request = {
             let (start, length) = (data.as_ptr(), data.len());
             self.request("rbd_aio_write2", limit, data, move |rbd, image, completion| {
@@ -157,7 +162,9 @@ impl Image {
                 unsafe { (rbd.rbd_aio_write2)(image, offset, length, start.cast(), completion, ACCESSED_ONCE) }
             })
         };
-        request.await.map(drop)
+        let answer = request.await;
+        turn.answered(limit);
+        answer.map(drop)
     }
 
     /// Makes a range read as zeroes, freeing whole objects.

@@ -14,6 +14,7 @@ use super::library::{
     Handle, ImageInfoC, Library, LinkedImageSpecC, MirrorInfoC, Rbd, SnapInfoC, SnapSpecC, TimespecC, WatcherC,
     count_progress, library, no_progress,
 };
+use super::pace::Pace;
 use super::{CephError, Pool, Raw, Result, c_string, check, close_in_background, exit};
 
 /// `RBD_FEATURE_*` of `rbd/features.h`.
@@ -98,6 +99,7 @@ pub(crate) struct CreateSpec {
 pub(crate) struct Image {
     pub(super) raw: Raw,
     pub(super) in_flight: Arc<InFlight>,
+    pub(super) pace: Pace,
     pub(super) pool: Arc<Pool>,
 }
 
@@ -133,7 +135,7 @@ impl Image {
         // librbd makes some of its global objects when the first image is opened.
         static FIRST: Once = Once::new();
         FIRST.call_once(exit::watch_the_end);
-        Ok(Self { raw: Raw(raw), in_flight: Arc::default(), pool: Arc::clone(pool) })
+        Ok(Self { raw: Raw(raw), in_flight: Arc::default(), pace: Pace::default(), pool: Arc::clone(pool) })
     }
 
     pub(super) fn rbd(&self) -> Result<&'static Rbd> {

@@ -60,6 +60,15 @@ pub(super) struct WatcherC {
     pub(super) cookie: u64,
 }
 
+/// `rbd_config_option_t`
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct ConfigOptionC {
+    pub(super) name: *mut c_char,
+    pub(super) value: *mut c_char,
+    pub(super) source: c_int,
+}
+
 /// `rbd_linked_image_spec_t`
 #[repr(C)]
 pub(super) struct LinkedImageSpecC {
@@ -209,6 +218,10 @@ table! {
     rbd_lock_release: fn(Handle) -> c_int;
     rbd_lock_get_owners: fn(Handle, *mut c_int, *mut *mut c_char, *mut usize) -> c_int;
     rbd_lock_get_owners_cleanup: fn(*mut *mut c_char, usize);
+    rbd_config_pool_list: fn(Handle, *mut ConfigOptionC, *mut c_int) -> c_int;
+    rbd_config_pool_list_cleanup: fn(*mut ConfigOptionC, c_int);
+    rbd_config_image_list: fn(Handle, *mut ConfigOptionC, *mut c_int) -> c_int;
+    rbd_config_image_list_cleanup: fn(*mut ConfigOptionC, c_int);
     rbd_mirror_image_get_info: fn(Handle, *mut MirrorInfoC, usize) -> c_int;
     rbd_mirror_image_get_info_cleanup: fn(*mut MirrorInfoC);
     rbd_lock_exclusive: fn(Handle, *const c_char) -> c_int;

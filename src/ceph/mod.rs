@@ -33,7 +33,9 @@ mod locks;
 mod memory;
 mod names;
 pub(crate) mod object_map;
+mod pace;
 mod pool_list;
+mod qos;
 mod relations;
 mod unopened;
 
@@ -43,6 +45,7 @@ pub(crate) use image::{CreateSpec, Features, INVALID_FLAGS, Image, OpenMode, Sna
 pub(crate) use locks::Locker;
 pub(crate) use memory::{limit_arenas, trim};
 pub(crate) use names::create_image;
+pub(crate) use qos::{ConfigLevel, QosLimit};
 pub(crate) use relations::{LinkedImage, ParentLink};
 pub(crate) use unopened::Unopened;
 

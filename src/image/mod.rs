@@ -259,6 +259,11 @@ pub trait TargetImage: SourceImage {
     /// Stores the state: durable and atomic, at most 64 KiB.
     async fn store_state(&self, state: &str) -> Result<()>;
 
+    /// Limits of the storage that hold writes to the image back, a sentence each.
+    async fn rate_limits(&self) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+
     /// Whether the backend keeps notes.
     fn keeps_notes(&self) -> bool {
         false

@@ -236,3 +236,45 @@ async fn a_pool_that_may_not_be_written_is_an_error_of_the_check() {
     }
     librbd.remove(&[&format!("sata/{image}")]).await;
 }
+
+/// A QoS limit of librbd's: a copy keeps within it without a request that comes too late, and what is too low for any
+/// request is named, with what shows it; `check` names it beforehand.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs Ceph"]
+async fn a_limit_of_the_source_is_kept_to_and_named() {
+    let env = ceph();
+    let image = name("qos");
+    let (source, target) = (format!("sata/{image}"), format!("sas/{image}"));
+    let mut disk = Disk::create(&env, &source, 4, &CreateOptions::new(24 * MIB)).await;
+    disk.write_noise(0, 24 * MIB).await;
+    disk.librbd.call(format!("close {source}")).await;
+    let limit = |bytes: u64| {
+        rbd(&env, &["config", "image", "set", &source, "rbd_qos_read_bps_limit", &bytes.to_string()]);
+    };
+    let (rbd_source, rbd_target) = (format!("rbd:{source}"), format!("rbd:{target}"));
+    let sync = ["--io-timeout", "16", "sync", &rbd_source, &rbd_target];
+
+    // 4 MiB, which are read at once, take 20 s.
+    limit(MIB / 5);
+    let late = run(&env, &sync).expect_code(7);
+    assert!(late.stderr.contains("rbd_qos_read_bps_limit = 209715 of image"), "{}", late.stderr);
+    let shown = format!("rbd config image get {source} rbd_qos_read_bps_limit");
+    assert!(late.stderr.contains(&shown) && !late.stderr.contains("ceph -s"), "{}", late.stderr);
+
+    // All at once the last of them would take 24 s.
+    limit(MIB);
+    run(&env, &sync).expect_code(0);
+    assert!(disk.librbd.read(&target).await == disk.bytes);
+
+    rbd(&env, &["config", "image", "set", &target, "rbd_qos_write_iops_limit", "1000"]);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("plan.toml");
+    let words = ["plan", "--from-pool", "rbd:sata", "--to-pool", "sas", "--match", &image, "-o"];
+    run(&env, &[&words[..], &[path.to_str().unwrap()]].concat()).expect_code(0);
+    let report = run(&env, &["check", "--no-measure", "--json", path.to_str().unwrap()]).expect_code(0);
+    let (verdict, _, findings) = told(&serde_json::from_str(&report.stdout).unwrap(), &image);
+    assert_eq!(verdict, "warning");
+    assert!(findings.contains("reading is limited: rbd_qos_read_bps_limit = 1048576 of image"), "{findings}");
+    assert!(findings.contains("writing is limited: rbd_qos_write_iops_limit = 1000 of image"), "{findings}");
+    disk.librbd.remove(&[&source, &target]).await;
+}

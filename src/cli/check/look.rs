@@ -10,7 +10,7 @@ use crate::cli::images::{self, Source};
 use crate::cli::values::human_bytes;
 use crate::delta::{self, Method};
 use crate::extent::total_length;
-use crate::image::rbd::RbdImage;
+use crate::image::rbd::{RbdImage, Transfer};
 use crate::image::{ImageError, Point, SourceImage, TargetImage};
 use crate::plan::{Server, Volume};
 use crate::replicate::{self, CycleError};
@@ -73,10 +73,18 @@ pub(super) async fn look(context: &Context<'_>, server: &Server, volume: &Volume
     }
     match images::target(context, &volume.target, None).await {
         Ok(None) => {
+            if let Some(pool) = volume.target.pool() {
+                let remarks = match images::connect(context, &context.config.target_ceph).await {
+                    Ok(connector) => connector.qos_remarks(pool, Transfer::Write).await,
+                    Err(error) => Err(error),
+                };
+                qos(remarks, &mut findings);
+            }
             looked.target_state = Some("absent");
             looked.first_copy_bytes = looked.allocated_bytes_at_most.unwrap_or(0);
         }
         Ok(Some(target)) => {
+            qos(target.rate_limits().await, &mut findings);
             if let Some(source) = &source
                 && let Err(error) = look_at_both(source, target.as_ref(), &mut looked, &mut findings).await
             {
@@ -158,6 +166,7 @@ async fn look_at_rbd(rbd: &RbdImage, looked: &mut Looked, findings: &mut Vec<Fin
     if let Some((detail, hint)) = rbd.snapshot_limit_reached().await? {
         findings.push(Finding::new(Verdict::Error, format!("no snapshot can be made of the source: {detail}; {hint}")));
     }
+    qos(rbd.qos_remarks(Transfer::Read).await, findings);
     let writers = rbd.watchers().await?.into_iter().filter(|watcher| !watcher.is_own);
     looked.writers = writers.map(|watcher| format!("client.{} at {}", watcher.client, watcher.address)).collect();
     if !looked.writers.is_empty() {
@@ -173,6 +182,14 @@ async fn look_at_rbd(rbd: &RbdImage, looked: &mut Looked, findings: &mut Vec<Fin
         looked.parent = Some(parent.snapshot);
     }
     Ok(())
+}
+
+/// Limits of librbd's own, which may make a copy slow, or too slow.
+fn qos(remarks: Result<Vec<String>, ImageError>, findings: &mut Vec<Finding>) {
+    match remarks {
+        Ok(remarks) => findings.extend(remarks.into_iter().map(|remark| Finding::new(Verdict::Warning, remark))),
+        Err(error) => findings.push(Finding::new(Verdict::Warning, format!("its QoS limits are not known: {error}"))),
+    }
 }
 
 /// Counts the clones of the source's snapshots, which keep the old pool from being emptied.

@@ -13,9 +13,10 @@
 //!
 //! A request that gets no answer within [`RbdOptions::io_timeout`] fails with
 //! [`ErrorKind::TimedOut`](super::ErrorKind), which is retryable, while librbd goes on with it; it may still land
-//! later, as the contract allows. Monitors get 30 s. By default a write to a full pool, or beyond a pool's quota,
-//! waits in librados until there is room; poolshift's handles carry the "full try" flag (`rados_set_pool_full_try`),
-//! with which the OSD refuses it (ENOSPC, EDQUOT) once it knows that the pool is full. Where neither comes, as with
+//! later, as the contract allows. The time counts from when the request is issued, and fewer are issued at a time where
+//! answers take long, as under a QoS limit (`ceph/pace.rs`). Monitors get 30 s. By default a write to a full pool, or
+//! beyond a pool's quota, waits in librados until there is room; poolshift's handles carry the "full try" flag
+//! (`rados_set_pool_full_try`), with which the OSD refuses it (ENOSPC, EDQUOT) once it knows that the pool is full. Where neither comes, as with
 //! an OSD that is full but for the last percent, the time limit does.
 //!
 //! # The end of the process
@@ -43,6 +44,7 @@ mod lease;
 mod noted;
 mod object_map;
 mod pool_list;
+mod qos;
 mod records;
 mod rehearsal;
 mod relations;
@@ -55,6 +57,7 @@ use errors::Failure;
 use lease::Held;
 
 pub use pool_list::{PoolImage, PoolSpace};
+pub use qos::Transfer;
 pub use relations::{
     FlattenBound, FlattenCost, FlattenProgress, Flattened, RbdLink, RbdParentLink, RbdRelations, RbdSnapshot,
 };

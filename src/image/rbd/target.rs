@@ -12,7 +12,7 @@ use super::changes::Compared;
 use super::lease::Held;
 use super::records::{self, NOTE_KEY, STATE_KEY};
 use super::view::{REQUEST_MAX, RbdView, check_bounds};
-use super::{Inner, RbdImage};
+use super::{Inner, RbdImage, Transfer};
 use crate::ceph::{self, CephError, Image, OpenMode};
 use crate::extent::{ByteRange, normalize};
 use crate::image::{
@@ -160,6 +160,10 @@ impl TargetImage for RbdImage {
         Ok(())
     }
 
+    async fn rate_limits(&self) -> Result<Vec<String>> {
+        self.qos_remarks(Transfer::Write).await
+    }
+
     fn keeps_notes(&self) -> bool {
         true
     }
@@ -198,7 +202,13 @@ impl TargetImage for RbdImage {
         })?;
         check_bounds(&self.inner, held.size.load(Ordering::Acquire), range, REQUEST_MAX, "write")?;
         let written = held.image.write(offset, data, self.inner.timeout()).await;
-        written.map_err(|error| self.write_error(format!("write {length} bytes at {offset}"), error))
+        match written {
+            Ok(()) => Ok(()),
+            Err(error) => {
+                let error = self.write_error(format!("write {length} bytes at {offset}"), error);
+                Err(self.inner.explain_slow(error, Transfer::Write).await)
+            }
+        }
     }
 
     async fn write_zeroes(&self, range: ByteRange) -> Result<()> {

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use rustix::io::Errno;
 
 use super::changes::Compared;
-use super::{Inner, changes};
+use super::{Inner, Transfer, changes};
 use crate::ceph::{CephError, Image, OpenMode, SnapInfo};
 use crate::extent::{ByteRange, Extent};
 use crate::image::{ChangedObjects, ErrorKind, ImageError, Point, Result, Snapshot, View};
@@ -122,9 +122,13 @@ impl View for RbdView {
         check_bounds(&self.inner, self.size, range, REQUEST_MAX, "read")?;
         // The check above bounds the length by 32 MiB.
         let read = self.image.read(range.offset(), range.length() as usize, self.inner.timeout()).await;
-        read.map(Bytes::from).map_err(|error| {
-            self.inner.fail(format!("read {} bytes at {} of {}", range.length(), range.offset(), self.point), error)
-        })
+        match read {
+            Ok(bytes) => Ok(Bytes::from(bytes)),
+            Err(error) => {
+                let operation = format!("read {} bytes at {} of {}", range.length(), range.offset(), self.point);
+                Err(self.inner.explain_slow(self.inner.fail(operation, error), Transfer::Read).await)
+            }
+        }
     }
 
     async fn changed_objects(&self, since: Option<&Snapshot>) -> Result<ChangedObjects> {
