@@ -31,6 +31,7 @@ mod image;
 mod library;
 mod locks;
 mod memory;
+mod metadata;
 mod names;
 pub(crate) mod object_map;
 mod pace;

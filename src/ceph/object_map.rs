@@ -180,38 +180,6 @@ impl Pool {
     }
 }
 
-impl Pool {
-    /// Sets, or with `None` removes, a key of an image's metadata, on its header itself (`cls_rbd`'s `metadata_set` and
-    /// `metadata_remove`), so that the image need not be opened and nobody is asked for its lock: a server may be using
-    /// it. Removing what isn't there is no error.
-    pub(crate) fn set_image_metadata(&self, image: &str, key: &str, value: Option<&str>) -> Result<()> {
-        let header = format!("rbd_header.{image}");
-        // As Ceph encodes texts and maps of them: lengths and counts are 32 bits, little-endian.
-        let encode = |text: &str, into: &mut Vec<u8>| -> Result<()> {
-            let length = u32::try_from(text.len());
-            let long = |_| CephError::Nonsense { function: FUNCTION, what: "a text of over 4 GiB".into() };
-            into.extend(length.map_err(long)?.to_le_bytes());
-            into.extend(text.as_bytes());
-            Ok(())
-        };
-        let mut input = Vec::new();
-        let Some(value) = value else {
-            encode(key, &mut input)?;
-            return match self.exec(&header, c"metadata_remove", &input, ANSWER) {
-                Err(error) if !error.is(Errno::NOENT) => Err(error),
-                _ => Ok(()),
-            };
-        };
-        input.extend(1u32.to_le_bytes());
-        encode(key, &mut input)?;
-        encode(value, &mut input)?;
-        self.exec(&header, c"metadata_set", &input, ANSWER).map(drop)
-    }
-}
-
-/// More than methods answer that only change something.
-const ANSWER: usize = 4096;
-
 /// Whether no object of an encoded map was written since the last snapshot, or is being removed.
 fn is_quiet(encoded: &[u8]) -> bool {
     let known = encoded.strip_prefix(&HEADER).and_then(|rest| rest.split_first_chunk::<8>());

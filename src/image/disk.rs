@@ -1,7 +1,9 @@
-//! What a cutover needs of an image beyond replication: who has it open, its name, the fence, and a journal.
+//! What a cutover needs of an image beyond replication: who has it open, its name, the fence, a journal, and what else
+//! belongs to the disk.
 
 use async_trait::async_trait;
 
+use super::metadata::{Change, Metadata};
 use super::{LeaseOwner, Result, TargetImage};
 
 /// The longest journal, in bytes.
@@ -65,4 +67,18 @@ pub trait Disk: TargetImage {
 
     /// Takes away the state of a cycle ([`TargetImage::store_state`]). Needs no lease: a server may run from the image.
     async fn forget_state(&self) -> Result<()>;
+
+    /// Its metadata that is not poolshift's, to the byte.
+    async fn metadata(&self) -> Result<Metadata>;
+
+    /// Changes the metadata, key by key: first what is set, then what is removed. Each is durable and atomic, all of them
+    /// together are not; may be repeated. Needs no lease. Clients that have the image open may go on with the old values.
+    async fn change_metadata(&self, change: &Change) -> Result<()>;
+
+    /// The record of the keys that both sides had when the metadata was carried last: kept with the target.
+    async fn load_known_keys(&self) -> Result<Option<String>>;
+
+    /// Stores that record, or with `None` takes it away: durable and atomic, at most
+    /// [`KNOWN_MAX`](super::metadata::KNOWN_MAX) bytes. Needs no lease.
+    async fn store_known_keys(&self, known: Option<&str>) -> Result<()>;
 }

@@ -45,6 +45,7 @@ mod error;
 pub mod file;
 pub mod lease;
 pub mod memory;
+pub mod metadata;
 pub mod pools;
 pub mod rbd;
 mod spec;
@@ -52,6 +53,7 @@ mod spec;
 pub use disk::{Disk, DiskUser, JOURNAL_MAX, LockHolder};
 pub use error::{ErrorKind, ImageError, Result};
 pub use lease::LeaseOwner;
+pub use metadata::Metadata;
 pub use spec::{ImageSpec, SpecError};
 
 /// The block in which content is compared where no snapshots tell what changed: 64 KiB. A kept digest stands for one

@@ -7,6 +7,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use super::{Inner, MemoryImage, Op};
+use crate::image::metadata::{Change, Metadata};
 use crate::image::{Disk, DiskUser, ErrorKind, JOURNAL_MAX, LeaseOwner, LockHolder, Result};
 
 /// The handle of a lease whose holder is dead.
@@ -59,6 +60,16 @@ impl MemoryImage {
         }
         inner.apply(Op::Write(offset, Bytes::copy_from_slice(data)));
         inner.settle();
+        Ok(())
+    }
+
+    /// Sets, or with `None` removes, a key of the metadata, as an operator does: durable at once.
+    pub fn set_metadata_as_operator(&self, key: &str, value: Option<&[u8]>) -> Result<()> {
+        let mut inner = self.alive("change its metadata")?;
+        match value {
+            Some(value) => drop(inner.metadata.insert(key.to_owned(), Bytes::copy_from_slice(value))),
+            None => drop(inner.metadata.remove(key)),
+        }
         Ok(())
     }
 
@@ -167,6 +178,38 @@ impl Disk for MemoryImage {
     async fn forget_state(&self) -> Result<()> {
         self.step("forget the state", |inner| {
             inner.state = None;
+            Ok(())
+        })
+    }
+
+    async fn metadata(&self) -> Result<Metadata> {
+        let inner = self.alive("read its metadata")?;
+        Ok(Metadata::of(inner.metadata.iter().map(|(key, value)| (key.clone().into_bytes(), value.to_vec()))))
+    }
+
+    async fn change_metadata(&self, change: &Change) -> Result<()> {
+        for (key, value) in &change.set {
+            self.step("set a key of its metadata", |inner| {
+                inner.metadata.insert(key.clone(), value.clone());
+                Ok(())
+            })?;
+        }
+        for key in &change.remove {
+            self.step("remove a key of its metadata", |inner| {
+                inner.metadata.remove(key);
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
+    async fn load_known_keys(&self) -> Result<Option<String>> {
+        Ok(self.alive("read which metadata was carried")?.known.clone())
+    }
+
+    async fn store_known_keys(&self, known: Option<&str>) -> Result<()> {
+        self.step("note which metadata was carried", |inner| {
+            inner.known = known.map(str::to_owned);
             Ok(())
         })
     }

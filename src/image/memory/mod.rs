@@ -5,6 +5,7 @@
 //! snapshots is not listed in their delta, as in RBD. Durable calls and writes are counted, and a [`Fault`] can kill
 //! the image before or after any one of them.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -52,6 +53,8 @@ struct Inner {
     state: Option<String>,
     note: Option<String>,
     journal: Option<String>,
+    metadata: BTreeMap<String, Bytes>,
+    known: Option<String>,
     name: String,
     /// The names that other images have.
     taken: Vec<String>,
@@ -101,6 +104,8 @@ impl MemoryImage {
             state: None,
             note: None,
             journal: None,
+            metadata: BTreeMap::new(),
+            known: None,
             name: name.to_owned(),
             taken: Vec::new(),
             neighbours: Weak::new(),

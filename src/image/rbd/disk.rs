@@ -6,9 +6,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use async_trait::async_trait;
 use rustix::io::Errno;
 
-use super::records::{self, JOURNAL_KEY, STATE_KEY};
+use super::records::{self, JOURNAL_KEY, KNOWN_KEY, STATE_KEY};
 use super::{Connector, Inner, Place, RbdImage, RbdWatcher};
 use crate::ceph::{self, CephError, Features, Image, OpenMode};
+use crate::failpoint::failpoint;
+use crate::image::metadata::{Change, KNOWN_MAX, Metadata};
 use crate::image::{Disk, DiskUser, ErrorKind, ImageError, ImageIdentity, JOURNAL_MAX, LeaseOwner, LockHolder, Result};
 
 impl RbdImage {
@@ -52,6 +54,13 @@ impl RbdImage {
             Err(error) if error.kind == ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
+    }
+
+    /// The id of the `rbd group` that it is a member of.
+    pub async fn group(&self) -> Result<Option<String>> {
+        let inner = Arc::clone(&self.inner);
+        let read = move || inner.pool.group_of_image(&inner.id);
+        self.inner.call("look for its group", "rados_exec", read).await
     }
 
     /// [`Self::store`], for at most so many bytes.
@@ -182,6 +191,32 @@ impl Disk for RbdImage {
 
     async fn forget_state(&self) -> Result<()> {
         self.store(STATE_KEY, None, "forget the state").await
+    }
+
+    async fn metadata(&self) -> Result<Metadata> {
+        let inner = Arc::clone(&self.inner);
+        let read = move || inner.pool.image_metadata(&inner.id);
+        Ok(Metadata::of(self.inner.call("read its metadata", "rados_exec", read).await?))
+    }
+
+    async fn change_metadata(&self, change: &Change) -> Result<()> {
+        let set = change.set.iter().map(|(key, value)| (key, Some(value)));
+        for (key, value) in set.chain(change.remove.iter().map(|key| (key, None))) {
+            let (inner, name, value) = (Arc::clone(&self.inner), key.clone(), value.cloned());
+            let what = if value.is_some() { "set" } else { "remove" };
+            let change = move || inner.pool.set_image_metadata(&inner.id, &name, value.as_ref());
+            self.inner.call(format!("{what} {key:?} of its metadata"), "rados_exec", change).await?;
+            failpoint!("image.metadata-changed");
+        }
+        Ok(())
+    }
+
+    async fn load_known_keys(&self) -> Result<Option<String>> {
+        self.load_record(KNOWN_KEY, "read which metadata was carried").await
+    }
+
+    async fn store_known_keys(&self, known: Option<&str>) -> Result<()> {
+        self.store_bounded(KNOWN_KEY, known, KNOWN_MAX, "note which metadata was carried").await
     }
 }
 

@@ -21,8 +21,10 @@ pub(super) const JOURNAL_KEY: &str = "poolshift.cutover";
 pub(super) const TARGET_KEY: &str = "poolshift.target";
 /// The metadata key of a rehearsal's mark.
 pub(super) const REHEARSAL_KEY: &str = "poolshift.rehearsal";
+/// The metadata key of the record of the keys that were carried between source and target.
+pub(super) const KNOWN_KEY: &str = "poolshift.carried";
 
-const KEYS: [&str; 5] = [STATE_KEY, NOTE_KEY, JOURNAL_KEY, TARGET_KEY, REHEARSAL_KEY];
+const KEYS: [&str; 6] = [STATE_KEY, NOTE_KEY, JOURNAL_KEY, TARGET_KEY, REHEARSAL_KEY, KNOWN_KEY];
 
 /// A record of the image that has that id; `None` for one that was copied with another image's metadata.
 pub(super) fn load(image: &Image, id: &str, key: &str) -> Result<Option<String>> {
