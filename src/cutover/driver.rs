@@ -29,6 +29,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
 
 use super::journal::{Changes, FORMAT, Journal, JournalVolume};
+use super::metadata;
 use super::phase::Phase;
 use super::proof::{self, Proved};
 use super::provider::{Observed, Power, Side};
@@ -261,7 +262,8 @@ impl<'a> Walk<'a> {
         .await?;
         self.within_limit(async |walk: &mut Self| {
             walk.enter(Phase::Verifying).await?;
-            walk.prove().await
+            walk.prove().await?;
+            if walk.carries() { metadata::carry(walk.sides).await } else { Ok(()) }
         })
         .await?;
         self.journal.swapped = true;

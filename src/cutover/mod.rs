@@ -14,6 +14,7 @@
 //! | [`mod@journal`] | what was meant to be done, kept with the first target |
 //! | [`provider`] | who stops and starts a server and names its disks: the contract, and the ways of doing it |
 //! | `driver`, `warm_up`, `proof`, `finish` | the walk, from the first cycle to either end |
+//! | `metadata` | what belongs to a disk beside its bytes |
 //! | [`recover`] | what is to be done about a walk that was cut: a pure function of the phase and the world |
 //! | `readiness` | what stands in the way, and how long it would take |
 //! | [`rehearsal`] | a throw-away server boots from clones, before any of this |
@@ -37,6 +38,7 @@ pub mod farewell;
 pub mod finalize;
 mod finish;
 pub mod journal;
+mod metadata;
 pub mod phase;
 mod proof;
 pub mod provider;

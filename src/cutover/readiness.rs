@@ -5,6 +5,7 @@ use std::time::Duration;
 use futures::future::try_join_all;
 use tokio::time::Instant;
 
+use super::metadata;
 use super::provider::{Precondition, Side, Verdict};
 use super::server::{CutoverError, Options, Readiness, Result, Server, Volume};
 use super::sides::Sides;
@@ -112,6 +113,7 @@ async fn volume_preconditions(sides: Sides<'_>, volume: &Volume) -> Result<Vec<P
         Users::Nobody => Precondition::new(arriving.location(), Verdict::Ok, "nobody has it open"),
     };
     all.push(users);
+    all.extend(metadata::preconditions(volume, sides.to).await?);
     Ok(all)
 }
 

@@ -1,15 +1,17 @@
 //! A server that is simulated: it writes to the images in memory that it has open, remembers what was acknowledged, and
 //! notices when its disks are not what they must be.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
+use futures::FutureExt as _;
 use tokio::sync::Notify;
 
 use crate::cutover::provider::{Notes, Observed, Power, Precondition, Provider, ProviderError, ServerDisk, Side};
 use crate::cutover::{Server, Volume};
 use crate::image::memory::MemoryImage;
-use crate::image::{Layout, Point};
+use crate::image::{Disk as _, Layout, Point};
 use crate::plan::{Method, Retention};
 
 /// Small, and with objects as small, so that a delta is a part of a disk.
@@ -41,6 +43,8 @@ struct State {
     memory: Option<Vec<Vec<u8>>>,
     /// What its disks hold: all of it was acknowledged.
     acknowledged: Vec<Vec<u8>>,
+    /// What its disks have of metadata that an operator set where it ran.
+    metadata: Vec<BTreeMap<String, Vec<u8>>>,
     counter: u8,
     calls: u64,
     trouble: Option<(u64, Trouble)>,
@@ -69,6 +73,7 @@ impl World {
             open: None,
             memory: None,
             acknowledged: vec![vec![0; SIZE as usize]; volumes],
+            metadata: vec![BTreeMap::new(); volumes],
             counter: 0,
             calls: 0,
             trouble: None,
@@ -152,7 +157,8 @@ impl World {
         self.images(side).map(|image| image.bytes_at(&Point::Head).unwrap()).collect()
     }
 
-    /// The server, if it runs, writes to all of its disks; what is refused was not acknowledged.
+    /// The server, if it runs, writes to all of its disks, and an operator changes their metadata; what is refused was not
+    /// acknowledged.
     pub(super) fn write(&self) {
         let (side, counter) = {
             let mut state = self.state();
@@ -167,7 +173,26 @@ impl World {
                 let at = offset as usize;
                 self.state().acknowledged[index][at..at + data.len()].copy_from_slice(&data);
             }
+            // One key that changes, and one that comes and goes.
+            for (key, value) in [("owner", Some(vec![counter])), ("limit", (counter % 2 == 0).then(|| vec![0, 255]))] {
+                if self.image(index, side).set_metadata_as_operator(key, value.as_deref()).is_ok() {
+                    let known = &mut self.state().metadata[index];
+                    match value {
+                        Some(value) => drop(known.insert(key.to_owned(), value)),
+                        None => drop(known.remove(key)),
+                    }
+                }
+            }
         }
+    }
+
+    /// The metadata of the disks on a side, as it is to be.
+    fn metadata(&self, side: Side) -> Vec<BTreeMap<String, Vec<u8>>> {
+        let of = |image: &MemoryImage| {
+            let found = image.metadata().now_or_never().expect("it waits for nothing").unwrap().carried;
+            found.into_iter().map(|(key, value)| (key, value.to_vec())).collect()
+        };
+        self.images(side).map(of).collect()
     }
 
     /// Has the server, if it runs, stop by itself when it was looked at so often.
@@ -223,8 +248,12 @@ impl World {
     /// It starts to run: its disks must hold all that was acknowledged, and be what its memory knows.
     fn run(&self, with_memory: bool) {
         let side = self.state().open.expect("it has its disks open");
-        let contents = self.contents(side);
+        let (contents, metadata) = (self.contents(side), self.metadata(side));
         let mut state = self.state();
+        if metadata != state.metadata {
+            let wrong = format!("its {side:?} has the metadata {metadata:?}, and not {:?}", state.metadata);
+            state.violations.push(wrong);
+        }
         if contents != state.acknowledged {
             state.violations.push(format!("it starts from its {side:?} without all that it wrote"));
         }
@@ -246,8 +275,11 @@ impl World {
             return Err(format!("it is {power} on {open:?}"));
         };
         self.write();
-        let contents = self.contents(side);
+        let (contents, metadata) = (self.contents(side), self.metadata(side));
         let state = self.state();
+        if metadata != state.metadata {
+            return Err(format!("its {side:?} has the metadata {metadata:?}, and not {:?}", state.metadata));
+        }
         if !state.violations.is_empty() {
             return Err(state.violations.join("; "));
         }
