@@ -10,8 +10,9 @@ use crate::cli::images::{self, Source};
 use crate::cli::values::human_bytes;
 use crate::delta::{self, Method};
 use crate::extent::total_length;
+use crate::image::metadata;
 use crate::image::rbd::{RbdImage, Transfer};
-use crate::image::{ImageError, Point, SourceImage, TargetImage};
+use crate::image::{Disk as _, ImageError, Point, SourceImage, TargetImage};
 use crate::plan::{Server, Volume};
 use crate::replicate::{self, CycleError};
 
@@ -180,6 +181,17 @@ async fn look_at_rbd(rbd: &RbdImage, looked: &mut Looked, findings: &mut Vec<Fin
         );
         findings.push(Finding::new(Verdict::Ok, text));
         looked.parent = Some(parent.snapshot);
+    }
+    let remarks = metadata::remarks(&rbd.metadata().await?, None).into_iter();
+    findings.extend(
+        remarks.map(|(warning, text)| Finding::new(if warning { Verdict::Warning } else { Verdict::Ok }, text)),
+    );
+    if let Some(group) = rbd.group().await? {
+        let text = format!(
+            "it is a member of an rbd group (id {group}), and the target is not: add the target to a group after the \
+             cutover: rbd group image add GROUP IMAGE"
+        );
+        findings.push(Finding::new(Verdict::Warning, text));
     }
     Ok(())
 }
