@@ -17,6 +17,7 @@ use super::values::human_bytes;
 use super::{Context, Interrupted, daemon, deps, output};
 use crate::cutover::farewell::{Farewell, Going, SourceFarewell, VolumeFarewell, Whose};
 use crate::cutover::{CutoverError, Observer};
+use crate::image::metadata::LostKey;
 use crate::image::rbd::FlattenProgress;
 use crate::observe::human::{human_moment, plain};
 
@@ -157,6 +158,11 @@ fn source_lines(source: &SourceFarewell, flatten: bool) -> String {
         };
         text.push_str(&format!("      clone {} {what}\n", plain(&clone.image.to_string())));
     }
+    for LostKey { key, bytes, differs } in &source.metadata {
+        let bytes = bytes.map(|bytes| format!(", {}", count(bytes, "byte"))).unwrap_or_default();
+        let how = if *differs { "the target has another value" } else { "NOT on the target" };
+        text.push_str(&format!("      metadata {}{bytes}; {how}\n", plain(key)));
+    }
     for user in &source.users {
         text.push_str(&format!("      open at {}\n", plain(user)));
     }
@@ -209,6 +215,11 @@ mod tests {
                 going(4, "before\nupgrade", Whose::Foreign),
             ],
             clones: vec![clone],
+            metadata: vec![
+                LostKey { key: "conf_rbd_qos_bps_limit".into(), bytes: Some(8), differs: true },
+                LostKey { key: "rbd.csi.ceph.com/dek".into(), bytes: Some(1), differs: false },
+                LostKey { key: ".rbd_mirror.4f2c".into(), bytes: None, differs: false },
+            ],
             users: vec!["10.0.0.1:0/1".into()],
         };
         let target =
@@ -234,6 +245,9 @@ mod tests {
               @poolshift-20261123T220511.123Z (id 3), 8.0 MiB
               @before upgrade (id 4), 8.0 MiB, protected; FOREIGN: not made by poolshift
               clone rbd:sata/c hangs on it; flattening copies at most 4.0 MiB
+              metadata conf_rbd_qos_bps_limit, 8 bytes; the target has another value
+              metadata rbd.csi.ceph.com/dek, 1 byte; NOT on the target
+              metadata .rbd_mirror.4f2c; NOT on the target
               open at 10.0.0.1:0/1
             stays rbd:sas/a, and loses 1 snapshot of poolshift's
               @poolshift-20261123T220511.123Z (id 11), 8.0 MiB

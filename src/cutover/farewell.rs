@@ -4,6 +4,7 @@
 use serde::Serialize;
 
 use super::provider::{Observed, Power, Side};
+use crate::image::metadata::LostKey;
 use crate::image::rbd::{FlattenCost, RbdLink, RbdSnapshot};
 use crate::replicate::is_automatic;
 use crate::replicate::state::{Commit, TargetState};
@@ -51,6 +52,8 @@ pub struct SourceFarewell {
     pub snapshots: Vec<Going>,
     /// The clones that hang on it, and theirs: each after those that hang on it.
     pub clones: Vec<CloneFarewell>,
+    /// What of its metadata the target does not have, or has otherwise.
+    pub metadata: Vec<LostKey>,
     /// Who else has it open: addresses.
     pub users: Vec<String>,
 }
@@ -221,6 +224,7 @@ impl Farewell {
                         (Some(now), Some(then)) => {
                             within(&now.snapshots, &then.snapshots, |going| going.id)
                                 && within(&now.clones, &then.clones, |clone| clone.image.id.clone())
+                                && within(&now.metadata, &then.metadata, Clone::clone)
                         }
                     }
                     && within(&now.target.snapshots, &then.target.snapshots, |going| going.id)
@@ -262,6 +266,7 @@ mod tests {
             own_bytes: Some(0),
             snapshots: vec![Going::of(&snapshot(3, "theirs"), Whose::Foreign)],
             clones: Vec::new(),
+            metadata: Vec::new(),
             users: Vec::new(),
         };
         let target = TargetFarewell { location: "rbd:sas/a".into(), snapshots: Vec::new(), follows_another: None };
@@ -319,6 +324,9 @@ mod tests {
         let gone = with_source(|source| source.snapshots.clear());
         assert!(gone.is_within(&agreed) && !agreed.is_within(&gone));
         assert!(!with_source(|source| source.clones.push(clone(&[]))).is_within(&agreed));
+        let key = |bytes| LostKey { key: "owner".into(), bytes: Some(bytes), differs: false };
+        let [short, long] = [1, 2].map(|bytes| with_source(|source| source.metadata.push(key(bytes))));
+        assert!(!short.is_within(&agreed) && !long.is_within(&short) && agreed.is_within(&short));
         let mut removed = farewell();
         removed.volumes[0].source = None;
         assert!(removed.is_within(&agreed) && !agreed.is_within(&removed));

@@ -7,7 +7,8 @@
 //! 2. The clones of the sources are flattened.
 //! 3. The snapshots of the sources are removed, and the sources: by the provider, where somebody else keeps books of them
 //!    ([`Provider::remove_source`]), which is told only when no snapshot and no client of poolshift's is left.
-//! 4. On the targets poolshift's snapshots are removed, by their ids, and then the state that knows them; the note.
+//! 4. On the targets poolshift's snapshots are removed, by their ids, and then the state that knows them; the record of
+//!    the metadata that was carried; the note.
 //! 5. The journal.
 //!
 //! What is done already is no error, so that a run that was cut is finished by the next one. The server runs meanwhile,
@@ -24,9 +25,11 @@ use tokio_util::sync::CancellationToken;
 use super::being_finalized;
 use super::farewell::{self, CloneFarewell, Farewell, Going, SourceFarewell, TargetFarewell, VolumeFarewell, Whose};
 use super::journal::{Journal, JournalVolume, kept_name};
+use super::metadata;
 use super::provider::{Provider, ServerDisk};
 use super::server::{CutoverError, Observer, Result};
 use crate::failpoint::failpoint;
+use crate::image::metadata::lost;
 use crate::image::rbd::{Connector, FlattenProgress, ImageTree, RbdImage, RbdSnapshot};
 use crate::image::{
     Disk as _, ErrorKind, ImageError, ImageSpec, LeaseOwner, Snapshot, SourceImage as _, TargetImage as _,
@@ -317,6 +320,8 @@ impl KeptVolume {
         state: Option<&TargetState>,
     ) -> Result<SourceFarewell> {
         let (tree, users, name) = futures::try_join!(source.tree(), source.users(), source.name())?;
+        let (going, stays) = futures::try_join!(source.metadata(), self.target.metadata())?;
+        let known = metadata::known_keys(&self.target).await?;
         let whose = |snapshot: &RbdSnapshot| Going::of(snapshot, farewell::on_source(snapshot, state));
         let left = match provider.keeps_source_names() {
             true => self.journal.source_name.clone(),
@@ -329,6 +334,7 @@ impl KeptVolume {
             own_bytes: tree.relations.own_bytes,
             snapshots: tree.relations.snapshots.iter().map(whose).collect(),
             clones: tree.clones_deepest_first().into_iter().map(clone_of).collect(),
+            metadata: lost(&going, &stays, &known),
             users: users.into_iter().filter(|user| !user.is_own).map(|user| user.address).collect(),
         })
     }
@@ -396,6 +402,7 @@ impl KeptVolume {
             remove_snapshot(&self.target, snapshot, done).await?;
         }
         self.target.forget_state().await?;
+        self.target.store_known_keys(None).await?;
         failpoint!("finalize.target-tidied");
         Ok(())
     }
