@@ -363,9 +363,10 @@ impl Running {
         let mut stdout = child.stdout.take().expect("a pipe");
         let (sender, lines) = std::sync::mpsc::channel();
         std::thread::spawn(move || {
-            for line in stderr.lines() {
-                // A reader that is gone, with the test that failed, needs no more of it.
-                let _ = sender.send(line.expect("standard error is text"));
+            for line in stderr.split(b'\n') {
+                // One that is killed may leave half a character. A reader that is gone, with the test that failed, needs
+                // no more of it.
+                let _ = sender.send(String::from_utf8_lossy(&line.expect("a pipe can be read")).into_owned());
             }
         });
         let stdout = std::thread::spawn(move || {
