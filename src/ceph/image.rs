@@ -403,6 +403,13 @@ impl Image {
     }
 }
 
+impl Image {
+    /// Waits until no request is under way. Blocks.
+    pub(crate) fn wait_until_idle(&self) {
+        self.in_flight.wait_until_none();
+    }
+}
+
 impl Drop for Image {
     fn drop(&mut self) {
         let (raw, in_flight, pool) = (Raw(self.raw.0), Arc::clone(&self.in_flight), Arc::clone(&self.pool));

@@ -78,6 +78,10 @@ impl Drop for Held {
 
 /// Removes the record, and releases the lock. What fails because the lock is gone already is what was wanted.
 fn give_back(image: &Image, lock: &Lock) -> ceph::Result<()> {
+    if matches!(lock, Lock::Advisory { .. }) {
+        // Nothing keeps a write back that is still under way, of a request that was dropped or came too late.
+        image.wait_until_idle();
+    }
     let forgotten = image.set_metadata(LEASE_KEY, None);
     let released = match lock {
         Lock::Exclusive => image.release_lock(),
@@ -267,10 +271,11 @@ impl RbdImage {
         let _changing = self.lease_change.lock().await;
         // Out of the slot first: no write begins from here on.
         let Some(held) = self.held.lock().unwrap_or_else(PoisonError::into_inner).take() else { return Ok(()) };
-        held.given_back.store(true, Ordering::Release);
-        let (image, lock) = (Arc::clone(&held.image), held.lock.clone());
-        drop(held);
-        let release = move || give_back(&image, &lock);
+        let release = move || {
+            // Not before: where this is never run, the lease is given back when it is dropped.
+            held.given_back.store(true, Ordering::Release);
+            give_back(&held.image, &held.lock)
+        };
         self.inner.call("give the lease back", "rbd_lock_release", release).await
     }
 }
@@ -350,10 +355,7 @@ fn is_held(error: &CephError) -> bool {
 
 /// Takes the lock from a client that is dead or silent, which is blocklisted before.
 fn break_lock(inner: &Inner, image: &Image, locker: &Locker) -> ceph::Result<()> {
-    // One of this process: a handle that could not give its lease back.
-    if locker.client != format!("client.{}", inner.pool.cluster().instance_id()) {
-        inner.pool.cluster().blocklist(&locker.address, BLOCKLISTED_FOR)?;
-    }
+    inner.pool.cluster().blocklist(&locker.address, BLOCKLISTED_FOR)?;
     match image.break_lock(locker) {
         // Somebody else was faster.
         Err(error) if error.is(Errno::NOENT) => Ok(()),
