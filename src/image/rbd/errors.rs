@@ -52,8 +52,9 @@ impl Failure {
             Unopened::Missing { object, id } => failed
                 .detail(format!("{parent} lists the name {image:?}, and its object {object} is missing"))
                 .hint(format!(
-                    "an interrupted creation or removal leaves it so, and so does the loss of that object: look for its \
-                     data, rados --pool {} ls | grep rbd_data.{id}, before anything is removed",
+                    "an interrupted creation or removal leaves it so, and so does the loss of that object; its data, if \
+                     there is any, is in objects with {id} in their names, of pool {} or of its data pool: have it looked \
+                     for before anything is removed",
                     self.pool
                 )),
             Unopened::UnreadableParent { pool } => failed
