@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use rustix::io::Errno;
+
 use super::library::{Library, library};
 use super::{BLOCKLIST, CephError, Raw, Result, blocking, c_string, check, close_in_background, exit};
 
@@ -116,9 +118,15 @@ impl Cluster {
         }
         // SAFETY: the handle is configured and not connected.
         if let Err(error) = check("rados_connect", unsafe { (rados.rados_connect)(raw) }) {
-            // librados goes on without a keyring that it can't read, and then has no key.
-            for path in cluster.keyrings() {
-                must_be_readable("keyring", path)?;
+            // librados takes the first keyring that it can open, and then has no key where that was none.
+            if error.is(Errno::NOENT) || error.is(Errno::ACCESS) {
+                for path in cluster.keyrings() {
+                    let is_there = path.exists();
+                    must_be_readable("keyring", path)?;
+                    if is_there {
+                        break;
+                    }
+                }
             }
             return Err(error);
         }
