@@ -39,9 +39,15 @@ impl Pool {
                 Err(error) if error.is(Errno::RANGE) => page(&after, ONE)?,
                 pairs => pairs?,
             };
-            // An answer that repeats itself would never end.
-            if pairs.is_empty() || pairs.iter().any(|(key, _)| !all.is_empty() && *key <= after) {
+            if pairs.is_empty() {
                 return Ok(all);
+            }
+            // An answer that repeats itself would never end, and a part of it must not pass for the whole.
+            if pairs.iter().any(|(key, _)| !all.is_empty() && *key <= after) {
+                return Err(CephError::Nonsense {
+                    function: FUNCTION,
+                    what: "keys of metadata that it had given".into(),
+                });
             }
             total += pairs.iter().map(|(key, value)| key.len() + value.len()).sum::<usize>();
             if total > MOST {
