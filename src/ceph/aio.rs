@@ -127,7 +127,7 @@ impl Image {
     /// Reads exactly `length` bytes at `offset`; the caller has checked that they lie within the image. `limit` counts from
     /// when the request is issued: see [`super::pace`].
     pub(crate) async fn read(&self, offset: u64, length: usize, limit: Duration) -> Result<Vec<u8>> {
-        let turn = self.pace.turn(length).await;
+        let turn = self.pace.turn("rbd_aio_read2", length, limit).await?;
         let request = {
             // Not zeroed: librbd fills all of it, or the read has failed.
             let mut buffer: Vec<u8> = Vec::with_capacity(length);
@@ -153,7 +153,7 @@ impl Image {
     /// Writes `data` at `offset`; the caller has checked that it lies within the image, because librbd clips in
     /// silence. `limit` counts from when the request is issued: see [`super::pace`].
     pub(crate) async fn write(&self, offset: u64, data: Bytes, limit: Duration) -> Result<()> {
-        let turn = self.pace.turn(data.len()).await;
+        let turn = self.pace.turn("rbd_aio_write2", data.len(), limit).await?;
         let request = {
             let (start, length) = (data.as_ptr(), data.len());
             self.request("rbd_aio_write2", limit, data, move |rbd, image, completion| {

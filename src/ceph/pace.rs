@@ -5,10 +5,13 @@
 //! one large request, doubles what is in flight for as long as answers are quick, and halves it where one has taken a
 //! considerable part of its time limit; from then on it grows slowly.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Semaphore;
+
+use super::{CephError, Result};
 
 /// What one permit stands for, in bytes.
 const UNIT: u64 = 64 << 10;
@@ -75,6 +78,8 @@ impl Window {
 pub(super) struct Pace {
     free: Semaphore,
     state: Mutex<State>,
+    /// How many requests were answered in time.
+    answers: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -96,27 +101,46 @@ pub(super) struct Turn<'a> {
 impl Default for Pace {
     fn default() -> Self {
         let window = Window::new();
-        Self { free: Semaphore::new(window.size as usize), state: Mutex::new(State { permits: window.size, window }) }
+        Self {
+            free: Semaphore::new(window.size as usize),
+            state: Mutex::new(State { permits: window.size, window }),
+            answers: AtomicU64::new(0),
+        }
     }
 }
 
 impl Pace {
-    /// Waits until a request of so many bytes may be issued.
-    pub(super) async fn turn(&self, bytes: usize) -> Turn<'_> {
+    /// Waits until a request of so many bytes may be issued: for as long as others are answered, and for `limit` where
+    /// none is.
+    pub(super) async fn turn(&self, function: &'static str, bytes: usize, limit: Duration) -> Result<Turn<'_>> {
         let cost = cost(bytes);
-        if let Ok(permits) = self.free.acquire_many(cost).await {
-            permits.forget();
+        loop {
+            let before = self.answers.load(Ordering::Relaxed);
+            match tokio::time::timeout(limit, self.free.acquire_many(cost)).await {
+                Ok(permits) => {
+                    if let Ok(permits) = permits {
+                        permits.forget();
+                    }
+                    break;
+                }
+                Err(_) if self.answers.load(Ordering::Relaxed) != before => {}
+                Err(_) => return Err(CephError::TimedOut { function, after: limit }),
+            }
         }
         let number = self.state.lock().unwrap_or_else(PoisonError::into_inner).window.issue();
-        Turn { pace: self, cost, number, begun: Instant::now() }
+        Ok(Turn { pace: self, cost, number, begun: Instant::now() })
     }
 }
 
 impl Turn<'_> {
     /// The request was answered, or its time is over.
     pub(super) fn answered(self, limit: Duration) {
+        let took = self.begun.elapsed();
+        if took < limit {
+            self.pace.answers.fetch_add(1, Ordering::Relaxed);
+        }
         let mut state = self.pace.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.window.answered(self.number, self.cost, self.begun.elapsed(), limit);
+        state.window.answered(self.number, self.cost, took, limit);
     }
 }
 
@@ -190,26 +214,50 @@ mod tests {
         assert!(window.size > 32 * COST_MAX, "{}: {took:?}", window.size);
     }
 
-    #[test]
-    fn permits_follow_the_window() {
+    #[tokio::test]
+    async fn permits_follow_the_window() {
         let pace = Pace::default();
-        let large = pace.turn(4 << 20).now_or_never().expect("there is room for one");
-        assert!(pace.turn(1).now_or_never().is_none());
+        let turn = |bytes| pace.turn("rbd_x", bytes, LIMIT).now_or_never().map(Result::unwrap);
+        let large = turn(4 << 20).expect("there is room for one");
+        assert!(turn(1).is_none());
         large.answered(LIMIT);
         // It was quick: twice as much.
-        let (first, second) = (pace.turn(4 << 20).now_or_never().unwrap(), pace.turn(32 << 20).now_or_never().unwrap());
-        assert!(pace.turn(1).now_or_never().is_none());
+        let (first, second) = (turn(4 << 20).unwrap(), turn(32 << 20).unwrap());
+        assert!(turn(1).is_none());
         // Slow: the second comes back to a window of one.
         first.answered(Duration::ZERO);
-        assert!(pace.turn(4 << 20).now_or_never().is_none());
+        assert!(turn(4 << 20).is_none());
         drop(second);
-        let small: Vec<Turn<'_>> = (0..16).map(|_| pace.turn(1).now_or_never().expect("small ones")).collect();
-        assert!(pace.turn(1).now_or_never().is_none());
+        let small: Vec<Turn<'_>> = (0..16).map(|_| turn(1).expect("small ones")).collect();
+        assert!(turn(1).is_none());
         drop(small);
         // One who gives up waiting keeps nothing.
-        let large = pace.turn(4 << 20).now_or_never().unwrap();
-        assert!(pace.turn(4 << 20).now_or_never().is_none());
+        let large = turn(4 << 20).unwrap();
+        assert!(turn(4 << 20).is_none());
         drop(large);
-        assert!(pace.turn(4 << 20).now_or_never().is_some());
+        assert!(turn(4 << 20).is_some());
+    }
+    /// However many wait: a storage that answers nothing is an error after two limits at most, and one that answers slowly
+    /// is waited for.
+    #[tokio::test(start_paused = true)]
+    async fn who_waits_for_a_storage_that_answers_nothing_is_told_in_time() {
+        for answers in [false, true] {
+            let pace = Pace::default();
+            let begun = tokio::time::Instant::now();
+            let request = async || {
+                let turn = pace.turn("rbd_x", 4 << 20, LIMIT).await?;
+                tokio::time::sleep(if answers { LIMIT / 2 } else { LIMIT }).await;
+                // The clock of a turn is the real one, which stands still here: it is told what came in time.
+                turn.answered(if answers { LIMIT } else { Duration::ZERO });
+                Ok(())
+            };
+            let all: Vec<Result<()>> = futures::future::join_all((0..16).map(|_| request())).await;
+            let late = all.iter().filter(|one| one.is_err()).count();
+            if answers {
+                assert_eq!(late, 0);
+            } else {
+                assert!(late >= 14 && begun.elapsed() <= LIMIT * 2, "{late} after {:?}", begun.elapsed());
+            }
+        }
     }
 }
