@@ -191,7 +191,7 @@ fn a_guest_that_won_t_stop(bed: &Bed<'_>) {
     };
     // A question is asked once more at the end.
     assert!((20.0..45.0).contains(&seconds("quiescing")), "{report:#}");
-    guest.command("deaf off");
+    // It stays deaf: on a busy host it may hear the last press only now.
     assert_eq!(guest.console().boot_ids().len(), 1, "it never stopped");
     bed.expect_guest_well(guest, "source");
 }
