@@ -470,8 +470,8 @@ async fn an_image_without_its_header_says_what_is_missing() {
     let target = format!("rbd:sas/{}", name("no-header"));
     let words = ["--ceph-conf", conf, "--ceph-user", &env.user, "sync", &format!("rbd:{image}"), &target];
     let refused = poolshift(words).expect_code(5);
-    let says = "its object rbd_header.cut0create is missing";
-    assert!(refused.stderr.contains(says) && !refused.stderr.contains("list the images"), "{}", refused.stderr);
+    let says = refused.stderr.contains("its object rbd_header.") && refused.stderr.contains(" is missing");
+    assert!(says && !refused.stderr.contains("list the images"), "{}", refused.stderr);
     admin(&env, "rbd", &["rm", "--no-progress", &image]);
 }
 
@@ -517,16 +517,23 @@ async fn a_file_of_ceph_that_can_t_be_read_is_named() {
     let key = admin(&env, "ceph", &["auth", "get", &format!("client.{}", env.user)]);
     let conf = conf_with(&env, &folder, &env.user, &key);
     let run = || {
-        let mut command = Command::new("setpriv");
-        command.args(["--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all", "--"]);
         let poolshift = binary();
-        command.arg(poolshift.get_program()).arg("--ceph-conf").arg(&conf).args(["--ceph-user", &env.user]);
-        let output = command.args(["plan", "--from-pool", "rbd:sata", "--to-pool", "sas"]).env_remove("CEPH_ARGS");
-        let output = output.output().expect("setpriv is there");
+        let mut command = if rustix::process::geteuid().is_root() {
+            let mut command = Command::new("setpriv");
+            command.args(["--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all", "--"]);
+            command.arg(poolshift.get_program());
+            command
+        } else {
+            Command::new(poolshift.get_program())
+        };
+        command.arg("--ceph-conf").arg(&conf).args(["--ceph-user", &env.user]);
+        command.args(["plan", "--from-pool", "rbd:sata", "--to-pool", "sas", "--match", "no-such-image"]);
+        let output = command.env_remove("CEPH_ARGS").output().expect("setpriv is there");
         (output.status.code(), String::from_utf8(output.stderr).expect("text"))
     };
+    // Connected: there is no such image.
     let usual = run();
-    assert_eq!(usual.0, Some(0), "{}", usual.1);
+    assert_eq!(usual.0, Some(5), "{}", usual.1);
     for (file, what) in [("keyring", "the keyring "), ("ceph.conf", "the configuration file ")] {
         let path = folder.path().join(file);
         let mode = |mode| std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();

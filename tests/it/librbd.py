@@ -6,6 +6,7 @@ them the number of payload bytes that follow; the answer is a line `ok N` or `er
 
 import hashlib
 import random
+import os
 import struct
 import sys
 import threading
@@ -196,7 +197,7 @@ def cut_rename(place, name):
 def cut_create(place):
     """Leaves a name without an image, as a client that dies while it creates one does: in the directory, no header."""
     ioctx, name = context(place)
-    image = b"cut0create"
+    image = os.urandom(6).hex().encode()
     ioctx.write_full("rbd_id." + name, struct.pack("<I", len(image)) + image)
     entry = b"".join(struct.pack("<I", len(text)) + text for text in (name.encode(), image))
     ioctx.execute("rbd_directory", "rbd", "dir_add_image", entry)
