@@ -7,7 +7,7 @@ use crate::ceph::{self, ConfigLevel, Image, QosLimit};
 use crate::image::{ErrorKind, ImageError, Result};
 
 /// How long an error that is known already may wait for its explanation.
-const PATIENCE: Duration = Duration::from_secs(15);
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What of an image is limited.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
